@@ -18,7 +18,7 @@ from transformers import AutoBackbone, AutoModel, LlamaModel, MistralModel, Qwen
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, PromptLookupCandidateGenerator
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.masking_utils import create_masks_for_generate
@@ -402,13 +402,15 @@ class MFRSVLMDecoderMixin:
         if position_ids is None:
             position_ids = columns.unsqueeze(0)
 
-        causal_mask = create_masks_for_generate(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            position_ids=position_ids,
-        )
+        causal_mask = attention_mask  # a static cache comes with one mask per kind of layer, ready made
+        if not isinstance(attention_mask, dict):
+            causal_mask = create_masks_for_generate(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                position_ids=position_ids,
+            )
         layout = None
         if details is not None:
             layout = visual_layout(visual_pos_masks, details.shape[1], details.shape[2])
@@ -934,6 +936,14 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        generator = super()._get_candidate_generator(*args, **kwargs)
+        if isinstance(generator, PromptLookupCandidateGenerator):
+            # It proposes pieces of the prompt, placeholders among them, and looks each up in a row of scores. The model
+            # never agrees to a placeholder, but the row has to reach that far.
+            generator.vocab_size = max(generator.vocab_size, self.config.image_token_id + 1)
+        return generator
 
     def generate(self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """As in `transformers`.
