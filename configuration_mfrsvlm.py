@@ -246,9 +246,7 @@ class MFRSVLMConfig(PreTrainedConfig):
     @property
     def windows(self) -> tuple[WindowScale, ...]:
         """Windows of every scale, in packing order."""
-        return window_table(
-            self.image_size, self.patch_size, self.canvas_scale, self.window_sizes, self.window_overlap
-        )
+        return window_table(self.image_size, self.patch_size, self.canvas_scale, self.window_sizes, self.window_overlap)
 
     def validate_architecture(self) -> None:
         """Called by `@strict` after initialisation. Raises `ValueError` naming both sides of every conflict."""
@@ -293,7 +291,7 @@ class MFRSVLMConfig(PreTrainedConfig):
             if self.window_weighting == "hann" and tokens > 1 and window.token_stride > tokens - 2:
                 raise ValueError(
                     f'window_weighting="hann" gives the edge tokens of a window no weight, so windows of {tokens} tokens at '
-                    f"stride {window.token_stride} leave gaps. Use \"hann_nonzero\", or a larger window_overlap than "
+                    f'stride {window.token_stride} leave gaps. Use "hann_nonzero", or a larger window_overlap than '
                     f"{self.window_overlap}."
                 )
         if self.window_chunk_size is not None and self.window_chunk_size < 1:

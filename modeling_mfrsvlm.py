@@ -308,18 +308,49 @@ class MFRSVLMCrossAttentionInjector(GradientCheckpointingLayer):
         return heads(self.k_proj(details) + origin), heads(self.v_proj(details) + origin)
 
     def forward(
-        self, hidden_states: torch.Tensor, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        details: torch.Tensor | None,
+        slots: torch.Tensor | None,
+        visible: torch.Tensor,
+        images_per_sample: int,
+        rank: int,
+        past_key_values: Cache | None = None,
     ) -> torch.Tensor:
-        """(B, S, d), keys and values (B, heads, L, size / heads), visible (B, 1, S, L) to (B, S, d)."""
+        """
+        Args:
+            hidden_states: (B, S, d).
+            details: (K, N, T, d) of images that are new in this call; `None` if all are cached.
+            slots: (N,), see `sample_slots`.
+            visible: (B, 1, S, L) bool, which of the L detail tokens each position may attend to.
+            images_per_sample: slots that every sample has for the new images.
+            rank: number of this injector, its layer in the cache.
+            past_key_values: cache of the detail tokens.
+
+        Returns:
+            (B, S, d)
+        """
         batch_size, length, _ = hidden_states.shape
+
+        def by_sample(states: torch.Tensor) -> torch.Tensor:
+            _, heads, tokens, size = states.shape
+            rows = states.new_zeros(batch_size * images_per_sample, heads, tokens, size).index_copy(0, slots, states)
+            # (B * images, heads, K * T, size) -> (B, heads, images * K * T, size)
+            return rows.view(batch_size, images_per_sample, heads, tokens, size).transpose(1, 2).flatten(2, 3)
+
+        if details is not None:
+            key, value = map(by_sample, self.keys_and_values(details))
+            if past_key_values is not None:
+                key, value = past_key_values.update(key, value, rank)
+        else:
+            key, value = past_key_values.layers[rank].keys, past_key_values.layers[rank].values
+
         query = self.q_proj(self.hidden_norm(hidden_states))
         query = query.view(batch_size, length, self.num_heads, -1).transpose(1, 2)  # (B, heads, S, size / heads)
         sees_any = visible.any(dim=-1, keepdim=True)  # (B, 1, S, 1)
         # A position that sees no image would divide zero by zero: it attends anywhere and is silenced after.
         attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=visible | ~sees_any)
-        attended = torch.where(sees_any, attended, torch.zeros_like(attended))
         attended = attended.transpose(1, 2).flatten(2)  # (B, S, size)
-        # o_proj has a bias, which must not reach positions without an image either.
         update = torch.where(sees_any[:, 0], self.o_proj(attended), torch.zeros_like(hidden_states))
         return hidden_states + self.gate.tanh() * update
 
@@ -332,11 +363,8 @@ class MFRSVLMInjectors(nn.Module):
         kind = MFRSVLMGatedInjector if config.injection_type == "gated" else MFRSVLMCrossAttentionInjector
         self.layers = nn.ModuleList([kind(config) for _ in config.injection_layers])
 
-    def forward(self, rank: int, hidden_states: torch.Tensor, *args: Any) -> torch.Tensor:
-        return self.layers[rank](hidden_states, *args)
-
-    def keys_and_values(self, rank: int, details: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.layers[rank].keys_and_values(details)
+    def forward(self, rank: int, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.layers[rank](hidden_states, *args, **kwargs)
 
 
 class MFRSVLMDecoderMixin:
@@ -414,9 +442,10 @@ class MFRSVLMDecoderMixin:
         layout = None
         if details is not None:
             layout = visual_layout(visual_pos_masks, details.shape[1], details.shape[2])
-        visible = None
+        slots = visible = None
         if self.injection_type == "cross_attention":
-            visible = self._visible_details(columns, layout, details, images_per_sample, detail_cache)
+            slots = None if layout is None else sample_slots(layout, images_per_sample)
+            visible = self._visible_details(columns, layout, slots, details, images_per_sample, detail_cache)
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
@@ -424,10 +453,9 @@ class MFRSVLMDecoderMixin:
             if layer_idx in self.injection_layers:
                 rank = self.injection_layers.index(layer_idx)
                 if visible is not None:
-                    key, value = self._detail_keys_and_values(
-                        rank, layout, details, inputs_embeds.shape[0], images_per_sample, detail_cache
+                    hidden_states = self.injectors(
+                        rank, hidden_states, details, slots, visible, images_per_sample, rank, past_key_values=detail_cache
                     )
-                    hidden_states = self.injectors(rank, hidden_states, key, value, visible)
                 elif layout is not None and self.injection_type == "gated":
                     hidden_states = self.injectors(rank, hidden_states, details, layout)
             if isinstance(causal_mask, dict):
@@ -449,6 +477,7 @@ class MFRSVLMDecoderMixin:
         self,
         columns: torch.Tensor,
         layout: VisualLayout | None,
+        slots: torch.Tensor | None,
         details: torch.Tensor | None,
         images_per_sample: int,
         detail_cache: Cache | None,
@@ -465,11 +494,9 @@ class MFRSVLMDecoderMixin:
             place = columns[layout.position[::tokens] % layout.mask.shape[1]]  # (N,)
             present = torch.arange(num_images, device=place.device) * tokens < layout.mask.sum()
             place = torch.where(present, place, NEVER_VISIBLE)
-            slots = place.new_full((layout.mask.shape[0] * images_per_sample,), NEVER_VISIBLE)
-            slots = slots.index_copy(0, sample_slots(layout, images_per_sample), place)
-            # (B, images) -> (B, 1, images * K * T, 1)
-            places = slots.view(layout.mask.shape[0], images_per_sample).repeat_interleave(num_stacks * tokens, dim=1)
-            places = places[:, None, :, None]
+            places = place.new_full((layout.mask.shape[0] * images_per_sample,), NEVER_VISIBLE)
+            places = places.index_copy(0, slots, place).view(layout.mask.shape[0], images_per_sample)
+            places = places.repeat_interleave(num_stacks * tokens, dim=1)[:, None, :, None]  # (B, 1, images * K * T, 1)
             if detail_cache is not None:
                 places, _ = detail_cache.update(places, places, places_layer)
         elif detail_cache is not None and detail_cache.get_seq_length(places_layer):
@@ -477,33 +504,6 @@ class MFRSVLMDecoderMixin:
         if places is None:
             return None
         return places.transpose(2, 3) <= columns[None, None, :, None]
-
-    def _detail_keys_and_values(
-        self,
-        rank: int,
-        layout: VisualLayout | None,
-        details: torch.Tensor | None,
-        batch_size: int,
-        images_per_sample: int,
-        detail_cache: Cache | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of one injector for every sample, each (B, heads, L, size / heads)."""
-        if layout is None:
-            cached = detail_cache.layers[rank]
-            return cached.keys, cached.values
-
-        slots = sample_slots(layout, images_per_sample)
-
-        def by_sample(states: torch.Tensor) -> torch.Tensor:
-            _, heads, length, size = states.shape
-            rows = states.new_zeros(batch_size * images_per_sample, heads, length, size).index_copy(0, slots, states)
-            # (B * images, heads, K * T, size) -> (B, heads, images * K * T, size)
-            return rows.view(batch_size, images_per_sample, heads, length, size).transpose(1, 2).flatten(2, 3)
-
-        key, value = map(by_sample, self.injectors.keys_and_values(rank, details))
-        if detail_cache is not None:
-            key, value = detail_cache.update(key, value, rank)
-        return key, value
 
 
 def sample_slots(layout: VisualLayout, images_per_sample: int) -> torch.Tensor:
@@ -526,6 +526,11 @@ def with_detail_cache(past_key_values: Cache) -> EncoderDecoderCache:
             "injection, continue from the `past_key_values` that the model returned."
         )
     return EncoderDecoderCache(past_key_values, DynamicCache())
+
+
+def is_empty(past_key_values: Cache | None) -> bool:
+    """Whether nothing is cached yet. Asking a static cache waits for the device, so ask only where that is all right."""
+    return past_key_values is None or bool(past_key_values.get_seq_length() == 0)
 
 
 class MFRSVLMLlamaModel(MFRSVLMDecoderMixin, LlamaModel):
@@ -670,11 +675,16 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             ValueError: windows are missing or their number does not fit the config or the global views.
         """
         config = self.config
+        if window_chunk_size is None:
+            window_chunk_size = config.window_chunk_size
         dtype = self.multi_modal_projector.linear_1.weight.dtype
         kwargs["output_hidden_states"] = config.has_vit or kwargs.get("output_hidden_states")
         outputs = self.vision_tower(pixel_values.to(dtype), return_dict=True, **kwargs)
         (global_map,) = self._vision_features(outputs, [config.vision_feature_layer])
         visual = resample_to_grid(global_map, config.tokens_per_side).flatten(2).transpose(1, 2)  # (N, T, C)
+        if config.has_vit and self.training:
+            # Nothing depends on the tower's post-layernorm, but DDP waits for a gradient of every parameter.
+            visual = visual + 0 * outputs.pooler_output.sum()
 
         details = None
         if config.has_details:
@@ -695,9 +705,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             deepstack_features=details,
         )
 
-    def get_placeholder_mask(
-        self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None
-    ) -> torch.Tensor:
+    def get_placeholder_mask(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """(B, S) bool: which positions hold a visual token."""
         image_token_id = self.config.image_token_id
         if input_ids is not None:
@@ -729,9 +737,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
     @property
     def splits_images(self) -> bool:
         """Whether an image may be prefilled in pieces: only where every token is routed for itself."""
-        return not self.config.has_details or (
-            self.config.injection_type == "gated" and self.config.routing == "token"
-        )
+        return not self.config.has_details or (self.config.injection_type == "gated" and self.config.routing == "token")
 
     def _empty_image_features(self, device: torch.device) -> MFRSVLMImageFeatures:
         """Features of a blank image that no position shows.
@@ -745,9 +751,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
         if config.has_details:
             length = sum(window.num_values for window in config.windows)
             pixel_values_local = torch.zeros(1, length, device=device)
-        return self.get_image_features(
-            torch.zeros(1, 3, size, size, device=device), pixel_values_local, return_dict=True
-        )
+        return self.get_image_features(torch.zeros(1, 3, size, size, device=device), pixel_values_local, return_dict=True)
 
     def _ranks_need_images(self) -> bool:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -800,10 +804,10 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
                 pixel_values, pixel_values_local, window_chunk_size=window_chunk_size, return_dict=True
             )
         mask = self.get_placeholder_mask(input_ids, inputs_embeds)
-        is_prefill = past_key_values is None or past_key_values.get_seq_length() == 0
-        if mask.device.type == "cpu" and not torch.compiler.is_compiling() and (image_outputs is not None or is_prefill):
-            self._check_image_tokens(mask, None if image_outputs is None else image_outputs.pooler_output)
-        if image_outputs is None and is_prefill and self._ranks_need_images():
+        if mask.device.type == "cpu" and not torch.compiler.is_compiling():
+            if image_outputs is not None or is_empty(past_key_values):
+                self._check_image_tokens(mask, None if image_outputs is None else image_outputs.pooler_output)
+        if image_outputs is None and self._ranks_need_images() and is_empty(past_key_values):
             image_outputs = self._empty_image_features(mask.device)
 
         if inputs_embeds is None:
@@ -880,9 +884,7 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> MFRSVLMImageFeatures:
         """See `MFRSVLMModel.get_image_features`."""
-        return self.model.get_image_features(
-            pixel_values, pixel_values_local, window_chunk_size=window_chunk_size, **kwargs
-        )
+        return self.model.get_image_features(pixel_values, pixel_values_local, window_chunk_size=window_chunk_size, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -925,9 +927,7 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             labels = labels.masked_fill(labels == self.config.image_token_id, -100)
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-            )
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
         return MFRSVLMCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -26,6 +26,8 @@ CHOICES = {
     "resnet_cross_qwen3": {"vision": "resnet", "injection_type": "cross_attention", "text": "qwen3"},
     "global_only": {"window_sizes": [], "injection_layers": []},
 }
+
+
 def largest_difference(a, b):
     return (a.float() - b.float()).abs().max().item()
 
@@ -387,9 +389,7 @@ def test_prompt_lookup_equals_greedy(model):
 
 def test_static_cache_equals_dynamic(model):
     inputs = tiny_inputs(model.config, [1, 2])
-    assert torch.equal(
-        greedy(model, inputs, cache_implementation="static", disable_compile=True), greedy(model, inputs)
-    )
+    assert torch.equal(greedy(model, inputs, cache_implementation="static", disable_compile=True), greedy(model, inputs))
 
 
 def test_continuing_from_a_cached_image_prefix(model):
