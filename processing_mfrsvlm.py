@@ -4,12 +4,14 @@ The image processor needs no torchvision: it works on numpy and Pillow, and take
 first or last) and torch tensors, one or many.
 """
 
-import math
+import os
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from transformers import AutoTokenizer
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import (
@@ -412,6 +414,23 @@ class MFRSVLMProcessor(ProcessorMixin):
             )
         self.image_token_id = ids[0]
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: Any, processor_dict: dict[str, Any] | None = None, **kwargs: Any
+    ) -> list[Any]:
+        # Through the Auto classes this would ask whether to run the code in the folder, although this is that code, and
+        # load a second copy of it. The tokenizer needs none, but looks at the model's config unless it is given one.
+        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **{**kwargs, "config": PreTrainedConfig()})
+        kwargs.pop("backend", None)  # an option of AutoImageProcessor, and a read-only property of what it loads
+        return [MFRSVLMImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs), tokenizer]
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        # Where the tokenizer was loaded from is noted among its options and would be published with them.
+        for name in ("is_local", "local_files_only"):
+            self.tokenizer.init_kwargs.pop(name, None)
+        # As a string, because pushing takes the repository's name from it in a way that fails for a Path.
+        return super().save_pretrained(os.fspath(save_directory), push_to_hub=push_to_hub, **kwargs)
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         height, width = np.shape(image_inputs["pixel_values"][image_idx])[-2:]
