@@ -30,9 +30,7 @@ from huggingface_hub.utils import tqdm
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import (
-    AutoBackbone,
     AutoConfig,
-    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -59,7 +57,9 @@ EVA = re.compile(r"(?<![a-z])eva(?!l)", re.IGNORECASE)  # "EVA02-CLIP", "EvaCLIP
 
 # Released key -> our key. None: dropped on purpose. First match counts; a key that matches nothing is an error.
 _LM, _INJ = r"model.language_model", r"model.language_model.injectors.layers"
-_TOWER_PREFIX = r"^(?:model\.vision_tower\.(?:vision_tower\.)?)?"
+# A CLIP's vision part, alone (transformers 4 writes vision_model., 5 does not) or inside a LLaVA-like checkpoint.
+_TOWER = r"^(?:model\.vision_tower\.(?:vision_tower\.)?)?(?:vision_model\.)?"
+_TOWER_PARTS = _TOWER + r"((?:embeddings|pre_layrnorm|encoder|post_layernorm)\..+)$"
 # fmt: off
 KEY_TABLE: list[tuple[str, str | None]] = [
     (r"^lm_head\.weight$",                                                    r"lm_head.weight"),
@@ -78,8 +78,8 @@ KEY_TABLE: list[tuple[str, str | None]] = [
     (r"^model\.deepstack_gate_proj\.(\d+)\.(weight|bias)$",                   rf"{_INJ}.\1.gate_proj.\2"),
     (r"^model\.deepstack_router_(query|key)\.(\d+)\.0\.(weight|bias)$",       rf"{_INJ}.\2.router.\1_norm.\3"),
     (r"^model\.deepstack_router_(query|key)\.(\d+)\.1\.(weight|bias)$",       rf"{_INJ}.\2.router.\1_proj.\3"),
-    (_TOWER_PREFIX + r"vision_model\.embeddings\.position_ids$",              None),  # a constant range
-    (_TOWER_PREFIX + r"vision_model\.((?:embeddings|pre_layrnorm|encoder|post_layernorm)\..+)$", r"model.vision_tower.\1"),
+    (_TOWER + r"embeddings\.position_ids$",                                   None),  # a constant range
+    (_TOWER_PARTS,                                                            r"model.vision_tower.\1"),
     (r"^(?:text_model\..+|text_projection\.weight|visual_projection\.weight|logit_scale)$", None),  # rest of a full CLIP
 ]
 # fmt: on
@@ -280,7 +280,7 @@ def released_shards(source: Path, tower: Path) -> dict[Path, set[str] | None]:
     shards = find_shards(source)
     for shard, listed in shards.items():
         keys = listed if listed is not None else [key for key, _ in read_shard(shard)]
-        if any(".vision_model." in f".{key}" for key in keys):
+        if any(re.fullmatch(_TOWER_PARTS, key) for key in keys):
             logger.warning(
                 "The shards hold a vision tower of their own: it is used, and the weights of --vision-tower are not."
             )
@@ -713,12 +713,14 @@ def assemble(
             image_placement=image_placement,
         )
         set_seed(seed)
-        model = MFRSVLMForConditionalGeneration._from_config(config, dtype=config.dtype)
+        with explained("These parts make no model"):
+            model = MFRSVLMForConditionalGeneration._from_config(config, dtype=config.dtype)
         decoder = load_whole(AutoModelForCausalLM, language_model, dtype=config.dtype)
         load_part(model.model.language_model, decoder.model.state_dict(), missing=r"^injectors\.")
         load_part(model.lm_head, decoder.lm_head.state_dict())
-        # A full CLIP or a classifier holds more than its tower, which is all that is wanted of it.
-        tower_class = AutoModel if config.has_vit else AutoBackbone
+        # Not through AutoBackbone, which cannot load from a folder. A full CLIP or a classifier holds more than its tower,
+        # and that is all that is wanted of it.
+        tower_class = type(model.model.vision_tower)
         tower = load_whole(tower_class, vision_tower, dtype=config.dtype, config=config.vision_config)
         load_part(model.model.vision_tower, tower.state_dict())
         if projector is not None:
@@ -778,10 +780,10 @@ def greedy_or_sampled(settings: GenerationConfig, tokenizer: Any) -> GenerationC
     return settings
 
 
-def load_whole(auto_class: Any, name: str, **kwargs: Any) -> Any:
+def load_whole(model_class: Any, name: str, **kwargs: Any) -> Any:
     """Loads a trained part. `transformers` fills what a checkpoint lacks with random numbers: here that is an error."""
     with explained(f"{name} cannot be loaded"):
-        part, info = auto_class.from_pretrained(name, output_loading_info=True, **kwargs)
+        part, info = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
     lacking = sorted(info["missing_keys"])
     if lacking:
         raise ConversionError(f"{name} lacks {len(lacking)} tensors of {type(part).__name__}, among them {lacking[:5]}.")
