@@ -1,0 +1,1263 @@
+"""The converter: every tensor arrives, every variant is read whole or refused by name, and output appears whole or not."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+import weakref
+from pathlib import Path
+
+import huggingface_hub.utils
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaTokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+    SiglipVisionConfig,
+)
+
+from mfrsvlm import MFRSVLMConfig, MFRSVLMForConditionalGeneration, MFRSVLMProcessor, convert_checkpoint
+from mfrsvlm.configuration_mfrsvlm import window_table
+from mfrsvlm.convert_checkpoint import (
+    ConversionError,
+    assemble,
+    convert_released,
+    main,
+    resolve_depths,
+    resolve_injection_layers,
+    resolve_window_sizes,
+)
+
+
+REFERENCE = Path(__file__).parent / "reference"
+SHARED = Path(__file__).parents[2] / "shared"
+CHECKPOINT = REFERENCE / "checkpoint"
+MANIFEST = json.loads((REFERENCE / "manifest.json").read_text())
+REMOVED = object()
+
+
+def write_json(path: Path, **fields) -> None:
+    """Sets fields of a JSON file; `REMOVED` takes one out."""
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    content.update(fields)
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not REMOVED}))
+
+
+class Source:
+    """A copy of the reference checkpoint to write in."""
+
+    def __init__(self, folder: Path) -> None:
+        shutil.copytree(CHECKPOINT, folder)
+        self.folder = folder
+        self.tower = folder.parent / "tower"  # beside it, so that it can be another one
+        shutil.move(folder / "vision_tower", self.tower)
+        self.output = folder.parent / "output"
+
+    def configure(self, **fields) -> None:
+        write_json(self.folder / "config.json", **fields)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        shards = sorted(self.folder.glob("*.bin"))
+        return {key: tensor for shard in shards for key, tensor in torch.load(shard, weights_only=True).items()}
+
+    def write(self, tensors: dict[str, torch.Tensor], kind: str = "bin", shards: int = 1, **options) -> None:
+        """Replaces the weights: `shards` files and their index, or a single file without one."""
+        for file in [*self.folder.glob("*.bin"), *self.folder.glob("*.index.json")]:
+            file.unlink()
+        stem, suffix = ("pytorch_model", "bin") if kind == "bin" else ("model", "safetensors")
+        keys = sorted(tensors)
+        weight_map = {}
+        for number in range(shards):
+            name = f"{stem}-{number + 1:05d}-of-{shards:05d}.{suffix}" if shards > 1 else f"{stem}.{suffix}"
+            part = {key: tensors[key] for key in keys[number::shards]}
+            weight_map.update(dict.fromkeys(part, name))
+            if kind == "bin":
+                torch.save(part, self.folder / name, **options)
+            else:
+                save_file(part, self.folder / name)
+        if shards > 1:
+            index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+            (self.folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+
+    def convert(self, **options) -> Path:
+        convert_released(self.folder, str(self.tower), self.output, **options)
+        return self.output
+
+    def command(self, *more: str) -> list[str]:
+        return ["released", str(self.folder), "--vision-tower", str(self.tower), "--output", str(self.output), *more]
+
+    def siblings(self) -> set[str]:
+        return {path.name for path in self.folder.parent.iterdir()}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    return Source(tmp_path / "released")
+
+
+def refused(capsys, command: list[str], *needles: str) -> str:
+    """Runs the command line: it must fail with one message on stderr that holds every needle."""
+    capsys.readouterr()
+    assert main(command) == 1
+    captured = capsys.readouterr()
+    message = captured.err[captured.err.index("error: ") :]  # a progress bar may stand before it
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+    for needle in needles:
+        assert needle in message, f"{needle!r} not in {message!r}"
+    return message
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {key: value for file in sorted(folder.glob("*.safetensors")) for key, value in load_file(file).items()}
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert sorted(left) == sorted(right)
+    differing = [key for key in left if left[key].dtype != right[key].dtype or not torch.equal(left[key], right[key])]
+    assert not differing
+
+
+# Names of both sides, written out: one of every kind of tensor.
+NAMES = {
+    "lm_head.weight": "lm_head.weight",
+    "model.embed_tokens.weight": "model.language_model.embed_tokens.weight",
+    "model.norm.weight": "model.language_model.norm.weight",
+    "model.layers.9.self_attn.k_proj.weight": "model.language_model.layers.9.self_attn.k_proj.weight",
+    "model.layers.3.mlp.down_proj.weight": "model.language_model.layers.3.mlp.down_proj.weight",
+    "model.layers.0.input_layernorm.weight": "model.language_model.layers.0.input_layernorm.weight",
+    "model.layers.7.post_attention_layernorm.weight": "model.language_model.layers.7.post_attention_layernorm.weight",
+    "model.mm_projector.0.weight": "model.multi_modal_projector.linear_1.weight",
+    "model.mm_projector.2.bias": "model.multi_modal_projector.linear_2.bias",
+    "model.deepstack_hidden_norms.0.weight": "model.language_model.injectors.layers.0.hidden_norm.weight",
+    "model.deepstack_detail_norms.1.bias": "model.language_model.injectors.layers.1.detail_norm.bias",
+    "model.deepstack_detail_proj.2.weight": "model.language_model.injectors.layers.2.detail_proj.weight",
+    "model.deepstack_gate_proj.3.bias": "model.language_model.injectors.layers.3.gate_proj.bias",
+    "model.deepstack_router_query.1.0.weight": "model.language_model.injectors.layers.1.router.query_norm.weight",
+    "model.deepstack_router_query.2.1.weight": "model.language_model.injectors.layers.2.router.query_proj.weight",
+    "model.deepstack_router_key.3.0.bias": "model.language_model.injectors.layers.3.router.key_norm.bias",
+    "model.deepstack_router_key.0.1.bias": "model.language_model.injectors.layers.0.router.key_proj.bias",
+}
+TOWER_NAMES = {
+    "vision_model.embeddings.class_embedding": "model.vision_tower.embeddings.class_embedding",
+    "vision_model.pre_layrnorm.weight": "model.vision_tower.pre_layrnorm.weight",
+    "vision_model.encoder.layers.5.mlp.fc2.bias": "model.vision_tower.encoder.layers.5.mlp.fc2.bias",
+    "vision_model.post_layernorm.bias": "model.vision_tower.post_layernorm.bias",
+}
+
+
+class TestReleased:
+    def test_every_tensor_arrives_under_its_name(self, source: Source, converted: Path):
+        ours, theirs = weights(converted), source.tensors()
+        tower = torch.load(source.tower / "pytorch_model.bin", weights_only=True)
+        for name in (key for key in theirs if key.endswith("inv_freq")):
+            assert torch.equal(theirs[name], 10000 ** -(torch.arange(0, 16, 2) / 16))  # rightly dropped: it is recomputed
+        for theirs_name, our_name in NAMES.items():
+            assert torch.equal(ours[our_name], theirs[theirs_name]), our_name
+        for theirs_name, our_name in TOWER_NAMES.items():
+            assert torch.equal(ours[our_name], tower[theirs_name]), our_name
+        scales = [ours[f"model.language_model.injectors.layers.{rank}.residual_scale"] for rank in range(4)]
+        assert torch.equal(torch.cat(scales), theirs["model.deepstack_residual_scale"])
+        # The rest by content: the same tensors, none lost, none twice.
+        given = [value for key, value in (theirs | tower).items() if not key.endswith(("inv_freq", "residual_scale"))]
+        written = [value for key, value in ours.items() if not key.endswith("residual_scale")]
+        assert sorted(value.numpy().tobytes() for value in given) == sorted(value.numpy().tobytes() for value in written)
+
+    def test_folder_is_complete_and_loads(self, converted: Path):
+        assert {path.name for path in converted.iterdir()} == {
+            "README.md",
+            "chat_template.jinja",
+            "config.json",
+            "configuration_mfrsvlm.py",
+            "generation_config.json",
+            "model.safetensors",
+            "modeling_mfrsvlm.py",
+            "processing_mfrsvlm.py",
+            "processor_config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        }
+        model, info = MFRSVLMForConditionalGeneration.from_pretrained(converted, output_loading_info=True)
+        assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (2, 0)
+        processor = MFRSVLMProcessor.from_pretrained(converted)
+        assert processor.tokenizer.is_fast and processor.chat_template and processor.image_placement == "prefix"
+        assert processor.tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_id == 512
+        config = json.loads((converted / "config.json").read_text())
+        for reference in [
+            *config["auto_map"].values(),
+            *json.loads((converted / "processor_config.json").read_text())["auto_map"].values(),
+        ]:
+            module, name = reference.split(".")
+            assert f"class {name}(" in (converted / f"{module}.py").read_text()
+        card = ModelCard.load(converted / "README.md")
+        assert card.data.library_name == "transformers" and "converted from a released checkpoint" in card.text
+
+    def test_config_holds_plain_numbers(self, converted: Path):
+        config = MFRSVLMConfig.from_pretrained(converted)
+        assert (config.image_size, config.patch_size, config.canvas_scale) == (336, 14, 2)
+        assert (config.window_sizes, config.window_overlap) == ([336, 168], 0.5)
+        assert config.detail_feature_layers == [2, 4, 6]  # (0.33, 0.66, 1.0) of 6 layers
+        assert config.injection_layers == [1, 3, 5, 7]  # counted from one in the source
+        assert config.vision_feature_layer == 6
+        quirks = (
+            config.window_encoding,
+            config.window_weighting,
+            config.routing_scope,
+            config.injection_type,
+            config.routing,
+        )
+        assert quirks == ("resize", "hann", "sample", "gated", "stack")
+
+    @pytest.mark.parametrize(
+        "model_type, layout",
+        [
+            ("vhm", {"kind": "bin", "shards": 1}),
+            ("mfrsvlm", {"kind": "bin", "shards": 1, "_use_new_zipfile_serialization": False}),
+            ("mfrsvlm", {"kind": "bin", "shards": 3}),
+            ("mfrsvlm", {"kind": "safetensors", "shards": 1}),
+            ("vhm", {"kind": "safetensors", "shards": 3}),
+        ],
+        ids=["vhm-bin", "old-bin", "bin-shards", "safetensors", "vhm-safetensors-shards"],
+    )
+    def test_every_layout_gives_the_same_folder(self, source: Source, converted: Path, model_type: str, layout: dict):
+        source.configure(model_type=model_type)
+        source.write(source.tensors(), **layout)
+        source.convert()
+        for path in converted.iterdir():
+            assert (source.output / path.name).read_bytes() == path.read_bytes(), path.name
+
+    @pytest.mark.parametrize("prefix", ["vision_model.", ""], ids=["full-clip", "saved-by-transformers-5"])
+    def test_other_layouts_of_the_tower(self, source: Source, converted: Path, prefix: str):
+        tower = torch.load(source.tower / "pytorch_model.bin", weights_only=True)
+        tower = {key.replace("vision_model.", prefix): value for key, value in tower.items()}
+        if prefix:
+            tower |= {
+                "logit_scale": torch.ones(()),
+                "text_model.x": torch.ones(2),
+                "text_projection.weight": torch.ones(2, 2),
+            }
+            tower |= {
+                "visual_projection.weight": torch.ones(2, 2),
+                "vision_model.embeddings.position_ids": torch.arange(577),
+            }
+            nested = json.loads((source.tower / "config.json").read_text())
+            (source.tower / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": nested}))
+        (source.tower / "pytorch_model.bin").unlink()
+        save_file(tower, source.tower / "model.safetensors")
+        assert_same(weights(source.convert()), weights(converted))
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_dtype(self, source: Source, converted: Path, dtype: str):
+        write_json(source.tower / "config.json", torch_dtype="float64")  # the tower's own type must not leak into the model
+        assert main(source.command("--dtype", dtype)) == 0
+        torch_dtype = getattr(torch, dtype)
+        assert_same(weights(source.output), {key: value.to(torch_dtype) for key, value in weights(converted).items()})
+        model = MFRSVLMForConditionalGeneration.from_pretrained(source.output)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch_dtype}
+        model = MFRSVLMForConditionalGeneration.from_pretrained(source.output, dtype=torch.float32)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+    def test_output_shards(self, source: Source, converted: Path, monkeypatch):
+        monkeypatch.setattr(convert_checkpoint, "MAX_OUTPUT_SHARD", 500_000)
+        source.convert()
+        index = json.loads((source.output / "model.safetensors.index.json").read_text())
+        files = sorted(source.output.glob("*.safetensors"))
+        assert [file.name for file in files] == [
+            f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)
+        ]
+        assert len(files) > 3 and all(file.stat().st_size < 520_000 for file in files)
+        assert index["weight_map"] == {key: file.name for file in files for key in load_file(file)}
+        assert index["metadata"]["total_size"] == sum(value.nbytes for value in weights(source.output).values())
+        assert_same(weights(source.output), weights(converted))
+        _, info = MFRSVLMForConditionalGeneration.from_pretrained(source.output, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+
+    @pytest.mark.parametrize("umask, file_mode, folder_mode", [(0o022, 0o644, 0o755), (0o027, 0o640, 0o750)])
+    def test_modes_follow_the_umask(self, source: Source, umask: int, file_mode: int, folder_mode: int):
+        before = os.umask(umask)
+        try:
+            source.convert()
+            assert os.umask(umask) == umask
+        finally:
+            os.umask(before)
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in source.output.iterdir()}
+        assert set(modes.values()) == {file_mode}, modes
+        assert stat.S_IMODE(source.output.stat().st_mode) == folder_mode
+
+    def test_progress_goes_to_stderr_only(self, source: Source, capsys):
+        were_disabled = huggingface_hub.utils.are_progress_bars_disabled()
+        huggingface_hub.utils.enable_progress_bars()
+        try:
+            assert main(source.command()) == 0
+        finally:
+            if were_disabled:
+                huggingface_hub.utils.disable_progress_bars()
+        captured = capsys.readouterr()  # no terminal
+        assert "3/3" in captured.err and "shard" in captured.err  # two of the checkpoint, one of the tower
+        assert captured.out == f"wrote {source.output}\n"
+
+    def test_non_finite_weights_are_kept(self, source: Source):
+        tensors = source.tensors()
+        tensors["lm_head.weight"][0, 0] = float("nan")
+        tensors["model.norm.weight"][1] = float("inf")
+        source.write(tensors)
+        ours = weights(source.convert(dtype="float16"))
+        assert ours["lm_head.weight"][0, 0].isnan() and ours["model.language_model.norm.weight"][1].isinf()
+
+    def test_tensors_that_share_memory_are_written_apart(self, source: Source):
+        tensors = source.tensors()
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+        source.write(tensors)
+        ours = weights(source.convert())
+        assert torch.equal(ours["lm_head.weight"], tensors["model.embed_tokens.weight"])
+        assert torch.equal(ours["model.language_model.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
+
+
+class TestVariants:
+    def test_three_injection_layers(self, source: Source):
+        tensors = {key: value for key, value in source.tensors().items() if ".3." not in key or "deepstack" not in key}
+        tensors["model.deepstack_residual_scale"] = tensors["model.deepstack_residual_scale"][:3]
+        source.write(tensors)
+        source.configure(deepstack_injection_layers=[4, 6, 8])
+        ours = weights(source.convert())
+        assert MFRSVLMConfig.from_pretrained(source.output).injection_layers == [3, 5, 7]
+        injectors = {int(key.split(".")[4]) for key in ours if key.startswith("model.language_model.injectors.layers.")}
+        assert injectors == {0, 1, 2}
+
+    def test_tower_inside_the_shards_wins(self, source: Source, caplog):
+        tower = torch.load(source.tower / "pytorch_model.bin", weights_only=True)
+        (source.tower / "pytorch_model.bin").unlink()  # not even needed then
+        inside = {f"model.vision_tower.vision_tower.{key}": value + 1 for key, value in tower.items()}
+        for shards in (1, 3):
+            source.write(source.tensors() | inside, shards=shards)
+            with caplog.at_level("WARNING"):
+                convert_checkpoint.logger.addHandler(caplog.handler)  # transformers' loggers do not propagate
+                ours = weights(source.convert(overwrite=True))
+                convert_checkpoint.logger.removeHandler(caplog.handler)
+            for theirs_name, our_name in TOWER_NAMES.items():
+                assert torch.equal(ours[our_name], tower[theirs_name] + 1)
+            assert "vision tower of their own" in caplog.text
+            caplog.clear()
+
+    @pytest.mark.parametrize("ratio, pads", [("pad", True), ("square", False), (None, False), (REMOVED, False)])
+    def test_aspect_ratio(self, source: Source, ratio, pads: bool):
+        source.configure(image_aspect_ratio=ratio)
+        assert MFRSVLMProcessor.from_pretrained(source.convert()).image_processor.do_pad is pads
+
+    def test_pixels_without_padding(self, source: Source):
+        if not (SHARED / "reference").is_dir():
+            pytest.skip("the full reference (../shared/reference) is absent: images are committed padded only")
+        source.configure(image_aspect_ratio="square")
+        processor = MFRSVLMProcessor.from_pretrained(source.convert())
+        golden = load_file(SHARED / "reference" / "golden.safetensors")["b_landscape/pixel_values_not_pad_stride8"]
+        image = Image.open(SHARED / "reference" / "images" / "b_landscape.png")
+        pixels = processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
+        assert image.width != image.height
+        torch.testing.assert_close(pixels[:, ::8, ::8].reshape(golden.shape), golden, atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("layer, ours", [(-2, -2), ([-1], -1), (REMOVED, -1)], ids=["number", "list-of-one", "default"])
+    def test_select_layer(self, source: Source, layer, ours: int):
+        source.configure(mm_vision_select_layer=layer)
+        assert MFRSVLMConfig.from_pretrained(source.convert()).vision_feature_layer == ours
+
+    def test_rope_scaling(self, source: Source):
+        source.configure(rope_scaling={"type": "linear", "factor": 2.0}, rope_theta=5000.0)
+        rope = MFRSVLMConfig.from_pretrained(source.convert()).text_config.rope_parameters
+        assert (rope["rope_type"], rope["factor"], rope["rope_theta"]) == ("linear", 2.0, 5000.0)
+
+    @pytest.mark.parametrize(
+        "fields, needles",
+        [
+            ({"model_type": "llava"}, ["model_type='llava'", "vhm"]),
+            ({"image_aspect_ratio": "anyres"}, ["image_aspect_ratio='anyres'", "'pad'"]),
+            ({"mm_vision_select_layer": [2, 4, 6]}, ["mm_vision_select_layer=[2, 4, 6]"]),
+            ({"mm_vision_select_layer": []}, ["mm_vision_select_layer=[]"]),
+            ({"mm_vision_select_layer": "6"}, ["mm_vision_select_layer='6'"]),
+            ({"mm_vision_select_layer": 9}, ["vision_feature_layer=9", "0 to 6"]),
+            ({"mm_vision_select_feature": "cls_patch"}, ["mm_vision_select_feature='cls_patch'", "'patch'"]),
+            ({"mm_projector_type": "linear"}, ["mm_projector_type='linear'", "'mlp2x_gelu'"]),
+            ({"mm_projector_type": "mlp3x_gelu"}, ["mm_projector_type='mlp3x_gelu'"]),
+            ({"mm_use_im_start_end": True}, ["mm_use_im_start_end=True"]),
+            ({"mm_use_im_patch_token": True}, ["mm_use_im_patch_token=True"]),
+            ({"mm_vision_tower": "BAAI/EVA-CLIP-8B-448"}, ["EVA-CLIP-8B-448", "EVA towers"]),
+            ({"mm_vision_tower": "/weights/eva02_large/"}, ["eva02_large", "EVA towers"]),
+            ({"mm_resampler": "qformer"}, ["mm_resampler"]),
+            ({"deepstack_fusion": "sum"}, ["deepstack_fusion"]),
+            ({"deepstack_window_scales": REMOVED}, ["deepstack_window_scales", "LLaVA"]),
+            ({"deepstack_detail_layers": "0.33,0.66"}, ["deepstack_detail_layers='0.33,0.66'", "list"]),
+            ({"deepstack_injection_layers": [2.5]}, ["deepstack_injection_layers=[2.5]"]),
+            ({"deepstack_downsample_factor": 1.5}, ["deepstack_downsample_factor=1.5"]),
+            ({"deepstack_window_scales": [0.1, 0.0833]}, ["window_sizes=[336, 28, 28]", "twice"]),
+            ({"torch_dtype": "int8"}, ["torch_dtype='int8'", "--dtype"]),
+            ({"num_attention_heads": 5}, ["config.json", "64"]),
+            ({"mm_hidden_size": 1024}, ["mm_hidden_size=1024", "hidden_size=32"]),
+            ({"vocab_size": 500}, ["vocab_size=500", "12 tokens"]),
+        ],
+        ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
+    )
+    def test_refused_by_name(self, source: Source, capsys, fields: dict, needles: list[str]):
+        source.configure(**fields)
+        before = source.siblings()
+        refused(capsys, source.command(), *needles)
+        assert source.siblings() == before
+
+    @pytest.mark.parametrize("name", ["clip-retrieval", "/data/evaluation/clip", "some/evaluation-tower"])
+    def test_eva_is_not_found_inside_other_words(self, source: Source, name: str):
+        source.configure(mm_vision_tower=name)
+        source.convert()
+
+    @pytest.mark.parametrize("file", ["adapter_config.json", "non_lora_trainables.bin"])
+    def test_lora_folder(self, source: Source, capsys, file: str):
+        (source.folder / file).write_text("{}")
+        refused(capsys, source.command(), "LoRA", file, "merge")
+
+    @pytest.mark.parametrize(
+        "fields, needles",
+        [
+            ({"model_type": "clip", "architectures": ["EvaCLIPModel"], "vision_config": {}}, ["EvaCLIPModel", "EVA towers"]),
+            ({"auto_map": {"AutoModel": "modeling_evaclip.EvaCLIPVisionModel"}}, ["EVA towers"]),
+            ({"model_type": "evaclip"}, ["EVA towers"]),
+            ({"model_type": "siglip_vision_model"}, ["siglip_vision_model", "CLIP ViT"]),
+            ({"hidden_size": 48}, ["mm_hidden_size=32", "hidden_size=48"]),
+            ({"patch_size": 28}, ["patch_embedding.weight", "(32, 3, 14, 14)", "(32, 3, 28, 28)"]),
+            ({"num_hidden_layers": 5}, ["encoder.layers.5.", "no place"]),
+            ({"num_hidden_layers": 7}, ["16 tensors are missing", "encoder.layers.6."]),
+        ],
+        ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
+    )
+    def test_wrong_tower(self, source: Source, capsys, fields: dict, needles: list[str]):
+        write_json(source.tower / "config.json", **fields)
+        if "num_hidden_layers" in fields or "patch_size" in fields:  # keep the rest of the config valid
+            source.configure(deepstack_detail_layers=[2, 4], mm_vision_select_layer=4)
+        refused(capsys, source.command(), *needles)
+
+
+class TestUnitTables:
+    @pytest.mark.parametrize("row", MANIFEST["unit_resolve_detail_indices"], ids=str)
+    def test_depths(self, row: dict):
+        assert resolve_depths(row["spec"], row["hidden_count"] - 1) == row["indices"]
+
+    @pytest.mark.parametrize("row", MANIFEST["unit_window_levels"], ids=lambda row: str(row["window_scales"]))
+    def test_windows(self, row: dict):
+        sizes = resolve_window_sizes(row["window_scales"], tokens_per_side=24, patch_size=14)
+        assert sizes == [level["window_size"] for level in row["levels"]]
+        for size, level in zip(sizes, row["levels"], strict=True):
+            (window,) = window_table(336, 14, canvas_scale=2, window_sizes=[size], window_overlap=0.5)
+            assert window.size == level["window_size"]
+            assert window.stride == level["window_stride"]
+            assert window.tokens_per_side == level["tokens_side"]
+            assert window.token_stride == level["stride_tokens"]
+            assert window.windows_per_side == level["num_windows_per_side"]
+            assert 24 // window.tokens_per_side == level["pool"]
+
+    @pytest.mark.parametrize(
+        "layers, ours",
+        [
+            ([2, 4, 6, 8], [1, 3, 5, 7]),
+            ([4, 6, 8], [3, 5, 7]),
+            ([0, 2], [0, 2]),  # a 0 says that all are counted from zero
+            ([8, 2, 2], [1, 7]),
+            ([10, 11], [9]),
+            ([0, 9, 10], [0, 9]),
+            ([-1, 3], [2]),
+        ],
+    )
+    def test_injection_layers(self, layers: list[int], ours: list[int]):
+        assert resolve_injection_layers(layers, num_layers=10) == ours
+
+
+def lose(*names: str):
+    def damage(source: Source) -> None:
+        for name in names:
+            (source.folder.parent / name).unlink()
+
+    return damage
+
+
+def retensor(change):
+    """Changes the dictionary of tensors and writes it as one file."""
+
+    def damage(source: Source) -> None:
+        tensors = source.tensors()
+        change(tensors)
+        source.write(tensors)
+
+    return damage
+
+
+def reindex(change):
+    """Changes the weight map of the index and leaves the shards alone."""
+
+    def damage(source: Source) -> None:
+        path = source.folder / "pytorch_model.bin.index.json"
+        index = json.loads(path.read_text())
+        change(index["weight_map"])
+        path.write_text(json.dumps(index))
+
+    return damage
+
+
+def overwrite(name: str, content: bytes):
+    def damage(source: Source) -> None:
+        (source.folder.parent / name).write_bytes(content)
+
+    return damage
+
+
+def truncated_safetensors(source: Source) -> None:
+    source.write(source.tensors(), kind="safetensors", shards=2)
+    shard = source.folder / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def key_in_two_shards(source: Source) -> None:
+    first = source.folder / "pytorch_model-00001-of-00002.bin"
+    torch.save(torch.load(first, weights_only=True) | {"lm_head.weight": torch.zeros(512, 64)}, first)
+
+
+def quantize(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.int8)
+
+
+FIRST, SECOND = "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"
+DAMAGES = {
+    "no config.json": (lose("released/config.json"), ["released/config.json is missing"]),
+    "config.json no JSON": (overwrite("released/config.json", b"{"), ["config.json is not valid JSON"]),
+    "config.json a list": (overwrite("released/config.json", b"[]"), ["config.json holds a list"]),
+    "config.json binary": (overwrite("released/config.json", b"\xff\xfe\x00"), ["config.json is not valid JSON"]),
+    "no tokenizer.model": (lose("released/tokenizer.model"), ["tokenizer.model is missing"]),
+    "tokenizer.model damaged": (overwrite("released/tokenizer.model", b"no"), ["tokenizer of", "released cannot be read"]),
+    "no preprocessor": (lose("tower/preprocessor_config.json"), ["tower/preprocessor_config.json is missing"]),
+    "preprocessor empty": (overwrite("tower/preprocessor_config.json", b"{}"), ["lacks ['image_mean', 'image_std']"]),
+    "no tower config": (lose("tower/config.json"), ["tower/config.json is missing"]),
+    "no tower weights": (lose("tower/pytorch_model.bin"), ["tower holds no weights"]),
+    "no weights": (
+        lose(*(f"released/{name}" for name in (FIRST, SECOND, "pytorch_model.bin.index.json"))),
+        ["holds no weights"],
+    ),
+    "no index": (lose("released/pytorch_model.bin.index.json"), ["holds no weights", "index"]),
+    "missing shard": (lose(f"released/{SECOND}"), ["1 shards that are missing", SECOND]),
+    "index no JSON": (overwrite("released/pytorch_model.bin.index.json", b"<html>"), ["index.json is not valid JSON"]),
+    "index without map": (overwrite("released/pytorch_model.bin.index.json", b"{}"), ["index.json has no weight_map"]),
+    "index reaches outside": (
+        reindex(lambda names: names.update({"lm_head.weight": f"../released/{SECOND}"})),
+        ["index.json has no weight_map of keys to file names"],
+    ),
+    "index lists more": (
+        reindex(lambda names: names.update({"model.extra": FIRST})),
+        [FIRST, "lacks 1 keys that its index lists", "model.extra"],
+    ),
+    "index lists less": (
+        reindex(lambda names: names.pop("lm_head.weight")),
+        [SECOND, "holds lm_head.weight, which its index does not list"],
+    ),
+    "index lists another shard": (
+        reindex(lambda names: names.update({"lm_head.weight": FIRST})),
+        [FIRST, "lacks", "lm_head.weight"],
+    ),
+    "key in two shards": (key_in_two_shards, [FIRST, "holds lm_head.weight, which its index does not list"]),
+    "unknown key": (
+        retensor(lambda t: t.update({"model.adapter.weight": torch.ones(2, 3)})),
+        ["'model.adapter.weight'", "(2, 3)"],
+    ),
+    "known key with a tail": (
+        retensor(lambda t: t.update({"lm_head.weight.lora_A": torch.ones(1)})),
+        ["lm_head.weight.lora_A"],
+    ),
+    "layer too many": (
+        retensor(lambda t: t.update({"model.layers.10.mlp.up_proj.weight": torch.ones(128, 64)})),
+        ["layers.10.mlp.up_proj.weight has no place"],
+    ),
+    "injector too many": (
+        retensor(lambda t: t.update({"model.deepstack_residual_scale": torch.ones(5)})),
+        ["injectors.layers.4.residual_scale has no place"],
+    ),
+    "missing key": (
+        retensor(lambda t: t.pop("model.layers.4.mlp.up_proj.weight")),
+        ["1 tensors are missing", "layers.4.mlp.up_proj.weight"],
+    ),
+    "missing injector": (retensor(lambda t: t.pop("model.deepstack_gate_proj.2.bias")), ["layers.2.gate_proj.bias"]),
+    "mis-shaped": (
+        retensor(lambda t: t.update({"model.norm.weight": torch.ones(65)})),
+        ["norm.weight has shape (65,)", "(64,)"],
+    ),
+    "mis-shaped scale": (
+        retensor(lambda t: t.update({"model.deepstack_residual_scale": torch.ones(4, 2)})),
+        ["deepstack_residual_scale has shape (4, 2)"],
+    ),
+    "scale without a dimension": (
+        retensor(lambda t: t.update({"model.deepstack_residual_scale": torch.ones(())})),
+        ["deepstack_residual_scale has shape ()"],
+    ),
+    "same tensor under two names": (
+        retensor(
+            lambda t: t.update(
+                {
+                    f"{p}embeddings.class_embedding": torch.ones(32)
+                    for p in ("vision_model.", "model.vision_tower.vision_tower.vision_model.")
+                }
+            )
+        ),
+        ["embeddings.class_embedding comes twice"],
+    ),
+    "quantized": (retensor(quantize), ["lm_head.weight", "torch.int8", "quantized"]),
+    "no tensor": (retensor(lambda t: t.update({"epoch": 3})), ["pytorch_model.bin holds a int at 'epoch'"]),
+    "nested": (lambda s: s.write({"state_dict": s.tensors()}), ["holds a dict at 'state_dict'"]),
+    "truncated safetensors": (truncated_safetensors, ["model-00002-of-00002.safetensors cannot be read", "truncated"]),
+    "no dictionary": (
+        lambda s: torch.save([torch.ones(1)], s.folder / FIRST),
+        [FIRST, "holds a list, not a dictionary"],
+    ),
+    "LFS pointer": (overwrite(f"released/{FIRST}", b"version https://git-lfs.github.com/spec/v1\noid x\n"), [FIRST, "LFS"]),
+}
+
+
+class TestDamage:
+    @pytest.mark.parametrize("case", DAMAGES)
+    def test_fails_and_names_it(self, source: Source, capsys, case: str):
+        damage, needles = DAMAGES[case]
+        damage(source)
+        before = source.siblings()
+        refused(capsys, source.command(), *needles)
+        assert source.siblings() == before  # neither output nor anything half-written
+
+    @pytest.mark.parametrize("zipped", [True, False])
+    def test_truncated_pickle_at_any_length(self, source: Source, capsys, zipped: bool):
+        source.write(source.tensors(), _use_new_zipfile_serialization=zipped)
+        whole = (source.folder / "pytorch_model.bin").read_bytes()
+        for length in [0, 1, 5, 100, 1000, len(whole) // 3, len(whole) // 2, len(whole) - 1000, len(whole) - 1]:
+            (source.folder / "pytorch_model.bin").write_bytes(whole[:length])
+            refused(capsys, source.command(), "pytorch_model.bin")
+        assert not source.output.exists()
+
+    def test_truncated_safetensors_at_any_length(self, source: Source, capsys):
+        source.write(source.tensors(), kind="safetensors")
+        whole = (source.folder / "model.safetensors").read_bytes()
+        for length in [0, 1, 8, 100, 20000, len(whole) // 2, len(whole) - 1]:
+            (source.folder / "model.safetensors").write_bytes(whole[:length])
+            refused(capsys, source.command(), "model.safetensors cannot be read")
+
+    @pytest.mark.parametrize("place", ["checkpoint", "tower", "bare pickle"])
+    def test_code_in_a_pickle_does_not_run(self, source: Source, capsys, tmp_path: Path, place: str):
+        marker = tmp_path / "code-ran"
+
+        class Payload:
+            def __reduce__(self):
+                return os.mkdir, (str(marker),)
+
+        file = source.tower / "pytorch_model.bin" if place == "tower" else source.folder / FIRST
+        tensors = torch.load(file, weights_only=True)
+        tensors["payload"] = Payload()
+        if place == "bare pickle":
+            file.write_bytes(pickle.dumps({"payload": Payload()}))
+        else:
+            torch.save(tensors, file)
+        refused(capsys, source.command(), str(file), "refused", "run code")
+        assert not marker.exists()
+        # The payload is real: a loader that trusts the file runs it.
+        torch.load(file, weights_only=False) if place != "bare pickle" else pickle.loads(file.read_bytes())
+        assert marker.exists()
+
+    def test_overflow_names_the_tensor(self, source: Source, capsys):
+        tensors = source.tensors()
+        tensors["lm_head.weight"][3, 4] = 1e6
+        source.write(tensors)
+        refused(capsys, source.command("--dtype", "float16"), "lm_head.weight", "1e+06", "bfloat16")
+        assert main(source.command("--dtype", "bfloat16")) == 0
+
+    @pytest.mark.parametrize(
+        "tower, needles",
+        [
+            (None, ["No vision tower", "--vision-tower", "openai/clip-vit-large-patch14-336"]),
+            ("no-such-folder", ["no-such-folder is neither a folder nor a Hub id"]),
+            ("/no/such/folder", ["/no/such/folder is neither"]),
+            ("nobody/no-such-tower", ["nobody/no-such-tower", "cannot be downloaded"]),
+        ],
+    )
+    def test_no_tower(self, source: Source, capsys, tower: str | None, needles: list[str]):
+        command = ["released", str(source.folder), "--output", str(source.output)]
+        refused(capsys, command + (["--vision-tower", tower] if tower else []), *needles)
+
+    def test_no_source(self, source: Source, capsys, tmp_path: Path):
+        shutil.rmtree(source.folder)
+        refused(capsys, source.command(), "released/config.json is missing")
+
+
+class TestOutput:
+    def test_existing_output_is_refused(self, source: Source, capsys):
+        source.output.mkdir()
+        refused(capsys, source.command(), f"{source.output} exists", "--overwrite")
+        assert list(source.output.iterdir()) == []
+
+    def test_overwrite_replaces_the_whole_model_folder(self, source: Source, converted: Path):
+        source.convert()
+        (source.output / "left-over.txt").write_text("from the old one")
+        assert main(source.command("--overwrite", "--dtype", "bfloat16")) == 0
+        assert not (source.output / "left-over.txt").exists()
+        assert {value.dtype for value in weights(source.output).values()} == {torch.bfloat16}
+        assert source.siblings() == {"released", "tower", "output"}
+
+    @pytest.mark.parametrize("content", [None, "{}", "not JSON"])
+    def test_overwrite_spares_other_folders(self, source: Source, capsys, content: str | None):
+        source.output.mkdir()
+        (source.output / "thesis.tex").write_text("years of work")
+        if content is not None:
+            (source.output / "config.json").write_text(content)
+        refused(capsys, source.command("--overwrite"), str(source.output))
+        assert (source.output / "thesis.tex").read_text() == "years of work"
+
+    def test_overwrite_spares_files(self, source: Source, capsys):
+        source.output.write_text("a file")
+        refused(capsys, source.command("--overwrite"), "not a model folder")
+        assert source.output.read_text() == "a file"
+
+    def test_overwrite_through_a_link(self, source: Source):
+        target = source.convert().rename(source.output.with_name("target"))
+        source.output.symlink_to(target)
+        source.convert(overwrite=True, dtype="bfloat16")
+        assert source.output.is_symlink()
+        assert {value.dtype for value in weights(target).values()} == {torch.bfloat16}
+
+    @pytest.mark.parametrize("output", ["released", "tower", "released/out", "tower/a/b", "."])
+    def test_output_and_source_must_lie_apart(self, source: Source, capsys, output: str):
+        source.output = source.folder.parent / output
+        before = {path: path.stat().st_mtime for path in source.folder.parent.rglob("*")}
+        refused(capsys, source.command("--overwrite"), "another --output")
+        assert {path: path.stat().st_mtime for path in source.folder.parent.rglob("*")} == before
+
+    def test_output_beside_with_a_common_beginning_is_fine(self, source: Source):
+        source.output = source.folder.with_name("released-hub")
+        source.convert()
+
+    @pytest.mark.parametrize(
+        "error, code",
+        [(OSError(28, "No space left on device"), 1), (KeyboardInterrupt(), 130), (MemoryError(), None)],
+        ids=repr,
+    )
+    @pytest.mark.parametrize("step", ["save_file", "save_folder"])
+    def test_failure_leaves_the_old_and_nothing_else(self, source: Source, monkeypatch, capsys, error, code, step: str):
+        source.convert()
+        before = {path.name: path.read_bytes() for path in source.output.iterdir()}
+
+        def fail(*args, **kwargs):
+            raise error
+
+        monkeypatch.setattr(convert_checkpoint, step, fail)
+        for options in (["--overwrite"], []):
+            if options:
+                expected = before
+            else:
+                shutil.rmtree(source.output)
+                expected = None
+            if code is None:  # not ours to explain, but it cleans up all the same
+                with pytest.raises(type(error)):
+                    main(source.command(*options))
+            else:
+                assert main(source.command(*options)) == code
+                assert ("No space left" if code == 1 else "interrupted") in capsys.readouterr().err
+            if expected is None:
+                assert source.siblings() == {"released", "tower"}
+            else:
+                assert source.siblings() == {"released", "tower", "output"}
+                assert {path.name: path.read_bytes() for path in source.output.iterdir()} == expected
+
+    def test_failure_while_swapping_puts_the_old_one_back(self, source: Source, monkeypatch, capsys):
+        source.convert()
+        replace = os.replace
+
+        def fail_for_new(origin, target):
+            if ".partial-" in str(origin):
+                raise OSError("the disk is gone")
+            replace(origin, target)
+
+        monkeypatch.setattr(convert_checkpoint.os, "replace", fail_for_new)
+        refused(capsys, source.command("--overwrite", "--dtype", "bfloat16"), "the disk is gone")
+        assert {value.dtype for value in weights(source.output).values()} == {torch.float32}
+        assert source.siblings() == {"released", "tower", "output"}
+
+    def test_output_that_appears_meanwhile_is_not_replaced(self, source: Source, monkeypatch, capsys):
+        save_folder = convert_checkpoint.save_folder
+
+        def save_and_race(*args, **kwargs):
+            save_folder(*args, **kwargs)
+            source.output.mkdir()
+            (source.output / "config.json").write_text('{"model_type": "other"}')
+
+        monkeypatch.setattr(convert_checkpoint, "save_folder", save_and_race)
+        refused(capsys, source.command(), str(source.output))
+        assert [path.name for path in source.output.iterdir()] == ["config.json"]
+
+    def test_killed_half_way(self, tmp_path: Path):
+        """SIGKILL leaves no folder at the output; SIGTERM and Ctrl-C leave nothing at all."""
+        script = textwrap.dedent(
+            """
+            import runpy, sys, time
+            import safetensors.torch
+            save_file = safetensors.torch.save_file
+            def save_and_stall(*args, **kwargs):
+                save_file(*args, **kwargs)
+                print("half-way", flush=True)
+                time.sleep(300)
+            safetensors.torch.save_file = save_and_stall
+            runpy.run_module("mfrsvlm.convert_checkpoint", run_name="__main__", alter_sys=True)
+            """
+        )
+        runs = {}
+        for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+            (tmp_path / number.name).mkdir()
+            source = Source(tmp_path / number.name / "released")
+            runs[number] = (
+                source,
+                subprocess.Popen(
+                    [sys.executable, "-c", script, *source.command()],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                ),
+            )
+        for number, (source, process) in runs.items():
+            try:
+                assert process.stdout.readline() == "half-way\n"
+                assert len(source.siblings()) == 3  # the hidden folder is there by now
+                process.send_signal(number)
+                _, errors = process.communicate(timeout=60)
+            finally:
+                process.kill()
+            assert not source.output.exists()
+            if number == signal.SIGKILL:
+                assert process.returncode == -number
+                assert all(
+                    name in ("released", "tower") or name.startswith(".output.partial-") for name in source.siblings()
+                )
+            else:
+                assert process.returncode == 128 + number, errors
+                assert source.siblings() == {"released", "tower"}
+                assert "Traceback" not in errors
+
+
+class TestMemory:
+    def test_a_shard_is_let_go_before_the_next(self, source: Source, monkeypatch):
+        """Holds for `.bin` and safetensors: no tensor of an earlier shard lives on when the next is read."""
+        read_shard = convert_checkpoint.read_shard
+        alive: list[tuple[Path, weakref.ref]] = []
+
+        def watched(path, listed=None):
+            for number, (key, tensor) in enumerate(read_shard(path, listed)):
+                if number > 1:  # the loops of the caller hold the last tensor until they get the next
+                    assert not [other for other, tensor_ref in alive if other != path and tensor_ref() is not None]
+                alive.append((path, weakref.ref(tensor)))
+                yield key, tensor
+                del tensor
+
+        monkeypatch.setattr(convert_checkpoint, "read_shard", watched)
+        tensors = source.tensors()
+        for kind in ("bin", "safetensors"):
+            source.write(tensors, kind=kind, shards=3)
+            alive.clear()
+            source.convert(overwrite=True)
+            assert len({path for path, _ in alive}) == 4
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("kind", ["bin", "safetensors"])
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+    def test_peak_is_the_largest_shard_and_a_little(self, source: Source, kind: str, dtype: str):
+        """Six shards of 0.3 GB: reading them all at once would take 1.8 GB."""
+        hidden, vocab, layers = 1024, 32000, 50
+        source.configure(hidden_size=hidden, intermediate_size=2752, num_hidden_layers=layers, num_attention_heads=16)
+        source.configure(num_key_value_heads=16, vocab_size=vocab, torch_dtype="float16")
+        sizes = {64: hidden, 128: 2752, 512: vocab}
+        tensors = {}
+        for key, tensor in source.tensors().items():
+            if not key.startswith("model.layers."):
+                # gate_proj reads twice the width, which is 128 here as well as the width of the MLP
+                shape = [
+                    2 * hidden if "gate_proj" in key and size == 128 else sizes.get(size, size) for size in tensor.shape
+                ]
+                tensors[key] = torch.zeros(shape, dtype=torch.float16)
+            elif key.startswith("model.layers.0.") and not key.endswith("inv_freq"):
+                for layer in range(layers):
+                    name = key.replace("layers.0.", f"layers.{layer}.")
+                    tensors[name] = torch.zeros([sizes[size] for size in tensor.shape], dtype=torch.float16)
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        source.write(tensors, kind=kind, shards=6)
+        del tensors
+        largest = max(path.stat().st_size for path in source.folder.iterdir())
+        script = textwrap.dedent(
+            """
+            import sys
+            from mfrsvlm import convert_checkpoint
+
+            def peak():
+                return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+            convert_checkpoint.MAX_OUTPUT_SHARD = 2 * 10**8
+            before = peak()
+            assert convert_checkpoint.main(sys.argv[1:]) == 0
+            print(before, peak())
+            """
+        )
+        command = [sys.executable, "-c", script, *source.command("--dtype", dtype)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        before, peak = map(int, result.stdout.split()[-2:])
+        print(f"{kind} to {dtype}: {total=:.3g} {largest=:.3g} {before=:.3g} {peak=:.3g}")
+        assert total > 1.5e9
+        assert peak < largest + 2e9
+        # An output shard (0.2 GB), and room for the meta model and the tokenizer.
+        assert peak - before < largest + 0.2e9 + 0.4e9 < total
+
+
+class TestVerify:
+    def test_passes(self, source: Source, capsys):
+        assert main(source.command("--verify")) == 0
+        assert "verified: 268 tensors equal" in capsys.readouterr().out
+        assert source.output.is_dir()
+
+    def test_changed_tensor_is_found(self, source: Source, monkeypatch, capsys):
+        write_weights = convert_checkpoint.write_weights
+
+        def write_and_corrupt(tensors, config, folder):
+            write_weights(tensors, config, folder)
+            saved = load_file(folder / "model.safetensors")
+            saved["model.language_model.layers.3.mlp.up_proj.weight"][5, 7] += 1e-6
+            save_file(saved, folder / "model.safetensors", metadata={"format": "pt"})
+
+        monkeypatch.setattr(convert_checkpoint, "write_weights", write_and_corrupt)
+        refused(capsys, source.command("--verify"), "1 tensors changed on the way", "layers.3.mlp.up_proj.weight")
+        assert source.siblings() == {"released", "tower"}
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        "file, old, new, needle",
+        [
+            ("modeling_mfrsvlm.py", "visual_pos_masks=", "visual_pos_masks=None and ", "logits differ"),
+            (
+                "config.json",
+                '"routing_scope": "sample"',
+                '"routing_scope": "sample", "vision_feature_layer": 2',
+                "logits differ",
+            ),
+            ("config.json", '"injection_layers": [', '"injection_layers": [0, ', "does not load"),
+            ("configuration_mfrsvlm.py", "class MFRSVLMConfig", "class Other", "does not load"),
+        ],
+    )
+    def test_changed_folder_is_found(self, source: Source, monkeypatch, capsys, file: str, old: str, new: str, needle: str):
+        save_folder = convert_checkpoint.save_folder
+
+        def save_and_corrupt(folder, *args, **kwargs):
+            save_folder(folder, *args, **kwargs)
+            text = (folder / file).read_text()
+            assert old in text
+            (folder / file).write_text(text.replace(old, new))
+
+        monkeypatch.setattr(convert_checkpoint, "save_folder", save_and_corrupt)
+        refused(capsys, source.command("--verify"), needle)
+        assert source.siblings() == {"released", "tower"}
+
+
+TEXT_SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+VISION_SIZES = {
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 7,
+}
+BACKBONE = {"image_size": 28, "patch_size": 7, "vision_feature_size": 24}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of tiny trained parts, as `save_pretrained` leaves them."""
+    folder = tmp_path_factory.mktemp("parts")
+    torch.manual_seed(1)
+    tokenizer = LlamaTokenizer.from_pretrained(CHECKPOINT)
+    models = {
+        "llama": LlamaForCausalLM(LlamaConfig(**TEXT_SIZES)),
+        "half": LlamaForCausalLM(LlamaConfig(**TEXT_SIZES)).to(torch.bfloat16),
+        "qwen3": Qwen3ForCausalLM(Qwen3Config(**TEXT_SIZES)),
+        "tied": Qwen3ForCausalLM(Qwen3Config(**TEXT_SIZES, tie_word_embeddings=True)),
+        "gemma": GemmaForCausalLM(GemmaConfig(**TEXT_SIZES)),
+    }
+    towers = {
+        "clip": CLIPVisionModel(CLIPVisionConfig(**VISION_SIZES)),
+        "full-clip": CLIPModel(
+            CLIPConfig(vision_config=VISION_SIZES, text_config={"vocab_size": 9, "num_hidden_layers": 1})
+        ),
+        "resnet": ResNetForImageClassification(
+            ResNetConfig(embedding_size=8, hidden_sizes=[8, 12, 16, 20], depths=[1, 1, 1, 1])
+        ),
+    }
+    for name, model in {**models, **towers}.items():
+        model.save_pretrained(folder / name)
+        if name in models:
+            tokenizer.save_pretrained(folder / name)
+        else:
+            shutil.copy(CHECKPOINT / "vision_tower" / "preprocessor_config.json", folder / name)
+    return folder
+
+
+def expected_parts(language_model: Path, tower: Path) -> dict[str, torch.Tensor]:
+    """Tensors of the files of both parts under the names of the assembled model."""
+    names = {}
+    for key, value in load_file(language_model / "model.safetensors").items():
+        names[key.replace("model.", "model.language_model.", 1) if key.startswith("model.") else key] = value
+    for key, value in load_file(tower / "model.safetensors").items():
+        if not key.startswith(("text_model.", "text_projection.", "visual_projection.", "logit_scale", "classifier.")):
+            names["model.vision_tower." + key.removeprefix("vision_model.").removeprefix("resnet.")] = value
+    return names
+
+
+class TestAssemble:
+    @pytest.mark.parametrize(
+        "language_model, tower, options",
+        [
+            ("llama", "clip", {}),
+            ("qwen3", "full-clip", {"injection_type": "cross_attention"}),
+            ("tied", "clip", {"routing": "token"}),
+            ("llama", "resnet", BACKBONE),
+            ("half", "resnet", BACKBONE),
+        ],
+    )
+    def test_parts_arrive_and_the_rest_is_untrained(
+        self, parts: Path, tmp_path: Path, language_model: str, tower: str, options: dict
+    ):
+        output = tmp_path / "output"
+        command = ["assemble", "--language-model", str(parts / language_model), "--vision-tower", str(parts / tower)]
+        assert main([*command, "--output", str(output), "--config", json.dumps(options)]) == 0
+        model, info = MFRSVLMForConditionalGeneration.from_pretrained(output, output_loading_info=True)
+        assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        dtype = torch.bfloat16 if language_model == "half" else torch.float32
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+        state = model.state_dict()
+        expected = expected_parts(parts / language_model, parts / tower)
+        for name, value in expected.items():
+            assert torch.equal(state[name], value.to(state[name].dtype)), name
+        if language_model == "tied":
+            assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+        new = {name: value for name, value in state.items() if name not in expected and name != "lm_head.weight"}
+        beginnings = ("model.language_model.injectors.", "model.multi_modal_projector.", "model.stage_projections.")
+        assert all(name.startswith(beginnings) for name in new)
+        for name, value in new.items():
+            assert value.isfinite().all(), name
+            if name.endswith("residual_scale"):
+                assert value.item() == pytest.approx(0.1, abs=1e-3)
+            elif name.endswith(".bias") or name.endswith("layers.0.gate"):
+                assert not value.any(), name
+            elif "norm.weight" in name:
+                assert (value == 1).all(), name
+            else:
+                assert 0.01 < value.float().std() < 0.04, name  # initializer_range is 0.02
+
+        processor = MFRSVLMProcessor.from_pretrained(output)
+        assert processor.image_placement == "inline"
+        image = Image.effect_noise((50, 40), 60).convert("RGB")
+        inputs = processor(images=image, text="<image>What is this?", return_tensors="pt").to(dtype)
+        tokens = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        assert inputs["input_ids"].shape[1] < tokens.shape[1] <= inputs["input_ids"].shape[1] + 3
+        assert model(**inputs).logits.isfinite().all()
+        assert "Untrained" in (output / "README.md").read_text()
+
+    def test_defaults_follow_the_parts(self, parts: Path, tmp_path: Path):
+        assemble(str(parts / "llama"), str(parts / "clip"), tmp_path / "vit")
+        config = MFRSVLMConfig.from_pretrained(tmp_path / "vit")
+        assert (config.image_size, config.window_sizes, config.canvas_scale) == (28, [28, 14], 2)
+        assert (config.detail_feature_layers, config.injection_layers) == ([1, 2, 3], [3])  # 5 layers: 4 of (4, 8, 12, 16)
+        assert (config.window_encoding, config.window_weighting, config.routing_scope) == ("native", "hann_nonzero", "image")
+        processor = MFRSVLMProcessor.from_pretrained(tmp_path / "vit")
+        assert processor.image_processor.window_sizes == [28, 14] and processor.image_processor.canvas_source == "image"
+        assert processor.image_processor.window_packing == "windows_first"
+
+        assemble(str(parts / "llama"), str(parts / "resnet"), tmp_path / "backbone")
+        config = MFRSVLMConfig.from_pretrained(tmp_path / "backbone")
+        assert (config.image_size, config.window_sizes, config.patch_size) == (336, [336, 168], 14)
+        assert config.detail_feature_layers == [2, 3, 4]
+
+        assemble(str(parts / "llama"), str(parts / "clip"), tmp_path / "global", overrides={"window_sizes": []})
+        assert MFRSVLMConfig.from_pretrained(tmp_path / "global").injection_layers == []
+
+    def test_published_sizes_get_the_published_layout(self):
+        """The defaults for CLIP ViT-L/14-336 and a decoder of 32 layers are those of `MFRSVLMConfig`."""
+        default = MFRSVLMConfig()
+        config = convert_checkpoint.assembled_config(default.vision_config, LlamaConfig(num_hidden_layers=32), {}, None)
+        for name in ("window_sizes", "detail_feature_layers", "injection_layers", "image_size", "patch_size"):
+            assert getattr(config, name) == getattr(default, name)
+        config = convert_checkpoint.assembled_config(default.vision_config, LlamaConfig(num_hidden_layers=2), {}, None)
+        assert config.injection_layers == [1]
+
+    def test_seed(self, parts: Path, tmp_path: Path):
+        for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+            torch.rand(seed + 1)  # what was drawn before does not matter
+            assemble(str(parts / "llama"), str(parts / "clip"), tmp_path / name, seed=seed)
+        a, b, c = (weights(tmp_path / name) for name in "abc")
+        assert_same(a, b)
+        assert {name.split(".")[1] for name in a if not torch.equal(a[name], c[name])} <= {
+            "language_model",
+            "multi_modal_projector",
+        }
+        differing = {name for name in a if not torch.equal(a[name], c[name])}
+        assert differing and all(".injectors." in name or ".multi_modal_projector." in name for name in differing)
+
+    @pytest.mark.parametrize("prefix", ["model.mm_projector", "mm_projector"])
+    def test_projector(self, parts: Path, tmp_path: Path, prefix: str):
+        projector = {
+            f"{prefix}.0.weight": torch.randn(32, 24),
+            f"{prefix}.0.bias": torch.randn(32),
+            f"{prefix}.2.weight": torch.randn(32, 32),
+            f"{prefix}.2.bias": torch.randn(32),
+        }
+        torch.save(projector, tmp_path / "mm_projector.bin")
+        assemble(str(parts / "llama"), str(parts / "clip"), tmp_path / "output", projector=tmp_path / "mm_projector.bin")
+        ours = weights(tmp_path / "output")
+        for theirs, mine in ((0, "linear_1"), (2, "linear_2")):
+            for kind in ("weight", "bias"):
+                assert torch.equal(
+                    ours[f"model.multi_modal_projector.{mine}.{kind}"], projector[f"{prefix}.{theirs}.{kind}"]
+                )
+
+    @pytest.mark.parametrize(
+        "change, needles",
+        [
+            (lambda p: p.update({"mm_projector.0.weight": torch.ones(32, 48)}), ["(32, 48)", "(32, 24)"]),
+            (lambda p: p.pop("mm_projector.2.bias"), ["lacks 1", "linear_2.bias"]),
+            (lambda p: p.update({"mm_projector.4.weight": torch.ones(2)}), ["mm_projector.4.weight"]),
+            (lambda p: p.update({"norm.weight": torch.ones(32)}), ["norm.weight"]),
+            (lambda p: p.update({"steps": 5}), ["holds a int"]),
+            (None, ["mm_projector.bin is missing"]),
+        ],
+        ids=["shape", "missing", "third layer", "other part", "no tensor", "no file"],
+    )
+    def test_projector_misfits(self, parts: Path, tmp_path: Path, capsys, change, needles: list[str]):
+        projector = {f"mm_projector.{n}.weight": torch.ones(32, width) for n, width in ((0, 24), (2, 32))}
+        projector |= {f"mm_projector.{n}.bias": torch.ones(32) for n in (0, 2)}
+        if change is not None:
+            change(projector)
+            torch.save(projector, tmp_path / "mm_projector.bin")
+        command = ["assemble", "--language-model", str(parts / "llama"), "--vision-tower", str(parts / "clip")]
+        command += ["--projector", str(tmp_path / "mm_projector.bin"), "--output", str(tmp_path / "output")]
+        before = sorted(tmp_path.iterdir())
+        refused(capsys, command, *needles)
+        assert sorted(tmp_path.iterdir()) == before
+
+    @pytest.mark.parametrize(
+        "language_model, tower, options, needles",
+        [
+            ("gemma", "clip", {}, ["'gemma'", "['llama', 'mistral', 'qwen2', 'qwen3']"]),
+            ("clip", "clip", {}, ["'clip_vision_model'", "language models"]),
+            ("llama", "llama", {}, ["'llama'", "vision towers"]),
+            ("llama", "siglip", {}, ["'siglip_vision_model'", "vision towers"]),
+            ("no-such-folder", "clip", {}, ["language model", "no-such-folder"]),
+            ("llama", "no-such-folder", {}, ["vision tower", "no-such-folder"]),
+            ("no tokenizer", "clip", {}, ["no tokenizer"]),
+            ("no weights", "clip", {}, ["no weights", "cannot be loaded"]),
+            ("lacks a tensor", "clip", {}, ["lacks 1 tensors of LlamaForCausalLM", "model.norm.weight"]),
+            ("mis-shaped", "clip", {}, ["mis-shaped"]),
+            ("small vocabulary", "clip", {}, ["vocab_size=500", "12 tokens"]),
+            ("llama", "clip without preprocessor", {}, ["preprocessor_config.json is missing"]),
+            ("llama", "clip", {"window_size": [28]}, ["['window_size']", "'window_sizes'"]),
+            ("llama", "clip", {"text_config": {}}, ["['text_config']"]),
+            ("llama", "clip", {"window_sizes": [30]}, ["Window size 30", "patch_size=7"]),
+            ("llama", "clip", {"injection_layers": [7]}, ["injection_layers=[7]", "0 to 4"]),
+            ("llama", "clip", {"injection_type": "sum"}, ["injection_type", "sum"]),
+            ("llama", "clip", {"projector_hidden_act": "no-such"}, ["no-such"]),
+        ],
+        ids=str,
+    )
+    def test_refused(self, parts: Path, tmp_path: Path, capsys, language_model, tower, options, needles: list[str]):
+        folders = {
+            "no tokenizer": ("llama", lambda p: [path.unlink() for path in p.glob("tokenizer*")]),
+            "no weights": ("llama", lambda p: (p / "model.safetensors").unlink()),
+            "lacks a tensor": ("llama", lambda p: change_weights(p, lambda t: t.pop("model.norm.weight"))),
+            "mis-shaped": ("llama", lambda p: change_weights(p, lambda t: t.update({"model.norm.weight": torch.ones(9)}))),
+            "small vocabulary": (
+                "llama",
+                lambda p: LlamaForCausalLM(LlamaConfig(**{**TEXT_SIZES, "vocab_size": 500})).save_pretrained(p),
+            ),
+            "clip without preprocessor": ("clip", lambda p: (p / "preprocessor_config.json").unlink()),
+            "siglip": ("clip", lambda p: SiglipVisionConfig().save_pretrained(p)),
+        }
+
+        def change_weights(folder: Path, change) -> None:
+            tensors = load_file(folder / "model.safetensors")
+            change(tensors)
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+        (tmp_path / "parts").mkdir()
+        paths = []
+        for name in (language_model, tower):
+            path = parts / name
+            if name in folders:
+                origin, change = folders[name]
+                path = tmp_path / "parts" / name
+                shutil.copytree(parts / origin, path)
+                change(path)
+            paths.append(str(path))
+        command = ["assemble", "--language-model", paths[0], "--vision-tower", paths[1], "--config", json.dumps(options)]
+        refused(capsys, [*command, "--output", str(tmp_path / "output")], *needles)
+        assert [path.name for path in tmp_path.iterdir()] == ["parts"]
+
+    @pytest.mark.parametrize("text", ["{", "[1]"])
+    def test_config_must_be_a_json_object(self, capsys, text: str):
+        with pytest.raises(SystemExit) as stop:
+            main(["assemble", "--language-model", "a", "--vision-tower", "b", "--output", "c", "--config", text])
+        assert stop.value.code == 2
+        assert "JSON" in capsys.readouterr().err
+
+    def test_sampling_settings_without_sampling(self, parts: Path, tmp_path: Path):
+        """Vicuna's own generation_config.json, which transformers reads but refuses to save."""
+        shutil.copytree(parts / "llama", tmp_path / "vicuna")
+        settings = {"bos_token_id": 1, "eos_token_id": 2, "max_length": 4096, "temperature": 0.9, "top_p": 0.6}
+        (tmp_path / "vicuna" / "generation_config.json").write_text(json.dumps(settings))
+        assemble(str(tmp_path / "vicuna"), str(parts / "clip"), tmp_path / "output")
+        saved = json.loads((tmp_path / "output" / "generation_config.json").read_text())
+        assert (saved["eos_token_id"], saved["pad_token_id"], saved["max_length"]) == (2, 0, 4096)
+        assert not {"temperature", "top_p"} & set(saved)
+        settings["do_sample"] = True
+        (tmp_path / "vicuna" / "generation_config.json").write_text(json.dumps(settings))
+        assemble(str(tmp_path / "vicuna"), str(parts / "clip"), tmp_path / "output", overwrite=True)
+        saved = json.loads((tmp_path / "output" / "generation_config.json").read_text())
+        assert (saved["temperature"], saved["top_p"], saved["do_sample"]) == (0.9, 0.6, True)
+
+    def test_dtype(self, parts: Path, tmp_path: Path):
+        assemble(str(parts / "half"), str(parts / "clip"), tmp_path / "output", dtype="float32")
+        assert {value.dtype for value in weights(tmp_path / "output").values()} == {torch.float32}
+
+    def test_conversion_errors_reach_python_callers(self, parts: Path, tmp_path: Path):
+        with pytest.raises(ConversionError, match="gemma"):
+            assemble(str(parts / "gemma"), str(parts / "clip"), tmp_path / "output")
+        with pytest.raises(ConversionError, match=r"config\.json is missing"):
+            convert_released(tmp_path / "nothing", None, tmp_path / "output")
