@@ -112,7 +112,7 @@ def explained(what: str) -> Iterator[None]:
         yield
     except ConversionError:
         raise
-    except (OSError, ValueError, TypeError, RuntimeError, StrictDataclassError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, StrictDataclassError, SafetensorError) as error:
         raise ConversionError(f"{what}: {error}") from error
 
 
