@@ -119,8 +119,8 @@ def refused(capsys, command: list[str], *needles: str) -> str:
     capsys.readouterr()
     assert main(command) == 1
     captured = capsys.readouterr()
-    message = captured.err[captured.err.index("error: ") :]  # a progress bar may stand before it
-    assert "Traceback" not in captured.err
+    before, error, message = captured.err.partition("error: ")  # a progress bar may stand before it
+    assert error and "Traceback" not in before
     assert captured.out == ""
     for needle in needles:
         assert needle in message, f"{needle!r} not in {message!r}"
@@ -879,11 +879,10 @@ class TestMemory:
             assert len({path for path, _ in alive}) == 4
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("kind", ["bin", "safetensors"])
-    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+    @pytest.mark.parametrize("kind, dtype", [("bin", "bfloat16"), ("safetensors", "float16")])
     def test_peak_is_the_largest_shard_and_a_little(self, source: Source, kind: str, dtype: str):
-        """Six shards of 0.3 GB: reading them all at once would take 1.8 GB."""
-        hidden, vocab, layers = 1024, 32000, 50
+        """Six shards, the largest of 0.4 GB: reading all at once would take 1.6 GB."""
+        hidden, vocab, layers = 1024, 32000, 56
         source.configure(hidden_size=hidden, intermediate_size=2752, num_hidden_layers=layers, num_attention_heads=16)
         source.configure(num_key_value_heads=16, vocab_size=vocab, torch_dtype="float16")
         sizes = {64: hidden, 128: 2752, 512: vocab}
@@ -925,7 +924,7 @@ class TestMemory:
         assert total > 1.5e9
         assert peak < largest + 2e9
         # An output shard (0.2 GB), and room for the meta model and the tokenizer.
-        assert peak - before < largest + 0.2e9 + 0.4e9 < total
+        assert peak - before < largest + 0.2e9 + 0.3e9 < total
 
 
 class TestVerify:
@@ -951,11 +950,11 @@ class TestVerify:
     @pytest.mark.parametrize(
         "file, old, new, needle",
         [
-            ("modeling_mfrsvlm.py", "visual_pos_masks=", "visual_pos_masks=None and ", "logits differ"),
+            ("modeling_mfrsvlm.py", "update = self.residual_scale *", "update = 9 * self.residual_scale *", "logits differ"),
             (
                 "config.json",
-                '"routing_scope": "sample"',
-                '"routing_scope": "sample", "vision_feature_layer": 2',
+                '"vision_feature_layer": 6',
+                '"vision_feature_layer": 2',
                 "logits differ",
             ),
             ("config.json", '"injection_layers": [', '"injection_layers": [0, ', "does not load"),
