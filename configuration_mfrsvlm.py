@@ -4,13 +4,20 @@ The processor and the model share one piece of geometry, the table of sliding wi
 (`window_table`) so that the two can never disagree about how pixels are packed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
+
+# A number that may be left out and is then derived from the parts. To a reader of the config it is never None.
+if TYPE_CHECKING:
+    Derived = Any
+else:
+    Derived = int | None
 
 AUTO_MAP = {
     "AutoConfig": "configuration_mfrsvlm.MFRSVLMConfig",
@@ -49,7 +56,7 @@ class WindowScale:
 
 
 def window_table(
-    image_size: int, patch_size: int, canvas_scale: int, window_sizes: list[int], window_overlap: float
+    image_size: int, patch_size: int, canvas_scale: int, window_sizes: Sequence[int], window_overlap: float
 ) -> tuple[WindowScale, ...]:
     """Lays the windows of every size over the canvas.
 
@@ -157,16 +164,16 @@ class MFRSVLMConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
     }
 
-    vision_config: dict[str, Any] | PreTrainedConfig | None = None
-    text_config: dict[str, Any] | PreTrainedConfig | None = None
-    image_token_id: int | None = None
+    vision_config: Any = None
+    text_config: Any = None
+    image_token_id: Derived = None
     tie_word_embeddings: bool = False
 
     # Visual tokens
-    image_size: int | None = None
-    patch_size: int | None = None
+    image_size: Derived = None
+    patch_size: Derived = None
     vision_feature_layer: int = -1
-    vision_feature_size: int | None = None
+    vision_feature_size: Derived = None
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = True
 
@@ -227,7 +234,7 @@ class MFRSVLMConfig(PreTrainedConfig):
 
     @property
     def tokens_per_side(self) -> int:
-        return self.image_size // self.patch_size
+        return int(self.image_size // self.patch_size)
 
     @property
     def image_seq_length(self) -> int:
@@ -278,8 +285,8 @@ class MFRSVLMConfig(PreTrainedConfig):
             raise ValueError(f"window_sizes={self.window_sizes} need detail_feature_layers to be read at, but it is empty.")
         if self.injection_layers and not self.window_sizes:
             raise ValueError(
-                f"injection_layers={self.injection_layers} have nothing to inject, because window_sizes is empty. Empty both "
-                "for a model with the global view only."
+                f"injection_layers={self.injection_layers} have nothing to inject, because window_sizes is empty. Empty "
+                "both for a model with the global view only."
             )
         for window in windows:
             tokens, side = window.tokens_per_side, self.tokens_per_side
@@ -307,8 +314,8 @@ class MFRSVLMConfig(PreTrainedConfig):
             raise ValueError(f"image_token_id={self.image_token_id} must not be negative.")
 
 
-def _check_ascending(name: str, values: list[int], low: int, high: int, what: str) -> None:
-    if values != sorted(set(values)):
+def _check_ascending(name: str, values: Sequence[int], low: int, high: int, what: str) -> None:
+    if list(values) != sorted(set(values)):
         raise ValueError(f"{name}={values} must be ascending without duplicates.")
     if values and not (low <= values[0] and values[-1] <= high):
         raise ValueError(f"{name}={values} is out of range: {what} are {low} to {high}.")

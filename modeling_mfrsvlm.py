@@ -9,8 +9,9 @@ n windows, t tokens a window side, C vision channels, d decoder channels. All vi
 arguments; nothing is kept on a module between calls.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -25,12 +26,14 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_mfrsvlm import MFRSVLMConfig, WindowScale
 
+
+logger = logging.get_logger(__name__)
 
 # Key position of detail tokens that no query may see. Any real position is smaller.
 NEVER_VISIBLE = torch.iinfo(torch.int64).max
@@ -311,11 +314,11 @@ class MFRSVLMCrossAttentionInjector(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         details: torch.Tensor | None,
-        slots: torch.Tensor | None,
+        slots: Any,
         visible: torch.Tensor,
         images_per_sample: int,
         rank: int,
-        past_key_values: Cache | None = None,
+        past_key_values: Any = None,
     ) -> torch.Tensor:
         """
         Args:
@@ -367,7 +370,11 @@ class MFRSVLMInjectors(nn.Module):
         return self.layers[rank](hidden_states, *args, **kwargs)
 
 
-class MFRSVLMDecoderMixin:
+# The mixin stands before a decoder class in the bases of another one, and is no model by itself.
+DecoderBase: Any = PreTrainedModel if TYPE_CHECKING else object
+
+
+class MFRSVLMDecoderMixin(DecoderBase):
     """Adds the injection to the forward of a Llama-like decoder; everything else is the decoder's own.
 
     `details` are the K stacks of the N images of the batch, `visual_pos_masks` the positions of their visual tokens.
@@ -395,9 +402,9 @@ class MFRSVLMDecoderMixin:
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -430,7 +437,7 @@ class MFRSVLMDecoderMixin:
         if position_ids is None:
             position_ids = columns.unsqueeze(0)
 
-        causal_mask = attention_mask  # a static cache comes with one mask per kind of layer, ready made
+        causal_mask: Any = attention_mask  # a static cache comes with one mask per kind of layer, ready made
         if not isinstance(attention_mask, dict):
             causal_mask = create_masks_for_generate(
                 config=self.config,
@@ -440,7 +447,7 @@ class MFRSVLMDecoderMixin:
                 position_ids=position_ids,
             )
         layout = None
-        if details is not None:
+        if details is not None and visual_pos_masks is not None:
             layout = visual_layout(visual_pos_masks, details.shape[1], details.shape[2])
         slots = visible = None
         if self.injection_type == "cross_attention":
@@ -477,10 +484,10 @@ class MFRSVLMDecoderMixin:
         self,
         columns: torch.Tensor,
         layout: VisualLayout | None,
-        slots: torch.Tensor | None,
-        details: torch.Tensor | None,
+        slots: Any,
+        details: Any,
         images_per_sample: int,
-        detail_cache: Cache | None,
+        detail_cache: Any,
     ) -> torch.Tensor | None:
         """Which detail tokens each position may attend to, (B, 1, S, L); `None` if the batch holds none at all.
 
@@ -608,7 +615,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
                 module.eval()
         return self
 
-    def _vision_features(self, outputs: ModelOutput, layers: list[int]) -> list[torch.Tensor]:
+    def _vision_features(self, outputs: ModelOutput, layers: Sequence[int]) -> list[torch.Tensor]:
         """Feature maps of the tower at the given layers, each (n, C, h, w), without CLS."""
         if self.config.has_vit:
             maps = []
@@ -637,7 +644,8 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             kwargs: dict[str, Any] = {}
             if config.has_vit:
                 kwargs = {"interpolate_pos_encoding": chunk.shape[-1] != config.image_size}
-            outputs = self.vision_tower(chunk, output_hidden_states=config.has_vit, return_dict=True, **kwargs)
+            wanted = config.has_vit and list(config.detail_feature_layers)  # a list keeps only these
+            outputs = self.vision_tower(chunk, output_hidden_states=wanted, return_dict=True, **kwargs)
             maps = self._vision_features(outputs, config.detail_feature_layers)
             chunks.append([resample_to_grid(depth, window.tokens_per_side) for depth in maps])
         return [torch.cat(depth) for depth in zip(*chunks, strict=True)]
@@ -678,7 +686,8 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
         if window_chunk_size is None:
             window_chunk_size = config.window_chunk_size
         dtype = self.multi_modal_projector.linear_1.weight.dtype
-        kwargs["output_hidden_states"] = config.has_vit or kwargs.get("output_hidden_states")
+        wanted = kwargs.pop("output_hidden_states", None) or getattr(config.vision_config, "output_hidden_states", False)
+        kwargs["output_hidden_states"] = wanted or (config.has_vit and [config.vision_feature_layer])
         outputs = self.vision_tower(pixel_values.to(dtype), return_dict=True, **kwargs)
         (global_map,) = self._vision_features(outputs, [config.vision_feature_layer])
         visual = resample_to_grid(global_map, config.tokens_per_side).flatten(2).transpose(1, 2)  # (N, T, C)
@@ -691,8 +700,8 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             if pixel_values_local is None or len(pixel_values_local) != len(pixel_values):
                 got = "none" if pixel_values_local is None else f"those of {len(pixel_values_local)}"
                 raise ValueError(
-                    f"pixel_values holds {len(pixel_values)} images, so pixel_values_local must hold the windows of as many, "
-                    f"but it holds {got}. Pass both as the processor returns them."
+                    f"pixel_values holds {len(pixel_values)} images, so pixel_values_local must hold the windows of as many, but "
+                    f"it holds {got}. Pass both as the processor returns them."
                 )
             stacks = self._detail_stacks(pixel_values_local.to(dtype), window_chunk_size)
             details = [list(self.multi_modal_projector(stack)) for stack in stacks]
@@ -700,12 +709,12 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
         return MFRSVLMImageFeatures(
             last_hidden_state=outputs.last_hidden_state if config.has_vit else outputs.feature_maps[-1],
             pooler_output=list(self.multi_modal_projector(visual)),
-            hidden_states=outputs.hidden_states,
+            hidden_states=outputs.hidden_states if wanted else None,
             attentions=outputs.attentions,
             deepstack_features=details,
         )
 
-    def get_placeholder_mask(self, input_ids: torch.LongTensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+    def get_placeholder_mask(self, input_ids: torch.Tensor | None, inputs_embeds: Any) -> torch.Tensor:
         """(B, S) bool: which positions hold a visual token."""
         image_token_id = self.config.image_token_id
         if input_ids is not None:
@@ -718,11 +727,15 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
     def _check_image_tokens(self, mask: torch.Tensor, image_features: list[torch.Tensor] | None) -> None:
         """Compares placeholders with features, on the CPU only: elsewhere it would wait for the device."""
         per_sample = mask.sum(dim=1)
-        num_tokens, num_features = int(per_sample.sum()), sum(map(len, image_features or []))
-        if image_features is None and num_tokens:
-            raise ValueError(
-                f"The prompts hold {num_tokens} image tokens, but there are no pixel_values. Pass what the processor returns."
-            )
+        num_tokens = int(per_sample.sum())
+        if image_features is None:
+            if num_tokens:
+                logger.warning_once(
+                    f"The prompts hold {num_tokens} image tokens, but there are no pixel_values: the model sees no image. Pass "
+                    "all that the processor returns."
+                )
+            return
+        num_features = sum(map(len, image_features))
         if num_tokens != num_features:
             raise ValueError(
                 f"Image features and image tokens do not match: {num_tokens} tokens, {num_features} features. Every image "
@@ -763,11 +776,11 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         pixel_values_local: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         window_chunk_size: int | None = None,
@@ -790,7 +803,8 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if pixel_values is not None and mm_encoder_outputs is not None:
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
-        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        given: Any = input_ids if inputs_embeds is None else inputs_embeds
+        length = given.shape[1]
         max_positions = self.config.text_config.max_position_embeddings
         if length > max_positions:
             raise ValueError(
@@ -812,7 +826,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
 
         if inputs_embeds is None:
             # The placeholder may lie outside the vocabulary, so it is looked up as some token and overwritten.
-            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(mask, 0))
+            inputs_embeds = self.get_input_embeddings()(given.masked_fill(mask, 0))
 
         image_features, injection = None, {}
         if image_outputs is not None:
@@ -850,8 +864,8 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             details = details.unsqueeze(1)  # pieces of images; token routing needs no image borders
         else:
             raise ValueError(
-                f"An image is split: {details.shape[1]} image tokens in this chunk, but an image has {tokens}, and this model "
-                "weighs details image by image. Prefill without chunks, or so that chunks end between images."
+                f"An image is split: {details.shape[1]} image tokens in this chunk, but an image has {tokens}, and this "
+                "model weighs details image by image. Prefill without chunks, or so that chunks end between images."
             )
         arguments: dict[str, Any] = {"visual_pos_masks": mask, "details": details}
         if self.config.injection_type == "cross_attention":
@@ -889,14 +903,14 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         pixel_values_local: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         window_chunk_size: int | None = None,
         mm_encoder_outputs: dict[str, MFRSVLMImageFeatures] | None = None,
@@ -961,8 +975,8 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
             ends = starts + self.config.image_seq_length - 1
             if (starts // chunk_size != ends // chunk_size).any():
                 raise ValueError(
-                    f"prefill_chunk_size={chunk_size} would split an image of {self.config.image_seq_length} tokens, and this "
-                    "model weighs details image by image. Leave it out, or choose chunks that end between images."
+                    f"prefill_chunk_size={chunk_size} would split an image of {self.config.image_seq_length} tokens, and "
+                    "this model weighs details image by image. Leave it out, or choose chunks that end between images."
                 )
         return super().generate(inputs, generation_config, **kwargs)
 

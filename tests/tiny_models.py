@@ -69,7 +69,7 @@ def tiny_inputs(config: MFRSVLMConfig, images: list[int], text: int | list[int] 
         visual = [config.image_token_id] * config.image_seq_length
         parts = [*ids[:2]]
         for image in range(count):
-            parts += visual + [ids[image % words]]
+            parts += [*visual, ids[image % words]]
         rows.append(parts + ids[2:])
         pixels += [torch.randn(3, config.image_size, config.image_size, generator=generator) for _ in range(count)]
         packed += [torch.randn(length, generator=generator) for _ in range(count)]
