@@ -1,0 +1,55 @@
+# Sets itself up: needs Python >= 3.11, pip and make. Everything lands in .venv (and .venv-oldest).
+PYTHON ?= python3
+VENV := .venv
+OLDEST := .venv-oldest
+OLDEST_TRANSFORMERS := 5.20.0
+ARGS ?=
+
+.PHONY: demo test test-slow test-oldest lint parity clean
+
+# A stamp newer than what it was made from: set-up runs once, and again when the project's needs change.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(OLDEST)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	grep -v '^transformers==' constraints.txt > $(OLDEST)/constraints.txt
+	echo 'transformers==$(OLDEST_TRANSFORMERS)' >> $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt torch
+	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt -e '.[dev]'
+	touch $@
+
+# The main job: an image and a question in, an answer out. make demo ARGS="scene.tif --question 'What is this?'"
+demo: $(VENV)/.ready
+	$(VENV)/bin/python -m mfrsvlm.demo $(ARGS)
+
+test: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -n 2 --dist loadfile $(ARGS)
+
+test-slow: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -m slow $(ARGS)
+
+# A quicker pass with the oldest transformers that pyproject.toml claims.
+test-oldest: $(OLDEST)/.ready
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/test_modeling.py tests/test_configuration.py \
+		tests/test_processing.py tests/test_hub.py tests/test_parity.py -n 2 --dist loadfile $(ARGS)
+
+lint: $(VENV)/.ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	mkdir -p $(VENV)/types && ln -sfn "$(CURDIR)" $(VENV)/types/mfrsvlm  # mypy wants a folder of the package's name
+	cd $(VENV)/types && ../bin/mypy --config-file mfrsvlm/pyproject.toml --cache-dir mfrsvlm/.mypy_cache \
+		mfrsvlm/configuration_mfrsvlm.py mfrsvlm/processing_mfrsvlm.py mfrsvlm/modeling_mfrsvlm.py
+
+# The table of the README: largest error of every stage against the published implementation.
+parity: $(VENV)/.ready
+	rm -rf $(VENV)/parity
+	$(VENV)/bin/python -m mfrsvlm.convert_checkpoint released tests/reference/checkpoint \
+		--vision-tower tests/reference/checkpoint/vision_tower --output $(VENV)/parity
+	$(VENV)/bin/python tests/measure_parity.py tests/reference $(VENV)/parity
+
+clean:
+	rm -rf $(VENV) $(OLDEST) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
