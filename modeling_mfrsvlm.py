@@ -959,6 +959,13 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
             generator.vocab_size = max(generator.vocab_size, self.config.image_token_id + 1)
         return generator
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: continuous batching takes token ids only, so the model would never see an image."""
+        raise NotImplementedError(
+            "MF-RSVLM does not support continuous batching, which passes token ids only: the images would be lost without a "
+            "word. Use generate() on padded batches."
+        )
+
     def generate(self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """As in `transformers`.
 

@@ -454,6 +454,11 @@ def test_chunks_that_end_between_images_are_allowed(injecting_model):
     assert torch.equal(greedy(injecting_model, inputs, prefill_chunk_size=18), greedy(injecting_model, inputs))
 
 
+def test_continuous_batching_is_refused():
+    with pytest.raises(NotImplementedError, match="images would be lost"):
+        tiny_model().generate_batch([[5, 6, 7]])
+
+
 # --- Bad input --------------------------------------------------------------------------------------------------------
 
 
