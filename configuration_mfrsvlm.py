@@ -261,7 +261,6 @@ class MFRSVLMConfig(PreTrainedConfig):
 
         Called by `@strict` after initialisation, which wraps it in a `StrictDataclassClassValidationError`.
         """
-        windows = self.windows  # validates sizes, overlap and canvas
         if self.has_vit:
             for name in ("image_size", "patch_size"):
                 ours, encoders = getattr(self, name), getattr(self.vision_config, name)
@@ -272,6 +271,7 @@ class MFRSVLMConfig(PreTrainedConfig):
                     f"vision_feature_size={self.vision_feature_size} differs from "
                     f"vision_config.hidden_size={self.vision_config.hidden_size}."
                 )
+        windows = self.windows  # validates sizes, overlap and canvas
         depth = self.num_vision_layers
         if not -depth - 1 <= self.vision_feature_layer <= depth:
             raise ValueError(
