@@ -349,10 +349,10 @@ def flatten_images(images: Any) -> list[Any]:
 
 
 def open_image(source: str) -> Image.Image:
-    """Opens a path, an http(s) address, a data URI or base64 text. Decodes it only if it has to be turned upright.
+    """Opens a path, an http(s) address, a data URI or base64 text, without decoding it.
 
-    Not `transformers.image_utils.load_image`, which converts to RGB at once: 16-bit values would be clipped and the
-    frames of an animation lost before they can be refused.
+    Not `transformers.image_utils.load_image`, which converts to RGB at once: 16-bit values would be clipped, the frames
+    of an animation lost and large images decoded before they can be refused.
     """
     try:
         if os.path.isfile(source):
@@ -367,14 +367,13 @@ def open_image(source: str) -> Image.Image:
             except ValueError as error:
                 raise ValueError("it is neither a file, nor an http(s) address, nor base64 text") from error
             image = Image.open(io.BytesIO(content))
-        if count_frames(image) == 1:  # more are refused later; turning would keep the first
-            ImageOps.exif_transpose(image, in_place=True)
     except Exception as error:  # decoders and networks raise almost anything
         shown = source if len(source) <= 200 else source[:200] + "..."
         raise ValueError(
             f"cannot open image {shown!r}: {error}. If it is a raster with more than 8 bits a channel, or with other bands "
             "than red, green and blue, read it with rasterio, choose three bands, stretch them to 8 bits, pass the array."
         ) from error
+    image.turn_upright = True  # as EXIF data say, once it may be decoded: files are, PIL images are taken as they are
     return image
 
 
@@ -411,6 +410,8 @@ def pil_to_array(image: Image.Image, do_convert_rgb: bool | None) -> np.ndarray:
             "16-bit or float raster, stretch its values to 0..255, for example from the 2nd to the 98th percentile."
         )
     try:
+        if getattr(image, "turn_upright", False):
+            image = ImageOps.exif_transpose(image)
         array = np.asarray(image.convert("RGB") if do_convert_rgb else image)
     except Exception as error:
         raise ValueError(f"it cannot be decoded, the file may be damaged: {error}") from error
@@ -480,7 +481,7 @@ def to_eight_bits(image: np.ndarray, quantise: bool) -> np.ndarray:
         )
     if is_float and 1 < high < 2:
         # Most likely [0, 1] after an interpolation that overshot, which would turn black if it were read as [0, 255].
-        raise ValueError(f"float values range from {low} to {high}, neither [0, 1] nor [0, 255]: clip or scale them.")
+        raise ValueError(f"float values range from {low:g} to {high:g}, neither [0, 1] nor [0, 255]: clip or scale them.")
     if is_float and not quantise:
         return image.astype(np.float32)
     if is_float:

@@ -121,8 +121,8 @@ def test_window_table_refuses(arguments, values):
 # Overrides of the default config that must fail, and what the message must hold: both sides of the conflict.
 WRONG = {
     "image_size": ({"image_size": 224}, ["image_size=224", "336"]),
-    "patch_size": ({"patch_size": 16}, ["16", "336"]),
-    "negative_patch_size": ({"patch_size": -14}, ["-14", "336"]),
+    "patch_size": ({"patch_size": 16}, ["16", "14"]),
+    "negative_patch_size": ({"patch_size": -14}, ["-14", "=14"]),
     "vision_feature_size": ({"vision_feature_size": 512}, ["512", "1024"]),
     "vision_feature_layer_high": ({"vision_feature_layer": 25}, ["25", "24"]),
     "vision_feature_layer_low": ({"vision_feature_layer": -26}, ["-26", "24"]),
