@@ -37,7 +37,7 @@ from .configuration_mfrsvlm import WindowScale, window_table
 # Modes that hold 8 bits a channel and convert to RGB. Pillow clips the others (16-bit, 32-bit, float) to white without
 # a word, or cannot convert them.
 EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"}
-CHANNEL_COUNTS = (1, 3, 4)
+CHANNEL_COUNTS = (1, 4, 3)  # the likeliest last
 # TIFF tag 254 marks a page as a smaller copy (bit 0) or a mask (bit 2) of another one, as in cloud-optimised GeoTIFF.
 TIFF_SUBFILE_TYPE, TIFF_DEPENDENT_PAGE = 254, 0b101
 
@@ -444,17 +444,16 @@ def channels_first(image: np.ndarray, input_data_format: str | ChannelDimension 
     if image.ndim != 3:
         raise ValueError(f"an array must have 2 or 3 dimensions, got shape {image.shape}.")
     if input_data_format is None:
-        first, last = (image.shape[axis] in CHANNEL_COUNTS for axis in (0, 2))
-        if first and last:  # as in a thin or tiny image: three or four channels are likelier than one
-            first, last = image.shape[0] > 1 or image.shape == (1, 1, 1), image.shape[2] > 1
-        if first == last:
+        # Both ends may look like channels if the image is tiny or thin.
+        first, last = (CHANNEL_COUNTS.index(n) if n in CHANNEL_COUNTS else -1 for n in (image.shape[0], image.shape[2]))
+        if first == last == -1:
+            raise ValueError(f"neither end of shape {image.shape} is a channel dimension of 1, 3 or 4.")
+        if first == last and image.shape != (1, 1, 1):
             raise ValueError(
-                f"which end of shape {image.shape} is the channel dimension, of 1, 3 or 4, cannot be told: pass "
-                'input_data_format, "channels_first" or "channels_last".'
-                if image.shape[0] in CHANNEL_COUNTS
-                else f"neither end of shape {image.shape} is a channel dimension of 1, 3 or 4."
+                f"both ends of shape {image.shape} could be channels: pass input_data_format, "
+                '"channels_first" or "channels_last".'
             )
-        input_data_format = ChannelDimension.FIRST if first else ChannelDimension.LAST
+        input_data_format = ChannelDimension.FIRST if first >= last else ChannelDimension.LAST
     if ChannelDimension(input_data_format) == ChannelDimension.LAST:
         image = np.moveaxis(image, -1, 0)
     if len(image) not in CHANNEL_COUNTS:
@@ -606,6 +605,16 @@ class MFRSVLMProcessor(ProcessorMixin):
         if markers != counts:
             raise ValueError(f"{rule}found {markers} tokens, prompt by prompt, and {counts} images, list by list.")
 
+    def _merge_kwargs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        merged = super()._merge_kwargs(*args, **kwargs)
+        for name in ("max_length", "pad_to_multiple_of"):
+            value = merged["text_kwargs"].get(name)
+            if value is not None and not isinstance(value, int):
+                raise TypeError(f"{name}={value!r} must be a whole number.")
+            if value is not None and not 1 <= value < 2**31:  # the tokenizer would answer with an OverflowError
+                raise ValueError(f"{name}={value} must lie in [1, 2**31).")
+        return merged
+
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
         image_inputs = self.image_processor(images, **kwargs)
         count = len(image_inputs["pixel_values"])
@@ -683,19 +692,18 @@ class MFRSVLMProcessor(ProcessorMixin):
         unsupported = sorted(name for name, value in kwargs.items() if value)
         if unsupported:
             raise ValueError(f'{unsupported} cannot be used with image_placement="prefix".')
-        if max_length is None and self.tokenizer.model_max_length < LARGE_INTEGER:
-            max_length = self.tokenizer.model_max_length
+        longest = self.tokenizer.model_max_length if max_length is None else max_length
         remaining = iter(tokens_per_image)
         rows: dict[str, list[list[Any]]] = {"input_ids": [], "attention_mask": [], "offset_mapping": []}
         for prompt in text:
             pieces = prompt.split(self.image_token)
             num_visual = sum(next(remaining) for _ in pieces[1:])
             limit = None
-            if truncation and max_length is not None:
-                limit = max_length - num_visual
+            if truncation and longest < LARGE_INTEGER:  # what a tokenizer without a limit has for one
+                limit = longest - num_visual
                 if limit < 1:
                     raise ValueError(
-                        f"max_length={max_length} leaves no room for text after {num_visual} image tokens, which are never "
+                        f"max_length={longest} leaves no room for text after {num_visual} image tokens, which are never "
                         "truncated. Raise max_length or pass fewer images."
                     )
             encoding = self.tokenizer(
@@ -722,7 +730,7 @@ class MFRSVLMProcessor(ProcessorMixin):
         padded = self.tokenizer.pad(
             {"input_ids": rows["input_ids"], "attention_mask": rows["attention_mask"]},
             padding=padding,
-            max_length=max_length,
+            max_length=max_length if padding == "max_length" else None,
             pad_to_multiple_of=pad_to_multiple_of,
             padding_side=padding_side,
         )
