@@ -216,7 +216,7 @@ class MFRSVLMImageProcessor(PilBackend):
     def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list[Any]:
         return flatten_images(images)
 
-    def _prepare_image_like_inputs(self, images: Any, *args: Any, expected_ndims: int = 3, **kwargs: Any) -> list:
+    def _prepare_image_like_inputs(self, images: Any, *args: Any, expected_ndims: int = 3, **kwargs: Any) -> list[Any]:
         images = self._prepare_images_structure(images, expected_ndims=expected_ndims)
         if not images:
             raise ValueError("No images given: pass at least one, or leave `images` out.")
@@ -257,7 +257,7 @@ class MFRSVLMImageProcessor(PilBackend):
                 f"expected a PIL image, a numpy array, a torch tensor, a path or a URL, got {type(image).__name__}."
             )
         image = channels_first(image, input_data_format)
-        check_extent(*image.shape[1:], do_pad, max_aspect_ratio, max_image_pixels)
+        check_extent(image.shape[1], image.shape[2], do_pad, max_aspect_ratio, max_image_pixels)
         image = to_eight_bits(image, quantise=bool(do_rescale))
         if do_convert_rgb:
             image = np.repeat(image, 3, axis=0) if len(image) == 1 else image[:3]
@@ -649,7 +649,7 @@ class MFRSVLMProcessor(ProcessorMixin):
                 return super().__call__(images=images, text=text, **kwargs)
             return self._call_prefix(images, text, **kwargs)
 
-    def _call_prefix(self, images: Any, text: str | list[str], **kwargs: Any) -> BatchFeature:
+    def _call_prefix(self, images: Any, text: Any, **kwargs: Any) -> BatchFeature:
         images, text, _, _ = self.prepare_inputs_layout(images=images, text=text)
         self.validate_inputs(images=images, text=text)
         merged = self._merge_kwargs(
