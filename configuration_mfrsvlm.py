@@ -4,6 +4,7 @@ The processor and the model share one piece of geometry, the table of sliding wi
 (`window_table`) so that the two can never disagree about how pixels are packed.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -180,7 +181,7 @@ class MFRSVLMConfig(PreTrainedConfig):
     # Canvas, windows, detail stacks
     canvas_scale: int = 2
     window_sizes: list[int] | tuple[int, ...] = (336, 168)
-    window_overlap: float = 0.5
+    window_overlap: float | int = 0.5
     window_encoding: Literal["native", "resize"] = "native"
     window_weighting: Literal["hann", "hann_nonzero"] = "hann_nonzero"
     window_chunk_size: int | None = 16
@@ -189,7 +190,7 @@ class MFRSVLMConfig(PreTrainedConfig):
     # Injection
     injection_layers: list[int] | tuple[int, ...] = (3, 7, 11, 15)
     injection_type: Literal["gated", "cross_attention"] = "gated"
-    injection_init: float = 0.1
+    injection_init: float | int = 0.1
     routing: Literal["stack", "token"] = "stack"
     routing_scope: Literal["sample", "image"] = "image"
     routing_size: int = 128
@@ -256,8 +257,10 @@ class MFRSVLMConfig(PreTrainedConfig):
         return window_table(self.image_size, self.patch_size, self.canvas_scale, self.window_sizes, self.window_overlap)
 
     def validate_architecture(self) -> None:
-        """Called by `@strict` after initialisation. Raises `ValueError` naming both sides of every conflict."""
-        windows = self.windows  # validates sizes, overlap and canvas
+        """Raises `ValueError` naming both sides of every conflict.
+
+        Called by `@strict` after initialisation, which wraps it in a `StrictDataclassClassValidationError`.
+        """
         if self.has_vit:
             for name in ("image_size", "patch_size"):
                 ours, encoders = getattr(self, name), getattr(self.vision_config, name)
@@ -268,6 +271,7 @@ class MFRSVLMConfig(PreTrainedConfig):
                     f"vision_feature_size={self.vision_feature_size} differs from "
                     f"vision_config.hidden_size={self.vision_config.hidden_size}."
                 )
+        windows = self.windows  # validates sizes, overlap and canvas
         depth = self.num_vision_layers
         if not -depth - 1 <= self.vision_feature_layer <= depth:
             raise ValueError(
@@ -303,9 +307,12 @@ class MFRSVLMConfig(PreTrainedConfig):
                 )
         if self.window_chunk_size is not None and self.window_chunk_size < 1:
             raise ValueError(f"window_chunk_size={self.window_chunk_size} must be at least 1, or None for no chunks.")
-        if self.routing_size < 1:
-            raise ValueError(f"routing_size={self.routing_size} must be at least 1.")
-        if self.cross_attention_heads < 1 or self.cross_attention_size % self.cross_attention_heads:
+        for name in ("vision_feature_size", "routing_size", "cross_attention_size", "cross_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if not math.isfinite(self.injection_init):
+            raise ValueError(f"injection_init={self.injection_init} must be finite.")
+        if self.cross_attention_size % self.cross_attention_heads:
             raise ValueError(
                 f"cross_attention_size={self.cross_attention_size} must be a multiple of "
                 f"cross_attention_heads={self.cross_attention_heads}."

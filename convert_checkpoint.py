@@ -529,6 +529,17 @@ def make_image_processor(tower: Path, config: MFRSVLMConfig, **kwargs: Any) -> M
     )
 
 
+def read_tokenizer(source: Path) -> LlamaTokenizer:
+    """The tokenizer of a released checkpoint, which splits the words after a special token as its `legacy` flag says."""
+    path = source / "tokenizer_config.json"
+    legacy = read_json(path).get("legacy") if path.is_file() else None
+    # Where the flag is missing, the transformers of the time took it for set.
+    legacy = legacy is None or bool(legacy)
+    tokenizer = LlamaTokenizer.from_pretrained(source, legacy=legacy)
+    tokenizer.init_kwargs["legacy"] = legacy  # it would not be saved otherwise, and a reloaded tokenizer split differently
+    return tokenizer
+
+
 def add_image_token(tokenizer: Any, config: MFRSVLMConfig) -> None:
     """Gives the tokenizer `<image>` and a padding token, and the config its id."""
     vocab = tokenizer.get_vocab()
@@ -636,7 +647,7 @@ def convert_released(
     shards = released_shards(source, tower)
     with whole_output(output, overwrite, [source, tower]) as folder:
         with explained(f"The tokenizer of {source} cannot be read"):
-            tokenizer = LlamaTokenizer.from_pretrained(source)
+            tokenizer = read_tokenizer(source)
         add_image_token(tokenizer, config)
         image_processor = make_image_processor(
             tower,
