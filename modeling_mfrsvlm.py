@@ -700,8 +700,8 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             if pixel_values_local is None or len(pixel_values_local) != len(pixel_values):
                 got = "none" if pixel_values_local is None else f"those of {len(pixel_values_local)}"
                 raise ValueError(
-                    f"pixel_values holds {len(pixel_values)} images, so pixel_values_local must hold the windows of as many, but "
-                    f"it holds {got}. Pass both as the processor returns them."
+                    f"pixel_values holds {len(pixel_values)} images, so pixel_values_local must hold the windows of as many, "
+                    f"but it holds {got}. Pass both as the processor returns them."
                 )
             stacks = self._detail_stacks(pixel_values_local.to(dtype), window_chunk_size)
             details = [list(self.multi_modal_projector(stack)) for stack in stacks]
@@ -731,8 +731,8 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
         if image_features is None:
             if num_tokens:
                 logger.warning_once(
-                    f"The prompts hold {num_tokens} image tokens, but there are no pixel_values: the model sees no image. Pass "
-                    "all that the processor returns."
+                    f"The prompts hold {num_tokens} image tokens, but there are no pixel_values: the model sees no image. "
+                    "Pass all that the processor returns."
                 )
             return
         num_features = sum(map(len, image_features))

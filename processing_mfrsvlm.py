@@ -85,7 +85,7 @@ def join_windows(
     return canvases
 
 
-class MFRSVLMImageProcessorKwargs(ImagesKwargs, total=False):
+class MFRSVLMImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """
     patch_size: side of the pixel square that one visual token stands for.
     canvas_scale: side of the canvas in global views.
@@ -504,7 +504,7 @@ def pad_to_square(image: np.ndarray, image_mean: tuple[float, ...]) -> np.ndarra
     return square
 
 
-class MFRSVLMProcessorKwargs(ProcessingKwargs, total=False):
+class MFRSVLMProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     images_kwargs: MFRSVLMImageProcessorKwargs
     _defaults = {"text_kwargs": {"padding": False}}
 

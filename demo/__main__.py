@@ -44,7 +44,7 @@ def draw_scene() -> Image.Image:
 def reference_model() -> Path:
     """The reference checkpoint, converted."""
     if not REFERENCE.is_dir():
-        raise FileNotFoundError(f"{REFERENCE} is only in a clone of the repository; pass --model with a folder or a Hub id.")
+        raise FileNotFoundError(f"{REFERENCE} is only in a clone of the repository: pass --model with a folder or Hub id.")
     print("Converting the reference checkpoint ...")
     folder = OUTPUT / "random-model"
     convert_released(REFERENCE, str(REFERENCE / "vision_tower"), folder, overwrite=True)
@@ -93,10 +93,8 @@ def main() -> int:
     print(f"Question: {args.question}")
     print(f"Answer:   {answer.strip()}")
     windows = sum(window.num_windows for window in model.config.windows)
-    print(
-        f"({windows + 1} encoder passes, {inputs['input_ids'].shape[1]} prompt tokens, {time.perf_counter() - start:.1f} s with "
-        "loading)"
-    )
+    seconds = time.perf_counter() - start
+    print(f"({windows + 1} encoder passes, {inputs['input_ids'].shape[1]} prompt tokens, {seconds:.1f} s with loading)")
     if args.model is None:
         print("The weights of this model are RANDOM, so the answer means nothing. Pass --model for a trained one.")
     return 0

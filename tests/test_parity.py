@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest_paths import REFERENCE, SHARED
 from measure_parity import BFLOAT16_BOUND, BOUNDS, table
 
 
