@@ -700,7 +700,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             if pixel_values_local is None or len(pixel_values_local) != len(pixel_values):
                 got = "none" if pixel_values_local is None else f"those of {len(pixel_values_local)}"
                 raise ValueError(
-                    f"pixel_values holds {len(pixel_values)} images, so pixel_values_local must hold the windows of as many, "
+                    f"pixel_values holds {len(pixel_values)} images, so pixel_values_local must hold windows of as many, "
                     f"but it holds {got}. Pass both as the processor returns them."
                 )
             stacks = self._detail_stacks(pixel_values_local.to(dtype), window_chunk_size)
