@@ -9,7 +9,8 @@ from transformers import DynamicCache, GenerationConfig
 
 from mfrsvlm import MFRSVLMForConditionalGeneration
 from mfrsvlm.configuration_mfrsvlm import window_table
-from mfrsvlm.modeling_mfrsvlm import split_phases, stitch_windows, unpack_windows, visual_layout
+from mfrsvlm.modeling_mfrsvlm import sample_slots, split_phases, stitch_windows, unpack_windows, visual_layout
+from mfrsvlm.processing_mfrsvlm import cut_windows
 
 
 CHOICES = {
@@ -111,6 +112,107 @@ def test_layout_numbers_visual_tokens_in_reading_order():
     assert layout.row.tolist() == [0, 0, 2]
     assert layout.same_sample.tolist() == [[True, True, False], [True, True, False], [False, False, True]]
     assert layout.rank[mask].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+# --- Against plain loops ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gated", "resize", "hann", "no_overlap", "resnet"])
+def test_detail_stacks_equal_a_loop_over_windows(name):
+    model = tiny_model(**CHOICES[name])
+    config = model.config
+    canvas = torch.randn(3, 56, 56)
+    packed = torch.from_numpy(cut_windows(canvas.numpy(), config.windows))[None]
+    with torch.no_grad():
+        seen = model.model._detail_stacks(packed, None)[:, 0]  # (K, T, C)
+        expected = []
+        for window in config.windows:
+            side = window.tokens_per_side
+            ramp = torch.arange(side) + (0 if config.window_weighting == "hann" else 0.5)
+            profile = (torch.pi * ramp / (side - 1 if config.window_weighting == "hann" else side)).sin() ** 2
+            total = torch.zeros(len(config.detail_feature_layers), 8, 8, config.vision_feature_size)
+            weight = torch.zeros(8, 8, 1)
+            for top, left in window.offsets:
+                crop = canvas[None, :, top : top + window.size, left : left + window.size]
+                row, column = top // 7, left // 7
+                w = torch.outer(profile, profile)[..., None]
+                for depth, features in enumerate(encode_alone(model.model, crop, side)):
+                    total[depth, row : row + side, column : column + side] += w * features
+                weight[row : row + side, column : column + side] += w
+            for stitched in total / weight.clamp(min=1e-6):
+                expected += [stitched[r::2, c::2].flatten(0, 1) for r in range(2) for c in range(2)]
+    assert largest_difference(seen, torch.stack(expected)) <= 1e-4 * max(1, seen.abs().max().item())
+
+
+def encode_alone(model, crop, side):
+    """Features of one window at every depth, (side, side, C) each, by the tower's own forward."""
+    config = model.config
+    if config.window_encoding == "resize":
+        crop = torch.nn.functional.interpolate(crop, size=28, mode="bilinear")
+    if config.has_vit:
+        states = model.vision_tower(crop, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states
+        maps = [states[layer][0, 1:].T.unflatten(1, (crop.shape[-1] // 7,) * 2) for layer in config.detail_feature_layers]
+    else:
+        # The backbone gives the stages it was asked for: 2 and 4.
+        stages = zip(config.detail_feature_layers, model.vision_tower(crop).feature_maps, strict=True)
+        maps = [model.stage_projections[str(layer)](stage[0].permute(1, 2, 0)).permute(2, 0, 1) for layer, stage in stages]
+    grown = [
+        m.repeat_interleave(side // m.shape[-1], 1).repeat_interleave(side // m.shape[-1], 2) if m.shape[-1] == 1 else m
+        for m in maps
+    ]
+    return [torch.nn.functional.adaptive_avg_pool2d(m, side).permute(1, 2, 0) for m in grown]
+
+
+def test_token_routing_equals_a_loop_over_tokens():
+    model = tiny_model(routing="token")
+    injector = model.model.language_model.injectors.layers[0]
+    torch.nn.init.normal_(injector.stack_embedding)
+    hidden, details = torch.randn(1, 20, 32), torch.randn(16, 1, 16, 32)
+    mask = torch.zeros(1, 20, dtype=torch.bool)
+    mask[0, 3:19] = True
+    with torch.no_grad():
+        seen = injector(hidden, details, visual_layout(mask, 1, 16))
+        expected = hidden.clone()
+        for token in range(16):
+            h = hidden[0, 3 + token]
+            stacks = details[:, 0, token] + injector.stack_embedding
+            query = injector.router.query_proj(injector.router.query_norm(h))
+            scores = torch.stack([injector.router.key_proj(injector.router.key_norm(d)) @ query for d in stacks])
+            mixed = injector.detail_norm(((scores / 8**0.5).softmax(0)[:, None] * stacks).sum(0))
+            gate = injector.gate_proj(torch.cat([injector.hidden_norm(h), mixed])).sigmoid()
+            expected[0, 3 + token] = h + injector.residual_scale * gate * injector.detail_proj(mixed)
+    assert largest_difference(seen, expected) <= 1e-4
+
+
+def test_cross_attention_equals_a_loop_over_positions():
+    """Two samples: one sees nothing, then one image, then two; the other holds no image at all."""
+    model = tiny_model(injection_type="cross_attention")
+    injector = model.model.language_model.injectors.layers[1]
+    hidden, details = torch.randn(2, 40, 32), torch.randn(16, 2, 16, 32)
+    mask = torch.zeros(2, 40, dtype=torch.bool)
+    mask[0, 2:18] = mask[0, 20:36] = True
+    starts = [2, 20]
+    layout = visual_layout(mask, 2, 16)
+    slots = sample_slots(layout, 2)
+    decoder = model.model.language_model
+    with torch.no_grad():
+        visible = decoder._visible_details(torch.arange(40), layout, slots, details, 2, None)
+        seen = injector(hidden, details, slots, visible, 2, 1)
+        expected = hidden.clone()
+        origin = injector.stack_embedding[:, None] + injector.place_embedding
+        for position in range(40):
+            tokens = [i for i, start in enumerate(starts) if start <= position]
+            if not tokens:
+                continue
+            seen_details = injector.detail_norm(details[:, tokens])  # (K, images, T, d)
+            key = (injector.k_proj(seen_details) + origin[:, None]).flatten(0, 2).view(-1, 2, 8)
+            value = (injector.v_proj(seen_details) + origin[:, None]).flatten(0, 2).view(-1, 2, 8)
+            query = injector.q_proj(injector.hidden_norm(hidden[0, position])).view(2, 8)
+            weights = (torch.einsum("lhe,he->hl", key, query) / 8**0.5).softmax(1)
+            update = injector.o_proj(torch.einsum("hl,lhe->he", weights, value).flatten())
+            expected[0, position] += injector.gate.tanh()[0] * update
+    assert largest_difference(seen, expected) <= 1e-4
+    assert torch.equal(seen[1], hidden[1])
 
 
 # --- Batches ----------------------------------------------------------------------------------------------------------
