@@ -147,7 +147,7 @@ class MFRSVLMConfig(PreTrainedConfig):
     """
 
     model_type = "mfrsvlm"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(
             config_class=AutoConfig,

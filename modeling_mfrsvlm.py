@@ -9,6 +9,7 @@ n windows, t tokens a window side, C vision channels, d decoder channels. All vi
 arguments; nothing is kept on a module between calls.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -212,7 +213,7 @@ class MFRSVLMStackRouter(nn.Module):
             key = torch.einsum("nm,mkd->nkd", share, key)
         query = self.query_proj(self.query_norm(query))
         key = self.key_proj(self.key_norm(key))
-        scores = torch.einsum("nkd,nd->nk", key, query) / query.shape[-1] ** 0.5
+        scores = torch.einsum("nkd,nd->nk", key, query / query.shape[-1] ** 0.5)  # scaled first, for float16
         finite = torch.isfinite(scores).all(dim=1, keepdim=True)
         return torch.where(finite, scores, torch.zeros_like(scores)).softmax(dim=1)
 
@@ -232,7 +233,7 @@ class MFRSVLMTokenRouter(nn.Module):
         """(N, T, d) and (K, N, T, d) to weights (K, N, T) that sum to one over the stacks."""
         query = self.query_proj(self.query_norm(visual))
         key = self.key_proj(self.key_norm(details))
-        scores = torch.einsum("kntr,ntr->knt", key, query) / query.shape[-1] ** 0.5
+        scores = torch.einsum("kntr,ntr->knt", key, query / query.shape[-1] ** 0.5)
         finite = torch.isfinite(scores).all(dim=0, keepdim=True)
         return torch.where(finite, scores, torch.zeros_like(scores)).softmax(dim=0)
 
@@ -259,7 +260,7 @@ class MFRSVLMGatedInjector(GradientCheckpointingLayer):
         self.detail_norm = nn.LayerNorm(hidden_size)
         self.detail_proj = nn.Linear(hidden_size, hidden_size)
         self.gate_proj = nn.Linear(2 * hidden_size, hidden_size)
-        self.residual_scale = nn.Parameter(torch.full((1,), config.injection_init))
+        self.residual_scale = nn.Parameter(torch.full((1,), float(config.injection_init)))
 
     def forward(self, hidden_states: torch.Tensor, details: torch.Tensor, layout: VisualLayout) -> torch.Tensor:
         """(B, S, d) and (K, N, T, d) to (B, S, d)."""
@@ -316,6 +317,7 @@ class MFRSVLMCrossAttentionInjector(GradientCheckpointingLayer):
         details: torch.Tensor | None,
         slots: Any,
         visible: torch.Tensor,
+        sees_any: torch.Tensor,
         images_per_sample: int,
         rank: int,
         past_key_values: Any = None,
@@ -325,7 +327,8 @@ class MFRSVLMCrossAttentionInjector(GradientCheckpointingLayer):
             hidden_states: (B, S, d).
             details: (K, N, T, d) of images that are new in this call; `None` if all are cached.
             slots: (N,), see `sample_slots`.
-            visible: (B, 1, S, L) bool, which of the L detail tokens each position may attend to.
+            visible: (B, 1, S, L) bool, which of the L detail tokens each position attends to.
+            sees_any: (B, S, 1) bool, whether a position sees an image at all; one that does not passes unchanged.
             images_per_sample: slots that every sample has for the new images.
             rank: number of this injector, its layer in the cache.
             past_key_values: cache of the detail tokens.
@@ -350,11 +353,9 @@ class MFRSVLMCrossAttentionInjector(GradientCheckpointingLayer):
 
         query = self.q_proj(self.hidden_norm(hidden_states))
         query = query.view(batch_size, length, self.num_heads, -1).transpose(1, 2)  # (B, heads, S, size / heads)
-        sees_any = visible.any(dim=-1, keepdim=True)  # (B, 1, S, 1)
-        # A position that sees no image would divide zero by zero: it attends anywhere and is silenced after.
-        attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=visible | ~sees_any)
+        attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=visible)
         attended = attended.transpose(1, 2).flatten(2)  # (B, S, size)
-        update = torch.where(sees_any[:, 0], self.o_proj(attended), torch.zeros_like(hidden_states))
+        update = torch.where(sees_any, self.o_proj(attended), torch.zeros_like(hidden_states))
         return hidden_states + self.gate.tanh() * update
 
 
@@ -449,10 +450,10 @@ class MFRSVLMDecoderMixin(DecoderBase):
         layout = None
         if details is not None and visual_pos_masks is not None:
             layout = visual_layout(visual_pos_masks, details.shape[1], details.shape[2])
-        slots = visible = None
+        slots = visible = sees_any = None
         if self.injection_type == "cross_attention":
             slots = None if layout is None else sample_slots(layout, images_per_sample)
-            visible = self._visible_details(columns, layout, slots, details, images_per_sample, detail_cache)
+            visible, sees_any = self._visible_details(columns, layout, slots, details, images_per_sample, detail_cache)
 
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
@@ -461,7 +462,15 @@ class MFRSVLMDecoderMixin(DecoderBase):
                 rank = self.injection_layers.index(layer_idx)
                 if visible is not None:
                     hidden_states = self.injectors(
-                        rank, hidden_states, details, slots, visible, images_per_sample, rank, past_key_values=detail_cache
+                        rank,
+                        hidden_states,
+                        details,
+                        slots,
+                        visible,
+                        sees_any,
+                        images_per_sample,
+                        rank,
+                        past_key_values=detail_cache,
                     )
                 elif layout is not None and self.injection_type == "gated":
                     hidden_states = self.injectors(rank, hidden_states, details, layout)
@@ -488,8 +497,10 @@ class MFRSVLMDecoderMixin(DecoderBase):
         details: Any,
         images_per_sample: int,
         detail_cache: Any,
-    ) -> torch.Tensor | None:
-        """Which detail tokens each position may attend to, (B, 1, S, L); `None` if the batch holds none at all.
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Which detail tokens each position attends to, (B, 1, S, L), and whether it sees any, (B, S, 1).
+
+        Both are `None` if the batch holds no image at all.
 
         A detail token is placed at the first visual token of its image. The places are cached beside the keys, as
         one more layer, so that they follow every reordering of the cache.
@@ -509,8 +520,11 @@ class MFRSVLMDecoderMixin(DecoderBase):
         elif detail_cache is not None and detail_cache.get_seq_length(places_layer):
             places = detail_cache.layers[places_layer].keys
         if places is None:
-            return None
-        return places.transpose(2, 3) <= columns[None, None, :, None]
+            return None, None
+        visible = places.transpose(2, 3) <= columns[None, None, :, None]
+        sees_any = visible.any(dim=-1, keepdim=True)
+        # A position that sees no image would divide zero by zero: it attends anywhere and is silenced after.
+        return visible | ~sees_any, sees_any[:, 0]
 
 
 def sample_slots(layout: VisualLayout, images_per_sample: int) -> torch.Tensor:
@@ -527,7 +541,7 @@ def with_detail_cache(past_key_values: Cache) -> EncoderDecoderCache:
     """
     if isinstance(past_key_values, EncoderDecoderCache):
         return past_key_values
-    if not past_key_values.is_compileable and past_key_values.get_seq_length() > 0:
+    if not torch.compiler.is_compiling() and not is_empty(past_key_values):
         raise ValueError(
             f"past_key_values holds {past_key_values.get_seq_length()} positions but no detail tokens. With cross-attention "
             "injection, continue from the `past_key_values` that the model returned."
@@ -685,7 +699,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
         config = self.config
         if window_chunk_size is None:
             window_chunk_size = config.window_chunk_size
-        dtype = self.multi_modal_projector.linear_1.weight.dtype
+        dtype = self.vision_tower.dtype  # of its floating point parameters: quantised weights have another
         wanted = kwargs.pop("output_hidden_states", None) or getattr(config.vision_config, "output_hidden_states", False)
         kwargs["output_hidden_states"] = wanted or (config.has_vit and [config.vision_feature_layer])
         outputs = self.vision_tower(pixel_values.to(dtype), return_dict=True, **kwargs)
@@ -721,7 +735,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             return input_ids == image_token_id
         if image_token_id >= self.config.text_config.vocab_size:
             return inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.bool)
-        placeholder = self.get_input_embeddings()(torch.tensor(image_token_id, device=inputs_embeds.device))
+        placeholder = self.get_input_embeddings()(torch.full((), image_token_id, device=inputs_embeds.device))
         return (inputs_embeds == placeholder).all(-1)
 
     def _check_image_tokens(self, mask: torch.Tensor, image_features: list[torch.Tensor] | None) -> None:
@@ -841,7 +855,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             **injection,
-            **kwargs,
+            **{**kwargs, "return_dict": True},
         )
         return MFRSVLMModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
@@ -855,7 +869,8 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
         self, deepstack_features: list[list[torch.Tensor]], mask: torch.Tensor, inputs_embeds: torch.Tensor
     ) -> dict[str, Any]:
         # K lists of N tensors (T, d) -> (K, N * T, d)
-        details = torch.stack([torch.cat(list(stack)) for stack in deepstack_features])
+        details = torch.cat([image for stack in deepstack_features for image in stack])
+        details = details.unflatten(0, (len(deepstack_features), -1))
         details = details.to(inputs_embeds.device, inputs_embeds.dtype)
         tokens = self.config.image_seq_length
         if details.shape[1] % tokens == 0:
@@ -970,8 +985,19 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
         """As in `transformers`.
 
         Raises:
-            ValueError: `prefill_chunk_size` would split an image that the model has to see whole.
+            ValueError: `prefill_chunk_size` would split an image that the model has to see whole; `assistant_model` does
+                not know the placeholder.
         """
+        if kwargs.get("mm_encoder_outputs"):
+            # Beams and several sequences repeat the features in place: the caller's own must stay as they are.
+            kwargs["mm_encoder_outputs"] = {name: copy.copy(value) for name, value in kwargs["mm_encoder_outputs"].items()}
+        assistant = kwargs.get("assistant_model")
+        if assistant is not None and assistant.get_input_embeddings().num_embeddings <= self.config.image_token_id:
+            if assistant.config.model_type != self.config.model_type:
+                raise ValueError(
+                    f"assistant_model has {assistant.get_input_embeddings().num_embeddings} embeddings, so it cannot read "
+                    f"image_token_id={self.config.image_token_id}. Use an MF-RSVLM assistant, or prompt_lookup_num_tokens."
+                )
         settings = generation_config if generation_config is not None else self.generation_config
         chunk_size = kwargs.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")

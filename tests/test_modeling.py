@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from tiny_models import tiny_config, tiny_inputs, tiny_model
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM, StaticCache
 
 from mfrsvlm import MFRSVLMForConditionalGeneration
 from mfrsvlm.configuration_mfrsvlm import window_table
@@ -196,8 +196,8 @@ def test_cross_attention_equals_a_loop_over_positions():
     slots = sample_slots(layout, 2)
     decoder = model.model.language_model
     with torch.no_grad():
-        visible = decoder._visible_details(torch.arange(40), layout, slots, details, 2, None)
-        seen = injector(hidden, details, slots, visible, 2, 1)
+        visible, sees_any = decoder._visible_details(torch.arange(40), layout, slots, details, 2, None)
+        seen = injector(hidden, details, slots, visible, sees_any, 2, 1)
         expected = hidden.clone()
         origin = injector.stack_embedding[:, None] + injector.place_embedding
         for position in range(40):
@@ -474,6 +474,66 @@ def test_beam_search_equals_beams_of_single_runs(model):
         assert torch.equal(batch[index], greedy(model, single, num_beams=3)[0])
 
 
+def test_features_serve_any_number_of_calls(injecting_model):
+    """Beams repeat the features for themselves, not on the caller's object."""
+    inputs = tiny_inputs(injecting_model.config, [1, 1])
+    with torch.no_grad():
+        features = injecting_model.get_image_features(inputs["pixel_values"], inputs["pixel_values_local"])
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    for kwargs in ({"num_beams": 2}, {"num_beams": 2}, {}):
+        seen = greedy(injecting_model, text, mm_encoder_outputs={"image": features}, **kwargs)
+        assert torch.equal(seen, greedy(injecting_model, inputs, **kwargs))
+
+
+def test_quantised_projector_weights_do_not_decide_the_type_of_pixels():
+    model = tiny_model()
+    inputs = tiny_inputs(model.config, [1])
+    pixels = (inputs["pixel_values"], inputs["pixel_values_local"])
+
+    class Quantised(torch.nn.Module):
+        """Holds its weights as bytes, as 4-bit layers do."""
+
+        def __init__(self, linear):
+            super().__init__()
+            self.linear = [linear]
+            self.weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.uint8), requires_grad=False)
+
+        def forward(self, states):
+            return self.linear[0](states)
+
+    with torch.no_grad():
+        expected = model.get_image_features(*pixels).pooler_output[0]
+        model.model.multi_modal_projector.linear_1 = Quantised(model.model.multi_modal_projector.linear_1)
+        assert torch.equal(model.get_image_features(*pixels).pooler_output[0], expected)
+
+
+def test_routing_scores_do_not_overflow_in_float16():
+    model = tiny_model(**CHOICES["sample_scope"])
+    router = model.model.language_model.injectors.layers[0].router
+    for proj in (router.query_proj, router.key_proj):
+        proj.weight.data = 60 * torch.eye(32)
+        torch.nn.init.zeros_(proj.bias)
+    details = torch.randn(16, 1, 16, 32)
+    visual = details[3] * 1.0  # agrees with one stack
+    same = torch.ones(1, 1, dtype=torch.bool)
+    with torch.no_grad():
+        full = router(visual, details, same)
+        half = router.half()(visual.half(), details.half(), same)
+    assert full[0, 3] > 0.99 and half[0, 3] > 0.99
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_whole_numbers_are_allowed_as_initial_scale(value):
+    MFRSVLMForConditionalGeneration(tiny_config(injection_init=value))
+
+
+def test_an_assistant_that_cannot_read_the_placeholder_is_refused():
+    model = tiny_model()
+    assistant = LlamaForCausalLM(model.config.text_config)
+    with pytest.raises(ValueError, match=r"assistant_model has 99 embeddings.*image_token_id=99"):
+        greedy(model, tiny_inputs(model.config, [1]), assistant_model=assistant)
+
+
 def test_sampling_is_seeded_and_returns_several(model):
     inputs = tiny_inputs(model.config, [1])
     runs = []
@@ -599,10 +659,12 @@ def test_windows_must_come_with_the_images(injecting_model):
         injecting_model(**inputs)
 
 
-def test_a_plain_cache_without_detail_tokens_is_refused():
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+def test_a_plain_cache_without_detail_tokens_is_refused(kind):
     model = tiny_model(injection_type="cross_attention")
     inputs = tiny_inputs(model.config, [1])
-    cache = DynamicCache(config=model.config.get_text_config())
+    text_config = model.config.get_text_config()
+    cache = kind(config=text_config) if kind is DynamicCache else kind(config=text_config, max_cache_len=40)
     with torch.no_grad():
         model(**inputs, past_key_values=cache)
         with pytest.raises(ValueError, match=r"holds 24 positions but no detail tokens"):

@@ -151,7 +151,8 @@ def test_gpu_agrees_with_cpu_and_does_not_wait_for_it(kind, attention):
         model.set_attn_implementation(attention)
         model.to(torch.bfloat16)
     model.cuda()
-    inputs = {name: tensor.cuda() for name, tensor in inputs.items()}
+    # Without padding no mask is needed, and transformers reads a given one on the host.
+    inputs = {name: tensor.cuda() for name, tensor in inputs.items() if name != "attention_mask"}
     if kind != "cross_attention":  # reads one number at prefill
         torch.cuda.set_sync_debug_mode("error")
     try:
