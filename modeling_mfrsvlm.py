@@ -27,7 +27,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import can_return_tuple, logging, output_capturing
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -549,6 +549,11 @@ def with_detail_cache(past_key_values: Cache) -> EncoderDecoderCache:
     return EncoderDecoderCache(past_key_values, DynamicCache())
 
 
+def hidden_states_at(layers: Sequence[int]) -> list[int] | bool:
+    """Value of `output_hidden_states` that keeps only these; all of them where `transformers` is too old to choose."""
+    return list(layers) if hasattr(output_capturing, "select_hidden_states") else True
+
+
 def is_empty(past_key_values: Cache | None) -> bool:
     """Whether nothing is cached yet. Asking a static cache waits for the device, so ask only where that is all right."""
     return past_key_values is None or bool(past_key_values.get_seq_length() == 0)
@@ -658,7 +663,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             kwargs: dict[str, Any] = {}
             if config.has_vit:
                 kwargs = {"interpolate_pos_encoding": chunk.shape[-1] != config.image_size}
-            wanted = config.has_vit and list(config.detail_feature_layers)  # a list keeps only these
+            wanted = config.has_vit and hidden_states_at(config.detail_feature_layers)
             outputs = self.vision_tower(chunk, output_hidden_states=wanted, return_dict=True, **kwargs)
             maps = self._vision_features(outputs, config.detail_feature_layers)
             chunks.append([resample_to_grid(depth, window.tokens_per_side) for depth in maps])
@@ -701,7 +706,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             window_chunk_size = config.window_chunk_size
         dtype = self.vision_tower.dtype  # of its floating point parameters: quantised weights have another
         wanted = kwargs.pop("output_hidden_states", None) or getattr(config.vision_config, "output_hidden_states", False)
-        kwargs["output_hidden_states"] = wanted or (config.has_vit and [config.vision_feature_layer])
+        kwargs["output_hidden_states"] = wanted or (config.has_vit and hidden_states_at([config.vision_feature_layer]))
         outputs = self.vision_tower(pixel_values.to(dtype), return_dict=True, **kwargs)
         (global_map,) = self._vision_features(outputs, [config.vision_feature_layer])
         visual = resample_to_grid(global_map, config.tokens_per_side).flatten(2).transpose(1, 2)  # (N, T, C)
