@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoBackbone, AutoModel, LlamaModel, MistralModel, Qwen2Model, Qwen3Model
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin, PromptLookupCandidateGenerator
+from transformers.generation import utils as generation_utils
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.masking_utils import create_masks_for_generate
@@ -35,6 +37,9 @@ from .configuration_mfrsvlm import MFRSVLMConfig, WindowScale
 
 
 logger = logging.get_logger(__name__)
+
+# Whether chunked prefill hands each chunk its share of the encoded images.
+CHUNKS_CARRY_IMAGES = hasattr(generation_utils, "_slice_mm_encoder_output")
 
 # Key position of detail tokens that no query may see. Any real position is smaller.
 NEVER_VISIBLE = torch.iinfo(torch.int64).max
@@ -986,6 +991,24 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
             "word. Use generate() on padded batches."
         )
 
+    def _check_chunks(self, mask: Any, chunk_size: int) -> None:
+        """Raises `ValueError` if prefilling the visual positions `mask` (B, S) in chunks would go wrong."""
+        if not CHUNKS_CARRY_IMAGES and mask.any():
+            raise ValueError(
+                f"prefill_chunk_size={chunk_size}: transformers {transformers.__version__} loses images between chunks. "
+                "Leave it out, or use a newer transformers."
+            )
+        if self.model.splits_images:
+            return
+        # The first of the T tokens of every image, by column: an image is whole if it ends in the same chunk.
+        starts = (mask & ((mask.cumsum(dim=1) - 1) % self.config.image_seq_length == 0)).nonzero()[:, 1]
+        ends = starts + self.config.image_seq_length - 1
+        if (starts // chunk_size != ends // chunk_size).any():
+            raise ValueError(
+                f"prefill_chunk_size={chunk_size} would split an image of {self.config.image_seq_length} tokens, and this "
+                "model weighs details image by image. Leave it out, or choose chunks that end between images."
+            )
+
     def generate(self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """As in `transformers`.
 
@@ -1006,16 +1029,8 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
         settings = generation_config if generation_config is not None else self.generation_config
         chunk_size = kwargs.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if chunk_size and input_ids is not None and not self.model.splits_images:
-            mask = input_ids == self.config.image_token_id
-            # The first of the T tokens of every image, by column: an image is whole if it ends in the same chunk.
-            starts = (mask & ((mask.cumsum(dim=1) - 1) % self.config.image_seq_length == 0)).nonzero()[:, 1]
-            ends = starts + self.config.image_seq_length - 1
-            if (starts // chunk_size != ends // chunk_size).any():
-                raise ValueError(
-                    f"prefill_chunk_size={chunk_size} would split an image of {self.config.image_seq_length} tokens, and "
-                    "this model weighs details image by image. Leave it out, or choose chunks that end between images."
-                )
+        if chunk_size and input_ids is not None:
+            self._check_chunks(input_ids == self.config.image_token_id, chunk_size)
         return super().generate(inputs, generation_config, **kwargs)
 
 
