@@ -1009,7 +1009,7 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
                 "model weighs details image by image. Leave it out, or choose chunks that end between images."
             )
 
-    def generate(self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+    def generate(self, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers`.
 
         Raises:
@@ -1031,7 +1031,7 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if chunk_size and input_ids is not None:
             self._check_chunks(input_ids == self.config.image_token_id, chunk_size)
-        return super().generate(inputs, generation_config, **kwargs)
+        return super().generate(inputs, generation_config, *args, **kwargs)
 
 
 __all__ = [
