@@ -38,6 +38,7 @@ from transformers import (
     LlamaTokenizer,
     set_seed,
 )
+from transformers.image_processing_utils import get_size_dict
 from transformers.utils import logging
 
 from .configuration_mfrsvlm import MFRSVLMConfig
@@ -182,7 +183,7 @@ def find_shards(folder: Path) -> dict[Path, set[str] | None]:
                 or any(Path(str(n)).name != n for n in weight_map.values())
             ):
                 raise ConversionError(f"{index} has no weight_map of keys to file names.")
-            shards: dict[Path, set[str] | None] = {folder / name: set() for name in sorted(set(weight_map.values()))}
+            shards: dict[Path, set[str]] = {folder / name: set() for name in sorted(set(weight_map.values()))}
             missing = [shard.name for shard in shards if not shard.is_file()]
             if missing:
                 raise ConversionError(
@@ -190,7 +191,7 @@ def find_shards(folder: Path) -> dict[Path, set[str] | None]:
                 )
             for key, name in weight_map.items():
                 shards[folder / name].add(key)
-            return shards
+            return dict(shards)
         if (folder / stem).is_file():
             return {folder / stem: None}
     raise ConversionError(
@@ -517,16 +518,26 @@ def make_image_processor(tower: Path, config: MFRSVLMConfig, **kwargs: Any) -> M
     missing = [field for field in ("image_mean", "image_std") if field not in content]
     if missing:
         raise ConversionError(f"{tower / 'preprocessor_config.json'} lacks {missing}.")
-    return MFRSVLMImageProcessor(
-        **{field: content[field] for field in fields if field in content},
-        size={"shortest_edge": config.image_size},
-        crop_size={"height": config.image_size, "width": config.image_size},
-        patch_size=config.patch_size,
-        canvas_scale=config.canvas_scale,
-        window_sizes=config.window_sizes if config.has_details else [],
-        window_overlap=config.window_overlap,
-        **kwargs,
-    )
+    side = {"height": config.image_size, "width": config.image_size}
+    sizes: dict[str, Any] = {"size": {"shortest_edge": config.image_size}, "crop_size": side}
+    if config.has_vit:  # a backbone takes any size, so what it was trained at does not bind it
+        sizes.update({field: content[field] for field in sizes if content.get(field) is not None})
+    with explained(f"{tower / 'preprocessor_config.json'} describes no image processor"):
+        crop_size = get_size_dict(sizes["crop_size"], param_name="crop_size")
+        if crop_size != side:
+            raise ConversionError(
+                f"{tower / 'preprocessor_config.json'} crops images to {crop_size}, but the encoder's image_size is "
+                f"{config.image_size}: one of the two files is not of this tower."
+            )
+        return MFRSVLMImageProcessor(
+            **{field: content[field] for field in fields if field in content},
+            **sizes,
+            patch_size=config.patch_size,
+            canvas_scale=config.canvas_scale,
+            window_sizes=config.window_sizes if config.has_details else [],
+            window_overlap=config.window_overlap,
+            **kwargs,
+        )
 
 
 def read_tokenizer(source: Path) -> LlamaTokenizer:
@@ -657,11 +668,12 @@ def convert_released(
             do_pad=content.get("image_aspect_ratio") == "pad",
         )
         processor = MFRSVLMProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE, image_placement="prefix")
-        generation_config = GenerationConfig(
-            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=tokenizer.pad_token_id
-        )
+        settings = GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id)
+        if (source / "generation_config.json").is_file():
+            with explained(f"{source / 'generation_config.json'} cannot be read"):
+                settings = GenerationConfig.from_pretrained(source)
         write_weights(renamed_tensors(shards), config, folder)
-        save_folder(folder, config, processor, generation_config, origin="converted")
+        save_folder(folder, config, processor, greedy_or_sampled(settings, tokenizer), origin="converted")
         if verify:
             verify_folder(folder, config, renamed_tensors(shards))
 
@@ -757,7 +769,7 @@ def assembled_config(vision_config: Any, text_config: Any, options: dict[str, An
     if unknown:
         raise ConversionError(f"Fields {unknown} cannot be set; those that can are {sorted(fields)}.")
     with explained("These parts and options make no model"):
-        bare = {name: options[name] for name in ("image_size", "patch_size") if name in options}
+        bare: dict[str, Any] = {name: options[name] for name in ("image_size", "patch_size") if name in options}
         bare.update(window_sizes=[], injection_layers=[], detail_feature_layers=[])
         probe = MFRSVLMConfig(vision_config=vision_config, text_config=text_config, **bare)
         depth, num_layers = probe.num_vision_layers, text_config.num_hidden_layers
@@ -869,7 +881,7 @@ def verify_folder(folder: Path, config: MFRSVLMConfig, tensors: Iterator[tuple[s
     compared = 0
     for name, tensor in tensors:
         tensor = tensor.to(config.dtype).contiguous()
-        if hashlib.sha256(tensor.flatten().view(torch.uint8).numpy()).hexdigest() == digests.get(name):
+        if hashlib.sha256(tensor.flatten().view(torch.uint8).numpy().data).hexdigest() == digests.get(name):
             differing.discard(name)
         own[name].copy_(tensor)
         compared += 1

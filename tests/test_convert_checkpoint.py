@@ -277,6 +277,19 @@ class TestReleased:
         model = MFRSVLMForConditionalGeneration.from_pretrained(source.output, dtype=torch.float32)
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
+    def test_generation_settings_come_along(self, source: Source):
+        write_json(source.folder / "generation_config.json", max_length=1234, temperature=0.9)
+        saved = json.loads((source.convert() / "generation_config.json").read_text())
+        assert (saved["max_length"], saved["bos_token_id"], saved["eos_token_id"], saved["pad_token_id"]) == (1234, 1, 2, 0)
+        assert "temperature" not in saved  # of no effect without do_sample, and refused by transformers
+
+    @pytest.mark.parametrize("form", [{"size": 336, "crop_size": 336}, {"size": 448}, {"size": None, "crop_size": None}])
+    def test_sizes_come_from_the_tower(self, source: Source, form: dict):
+        write_json(source.tower / "preprocessor_config.json", **form)
+        image_processor = MFRSVLMProcessor.from_pretrained(source.convert()).image_processor
+        assert dict(image_processor.size) == {"shortest_edge": form["size"] or 336}
+        assert dict(image_processor.crop_size) == {"height": 336, "width": 336}
+
     def test_output_shards(self, source: Source, converted: Path, monkeypatch):
         monkeypatch.setattr(convert_checkpoint, "MAX_OUTPUT_SHARD", 500_000)
         source.convert()
@@ -549,6 +562,11 @@ DAMAGES = {
     "tokenizer.model damaged": (overwrite("released/tokenizer.model", b"no"), ["tokenizer of", "released cannot be read"]),
     "no preprocessor": (lose("tower/preprocessor_config.json"), ["tower/preprocessor_config.json is missing"]),
     "preprocessor empty": (overwrite("tower/preprocessor_config.json", b"{}"), ["lacks ['image_mean', 'image_std']"]),
+    "preprocessor of another tower": (
+        overwrite("tower/preprocessor_config.json", b'{"image_mean": [0.5], "image_std": [0.5], "crop_size": 224}'),
+        ["crops images to {'height': 224, 'width': 224}", "image_size is 336"],
+    ),
+    "generation config no JSON": (overwrite("released/generation_config.json", b"{"), ["generation_config.json"]),
     "no tower config": (lose("tower/config.json"), ["tower/config.json is missing"]),
     "no tower weights": (lose("tower/pytorch_model.bin"), ["tower holds no weights"]),
     "no weights": (
@@ -1025,7 +1043,10 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name in models:
             tokenizer.save_pretrained(folder / name)
         else:
-            shutil.copy(CHECKPOINT / "vision_tower" / "preprocessor_config.json", folder / name)
+            content = json.loads((CHECKPOINT / "vision_tower" / "preprocessor_config.json").read_text())
+            side = VISION_SIZES["image_size"]
+            content.update(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+            (folder / name / "preprocessor_config.json").write_text(json.dumps(content))
     return folder
 
 
