@@ -9,6 +9,7 @@ import contextlib
 import io
 import math
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,6 +41,8 @@ EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YC
 CHANNEL_COUNTS = (1, 4, 3)  # the likeliest last
 # TIFF tag 254 marks a page as a smaller copy (bit 0) or a mask (bit 2) of another one, as in cloud-optimised GeoTIFF.
 TIFF_SUBFILE_TYPE, TIFF_DEPENDENT_PAGE = 254, 0b101
+NUMBER = r"\s*([0-9]+(?:\.[0-9]+)?)\s*"
+WRITTEN_BOX = re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]")
 
 
 def cut_windows(canvas: np.ndarray, windows: tuple[WindowScale, ...], packing: str = "windows_first") -> np.ndarray:
@@ -502,6 +505,20 @@ def pad_to_square(image: np.ndarray, image_mean: tuple[float, ...]) -> np.ndarra
     top, left = (side - height) // 2, (side - width) // 2
     square[:, top : top + height, left : left + width] = image
     return square
+
+
+def parse_boxes(text: str, box_scale: float = 1000) -> list[tuple[float, float, float, float]]:
+    """The boxes `[x1, y1, x2, y2]` in a text, in its order, as (x_min, y_min, x_max, y_max) from 0 to `box_scale`.
+
+    Swapped corners are sorted. What is not four numbers from 0 to `box_scale` in brackets is no box and is left out; a box
+    without area is one, since rounding can make it from something tiny.
+    """
+    boxes = []
+    for match in WRITTEN_BOX.finditer(text):
+        x1, y1, x2, y2 = (float(number) for number in match.groups())
+        if max(x1, y1, x2, y2) <= box_scale:
+            boxes.append((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)))
+    return boxes
 
 
 class MFRSVLMProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
