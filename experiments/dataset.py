@@ -3,6 +3,8 @@
 Training a decoder on frozen features needs every scene many times, and drawing one costs more than encoding it.
 """
 
+import os
+import pickle
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -29,11 +31,16 @@ class SceneImages:
     """
 
     def __init__(self, folder: Path, split: str, count: int, crowding: int = 1, workers: int = 2) -> None:
-        self.scenes = [plan(split, index, crowding) for index in tqdm(range(count), desc=f"{split}: plan", leave=False)]
         stem = f"{split}-{count}" + (f"-crowded-{crowding}" if crowding > 1 else "")
-        canvases, views = folder / f"{stem}-canvas.npy", folder / f"{stem}-view.npy"
+        plans, canvases, views = (folder / f"{stem}-{name}" for name in ("plans.pickle", "canvas.npy", "view.npy"))
+        folder.mkdir(parents=True, exist_ok=True)
+        if not plans.exists():
+            scenes = [plan(split, index, crowding) for index in range(count)]
+            partial = plans.with_suffix(f".{os.getpid()}")  # several processes may need the same file
+            partial.write_bytes(pickle.dumps(scenes))
+            partial.replace(plans)
+        self.scenes: list[Scene] = pickle.loads(plans.read_bytes())
         if not views.exists():  # written last
-            folder.mkdir(parents=True, exist_ok=True)
             draw_all(self.scenes, canvases, views, workers)
         self.canvases = np.load(canvases, mmap_mode="r")
         self.views = np.load(views, mmap_mode="r")

@@ -209,7 +209,7 @@ def pack(branches: list[list[Branch]], prefix: list[int], pad: int) -> dict[str,
 def packed_logits(
     model: MFRSVLMForConditionalGeneration, batch: dict[str, torch.Tensor], features: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits, labels and weights of the positions that predict an answer; (answer tokens, vocabulary) and twice (tokens,)."""
+    """Logits (answer tokens, vocabulary), labels and weights (answer tokens,) of the positions that predict an answer."""
     outputs = model.model(
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
@@ -233,6 +233,7 @@ def train_decoder(
     log: Path | None = None,
     blind: bool = False,
     rounds: int = 4,
+    mix: dict[str, int] = MIX,
 ) -> dict[str, float]:
     """Trains everything but the vision tower. Returns seconds and decoder tokens.
 
@@ -242,10 +243,11 @@ def train_decoder(
         batch: scenes a step.
         blind: replaces every feature by zero, which trains the model without an image.
         rounds: different sets of questions prepared for each scene.
+        mix: how often each task is asked of a scene.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    tasks = [task for task, times in MIX.items() for _ in range(times)]
+    tasks = [task for task, times in mix.items() for _ in range(times)]
     pool = [[[prompts.branch(q) for q in ask(scene, tasks, seed=r)] for r in range(rounds)] for scene in scenes]
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "vision_tower" not in name and "stage_projections" not in name
@@ -291,6 +293,7 @@ def greedy_exact(
     seed: int = 0,
     batch: int = 25,
     blind: bool = False,
+    tasks: Sequence[str] = tuple(TASKS),
 ) -> dict[str, list[float]]:
     """1 or 0 for every question of every scene: whether greedy decoding gives the exact answer.
 
@@ -298,9 +301,9 @@ def greedy_exact(
     pass over questions with their true answers settles it. For boxes this is a strict measure; see `generate_boxes`.
     """
     model.eval()
-    scores: dict[str, list[float]] = {task: [] for task in TASKS}
+    scores: dict[str, list[float]] = {task: [] for task in tasks}
     for start in range(0, len(scenes), batch):
-        rows = [[prompts.branch(q) for q in ask(scene, seed=seed)] for scene in scenes[start : start + batch]]
+        rows = [[prompts.branch(q) for q in ask(scene, tasks, seed)] for scene in scenes[start : start + batch]]
         packed = pack(rows, prompts.prefix, prompts.tokenizer.pad_token_id)
         states = torch.from_numpy(np.asarray(features[start : start + batch])).float() * (0.0 if blind else 1.0)
         logits, labels, _ = packed_logits(model, packed, states)
@@ -308,3 +311,31 @@ def greedy_exact(
         for branch, each in zip((b for row in rows for b in row), right, strict=True):
             scores[branch.question.task].append(float(each.all()))
     return scores
+
+
+@torch.inference_mode()
+def generate_answers(
+    model: MFRSVLMForConditionalGeneration,
+    prompts: Prompts,
+    questions: Sequence[tuple[int, Question]],
+    features: np.ndarray,
+    batch: int = 50,
+    blind: bool = False,
+) -> list[str]:
+    """What `generate` says, greedily, to each (scene, question); scenes are rows of `features`."""
+    model.eval()
+    answers: list[str] = []
+    for start in range(0, len(questions), batch):
+        part = questions[start : start + batch]
+        rows = [prompts.prefix + prompts.branch(question).prompt for _, question in part]
+        inputs = prompts.tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+        states = torch.from_numpy(np.stack([features[index] for index, _ in part])).float() * (0.0 if blind else 1.0)
+        tokens = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            mm_encoder_outputs={"image": project(model, states)},
+            max_new_tokens=48,
+            do_sample=False,
+        )
+        answers += prompts.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [answer.strip() for answer in answers]

@@ -7,6 +7,7 @@ together the class of the scene. The heads are thrown away, the encoder is kept.
 
 import argparse
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -115,8 +116,8 @@ def losses(heads: TokenHeads, tokens: torch.Tensor, targets: torch.Tensor, class
     return result
 
 
-def pretrain(encoder: str, images: SceneImages, output: Path, seconds: float, seed: int = 0, batch: int = 32) -> None:
-    """Trains for a fixed time on a one-cycle schedule and saves the tower (and stage projections) to `output`."""
+def pretrain(encoder: str, images: SceneImages, output: Path, steps: int, seed: int = 0, batch: int = 32) -> None:
+    """Trains on one cosine cycle and saves the tower (and stage projections) to `output`."""
     torch.manual_seed(seed)
     config = make_config(16, encoder)
     model = MFRSVLMModel(config)
@@ -129,13 +130,10 @@ def pretrain(encoder: str, images: SceneImages, output: Path, seconds: float, se
     peak = 2e-3
     optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=0.02)
     weights = {"presence": 1.0, "count": 1.0, "box": 4.0, "class": 0.5, "place": 0.2}
-    start, step, running = time.perf_counter(), 0, {}
-    for pixels, targets, classes in batches(images, batch, seed):
-        done = (time.perf_counter() - start) / seconds
-        if done >= 1:
-            break
+    start, running = time.perf_counter(), {}
+    for step, (pixels, targets, classes) in enumerate(islice(batches(images, batch, seed), steps), start=1):
         for group in optimizer.param_groups:
-            group["lr"] = peak * min(1.0, step / 100) * 0.5 * (1 + np.cos(np.pi * done))
+            group["lr"] = peak * min(1.0, step / 100) * 0.5 * (1 + np.cos(np.pi * step / steps))
         total = torch.zeros(())
         for head, tokens in zip(heads, encode(model, pixels), strict=True):
             parts = losses(head, tokens, targets, classes)
@@ -146,19 +144,34 @@ def pretrain(encoder: str, images: SceneImages, output: Path, seconds: float, se
         optimizer.step()
         for name, value in parts.items():
             running[name] = 0.98 * running.get(name, value.item()) + 0.02 * value.item()
-        step += 1
         if step % 100 == 0:
-            print(f"{done:6.1%} step {step} " + " ".join(f"{k} {v:.3f}" for k, v in running.items()), flush=True)
+            print(
+                f"{time.perf_counter() - start:6.0f} s, step {step} " + " ".join(f"{k} {v:.3f}" for k, v in running.items()),
+                flush=True,
+            )
     output.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": model.state_dict(), "heads": heads.state_dict(), "steps": step}, output)
+    torch.save({"model": model.state_dict(), "heads": heads.state_dict()}, output)
+
+
+def load_encoder(model: MFRSVLMModel, path: Path) -> None:
+    """Puts a pretrained encoder into a model.
+
+    Raises:
+        RuntimeError: the file holds an encoder of another shape.
+    """
+    state = torch.load(path, weights_only=True)["model"]
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    left_out = [name for name in missing if name.startswith(("vision_tower.", "stage_projections."))]
+    if unexpected or left_out:
+        raise RuntimeError(f"{path} does not fit the encoder: it lacks {left_out[:3]} and has {unexpected[:3]} too many.")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("encoder", choices=["resnet", "vit"])
     parser.add_argument("output", type=Path)
-    parser.add_argument("--scenes", type=Path, default=Path("/tmp/exp/scenes"))
+    parser.add_argument("--scenes", type=Path, required=True, help="folder of drawn scenes")
     parser.add_argument("--count", type=int, default=4000)
-    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--steps", type=int, default=1500)
     args = parser.parse_args()
-    pretrain(args.encoder, SceneImages(args.scenes, "train", args.count, crowding=4), args.output, args.seconds)
+    pretrain(args.encoder, SceneImages(args.scenes, "train", args.count, crowding=4), args.output, args.steps)

@@ -11,12 +11,13 @@ IMAGE_SIZE, PATCH_SIZE = 128, 16  # 64 visual tokens
 NUM_DECODER_LAYERS = 6
 
 
-def make_config(vocab_size: int, encoder: str = "resnet", **overrides: Any) -> MFRSVLMConfig:
+def make_config(vocab_size: int, encoder: str = "resnet", width: int = 192, **overrides: Any) -> MFRSVLMConfig:
     """The config of a small model.
 
     Args:
         vocab_size: of the tokenizer's text, without the image placeholder.
         encoder: `"resnet"` or `"vit"`; the two cost the same number of multiplications a window.
+        width: of the decoder, a multiple of 32.
         **overrides: fields of `MFRSVLMConfig`.
     """
     vision_config: Any
@@ -40,11 +41,11 @@ def make_config(vocab_size: int, encoder: str = "resnet", **overrides: Any) -> M
         raise ValueError(f'encoder={encoder!r} must be "resnet" or "vit".')
     text_config = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=192,
-        intermediate_size=512,
+        hidden_size=width,
+        intermediate_size=width * 8 // 3,
         num_hidden_layers=NUM_DECODER_LAYERS,
-        num_attention_heads=6,
-        num_key_value_heads=6,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 32,
         max_position_embeddings=1024,
         bos_token_id=0,
         eos_token_id=1,
