@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import resource
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mfrsvlm.experiments.dataset import SCENE_SIZE, SceneImages
+from mfrsvlm.experiments.dataset import SCENE_SIZE, SceneImages, plan
 from mfrsvlm.experiments.decoder import (
     Prompts,
     encode_scenes,
@@ -34,7 +35,6 @@ from mfrsvlm.experiments.encoder import load_encoder, pretrain
 from mfrsvlm.experiments.geometry import make_config
 from mfrsvlm.modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from mfrsvlm.scenes import ask
-from mfrsvlm.scenes.questions import CHANCE
 from mfrsvlm.scenes.scoring import accuracy_interval, score
 
 
@@ -257,12 +257,23 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return summary
 
 
-def write_table(summary: list[dict[str, Any]], path: Path) -> None:
+def constant_answers(test_scenes: int) -> dict[str, float]:
+    """What the best constant answer to the held-out questions of a task scores."""
+    asked = [question for index in range(test_scenes) for question in ask(plan("test", index), TASKS)]
+    answers = {task: [question.answer for question in asked if question.task == task] for task in TASKS}
+    shares = {task: max(Counter(values).values()) / len(values) for task, values in answers.items()}
+    shares.pop("grounding")  # a constant box may overlap without being equal
+    return shares
+
+
+def write_table(summary: list[dict[str, Any]], chance: dict[str, float], path: Path) -> None:
     """Markdown: accuracy in per cent with the half width of its interval, and what the arm costs."""
     lines = [
         "| arm | seeds | " + " | ".join(TASKS) + " | encoder passes | decoder tokens (M) | train s | peak GB |",
         "|---" * (len(TASKS) + 6) + "|",
     ]
+    guesses = [f"{100 * chance[task]:.1f}" if task in chance else "-" for task in TASKS]
+    lines.append("| best constant answer | | " + " | ".join(guesses) + " | | | | |")
     for row in summary:
         cells = [f"{100 * m:.1f} ± {50 * (high - low):.1f}" for m, low, high in row["tasks"].values()]
         cells += [f"{row['encoder_passes']:g}", f"{row['decoder_tokens'] / 1e6:.2f}"]
@@ -277,7 +288,8 @@ def write_table(summary: list[dict[str, Any]], path: Path) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def write_plot(summary: list[dict[str, Any]], path: Path) -> None:
+def write_plot(summary: list[dict[str, Any]], chance: dict[str, float], path: Path) -> None:
+    """One panel a task; the dotted line is what the best constant answer scores, the solid one the arm `REFERENCE`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -289,8 +301,8 @@ def write_plot(summary: list[dict[str, Any]], path: Path) -> None:
     for axis, task in zip(axes.flat, TASKS, strict=True):
         means, lows, highs = (np.array(values) for values in zip(*(row["tasks"][task] for row in summary), strict=True))
         axis.errorbar(100 * means, places, xerr=100 * np.stack([means - lows, highs - means]), fmt="o", color="#1f5f8b")
-        if CHANCE[task] is not None:
-            axis.axvline(100 * CHANCE[task], color="#b04a3a", linestyle=":", label="chance")
+        if task in chance:
+            axis.axvline(100 * chance[task], color="#b04a3a", linestyle=":")
         for row in summary:
             if row["arm"] == REFERENCE:
                 axis.axvline(100 * row["tasks"][task][0], color="#999999", linewidth=0.8)
@@ -315,9 +327,10 @@ def main() -> None:
     rows = run_all(args.work, args.steps, args.batch, args.train_scenes, args.test_scenes, args.workers, args.encoder_steps)
     args.output.mkdir(parents=True, exist_ok=True)
     summary = summarise(rows)
+    chance = constant_answers(args.test_scenes)
     (args.output / "ablation.json").write_text(json.dumps(summary, indent=1) + "\n")
-    write_table(summary, args.output / "ablation.md")
-    write_plot(summary, args.output / "ablation.png")
+    write_table(summary, chance, args.output / "ablation.md")
+    write_plot(summary, chance, args.output / "ablation.png")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
     python -m mfrsvlm.experiments.accuracy MODEL --output accuracy.json [--scenes 1000] [--blind]
 
 Every scene is encoded once for all its questions. `--blind` asks the same questions without the image, which shows what
-language alone scores; chance is the best that guessing can do.
+language alone scores; chance is what the best constant
+answer would score.
 """
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from mfrsvlm.experiments.dataset import OBJECT_PIXELS, SCENE_SIZE, plan
 from mfrsvlm.modeling_mfrsvlm import MFRSVLMImageFeatures
 from mfrsvlm.scenes import TASKS, Question, ask, draw
-from mfrsvlm.scenes.questions import CHANCE
 from mfrsvlm.scenes.scoring import accuracy_interval, caption_facts, score
 
 
@@ -59,7 +60,11 @@ def answer(model: Any, processor: Any, image: Image.Image | None, texts: list[st
 
 
 def measure(model: Any, processor: Any, scenes: int, blind: bool = False) -> dict[str, dict[str, float]]:
-    """Accuracy of every task on the first scenes of the test split, with its 95 % interval, n and chance."""
+    """Accuracy of every task on the first scenes of the test split, with its 95 % interval and n.
+
+    `chance` is the share of the most frequent true answer: what the best constant answer would score.
+    """
+    truths: dict[str, Counter[str]] = {task: Counter() for task in TASKS}
     scores: dict[str, list[float]] = {task: [] for task in (*TASKS, "caption facts")}
     for index in tqdm(range(scenes), desc="blind" if blind else "scenes", mininterval=5):
         scene = plan("test", index)
@@ -67,14 +72,15 @@ def measure(model: Any, processor: Any, scenes: int, blind: bool = False) -> dic
         said = answer(model, processor, None if blind else draw(scene), [question.text for question in questions])
         for question, text in zip(questions, said, strict=True):
             scores[question.task].append(score(question, text, SCENE_SIZE))
+            truths[question.task][question.answer] += 1
             if question.task == "caption":
                 scores["caption facts"].append(caption_facts(question, text))
     result = {}
     for task, values in scores.items():
         mean, low, high = accuracy_interval(values)
         result[task] = {"accuracy": mean, "low": low, "high": high, "n": len(values)}
-        if CHANCE.get(task) is not None:
-            result[task]["chance"] = CHANCE[task]
+        if task in truths and task != "grounding":  # a constant box may overlap without being equal
+            result[task]["chance"] = max(truths[task].values()) / len(values)
     return result
 
 

@@ -102,7 +102,7 @@ def _write_scene(folder: Path, plan: DatasetPlan, index: int) -> list[dict[str, 
     if index < plan.changes:
         later, kind, change = plan_change(scene, plan.object_pixels)
         images = [*images, f"{IMAGES}/{name}-later.png"]
-        draw(later).save(folder / images[1])
+        draw(later, look=1).save(folder / images[1])
         rows.append(_row(f"{name}-change", ask_change(kind, change), images, scene.size))
     return rows
 

@@ -146,7 +146,7 @@ def plan_change(scene: Scene, object_pixels: tuple[float, float] = (8.0, 16.0)) 
     present = [item for item in scene.objects if item.kind == kind]
     if rng.random() < 0.2:
         return scene, "", 0
-    if len(present) == 9 or (present and rng.random() < 0.5):
+    if len(present) >= 9 or (present and rng.random() < 0.5):
         gone = [present[i] for i in rng.permutation(len(present))[: rng.integers(1, 5)]]
         return replace(scene, objects=tuple(item for item in scene.objects if item not in gone)), kind, -len(gone)
     shore = _shore(scene.seed, scene.size, scene.scene_class)
@@ -210,8 +210,12 @@ def _parts(item: SceneObject) -> list[tuple[list[tuple[float, float]], Colour]]:
     ]
 
 
-def draw(scene: Scene) -> Image.Image:
-    """Draws a scene as an RGB image of `scene.size` pixels a side."""
+def draw(scene: Scene, look: int = 0) -> Image.Image:
+    """Draws a scene as an RGB image of `scene.size` pixels a side.
+
+    Args:
+        look: another number gives the same place another light, haze and noise, as on another day.
+    """
     rng = np.random.default_rng([scene.seed, 2])
     size = scene.size
     land = _land(rng, scene)
@@ -229,6 +233,8 @@ def draw(scene: Scene) -> Image.Image:
         _draw_object(picture, item)
 
     # Looks of the day: light, colour cast, haze and sensor noise. None of them carries any truth.
+    if look:
+        rng = np.random.default_rng([scene.seed, 6, look])
     pixels = np.asarray(picture, dtype=np.float32)
     gain = (rng.uniform(0.82, 1.15) * rng.uniform(0.95, 1.05, 3)).astype(np.float32)
     haze = np.float32(rng.uniform(0, 0.16))

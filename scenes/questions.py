@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .drawing import CLASSES, KINDS, Scene
+from .drawing import KINDS, Scene
 
 
 PLURALS = {"ship": "ships", "aircraft": "aircraft", "car": "cars", "tank": "tanks", "building": "buildings"}
@@ -53,8 +53,8 @@ def _area(scene: Scene, rng: np.random.Generator) -> Question:
 def _presence(scene: Scene, rng: np.random.Generator) -> Question | None:
     wanted = bool(rng.random() < 0.5)
     kinds = [kind for kind in _possible(scene) if (scene.counts[kind] > 0) == wanted]
-    if not kinds:
-        return None
+    if all(scene.counts[kind] for kind in _possible(scene)):
+        return None  # not even where "yes" is wanted: it would tip the balance
     return Question("presence", f"Is there {_article(_one(rng, kinds))} in this scene?", "yes" if wanted else "no")
 
 
@@ -127,18 +127,6 @@ TASKS: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {
     "caption": _caption,
 }
 
-# What a model that sees nothing scores if it guesses the best it can; None where there is no finite list of answers.
-CHANCE = {
-    "classification": 1 / len(CLASSES),
-    "area": 2 / 3,
-    "presence": 1 / 2,
-    "count": 1 / 10,
-    "comparison": 1 / 2,
-    "position": 1 / 2,
-    "grounding": None,
-    "caption": None,
-}
-
 
 def ask(scene: Scene, tasks: Sequence[str] = tuple(TASKS), seed: int = 0) -> list[Question]:
     """One question of every listed task, in that order; a task that the scene gives no question for is left out.
@@ -153,9 +141,11 @@ def ask(scene: Scene, tasks: Sequence[str] = tuple(TASKS), seed: int = 0) -> lis
     unknown = set(tasks) - set(TASKS)
     if unknown:
         raise ValueError(f"Unknown tasks {sorted(unknown)}; the tasks are {list(TASKS)}.")
-    rng = np.random.default_rng([scene.seed, 5, seed])
     asked: dict[str, Question] = {}
-    for task in tasks:
+    for position, task in enumerate(tasks):
+        # A stream of its own for every question: what is asked does not depend on what else is asked.
+        occurrence = list(tasks[:position]).count(task)
+        rng = np.random.default_rng([scene.seed, 5, seed, list(TASKS).index(task), occurrence])
         question = TASKS[task](scene, rng)
         if question is not None:
             asked.setdefault(question.text, question)

@@ -97,7 +97,7 @@ def test_training_learns_and_exact_scores_are_those_of_generate(tokenizer, tmp_p
     features = encode_scenes(model, Drawn(SCENES), tmp_path / "features.npy", "image")
     tower = {name: value.clone() for name, value in model.model.vision_tower.state_dict().items()}
     mix = {"presence": 1, "classification": 1}
-    spent = train_decoder(model, prompts, SCENES, features, steps=25, batch=4, rounds=1, mix=mix)
+    spent = train_decoder(model, prompts, SCENES, features, steps=40, batch=4, rounds=1, mix=mix)
     assert spent["loss"] < 4
     for name, value in model.model.vision_tower.state_dict().items():
         assert torch.equal(value, tower[name]), f"{name} was not frozen"
@@ -196,5 +196,5 @@ def test_summary_compares_question_by_question(tmp_path):
     assert second["tasks"]["count"][0] == pytest.approx((np.mean(base["count"]) + np.mean(better["count"])) / 2)
     mean, low, high = second["gain"]["count"]
     assert low < mean < high and low > 0
-    ablation.write_table([first, second], tmp_path / "table.md")
+    ablation.write_table([first, second], {"count": 0.1}, tmp_path / "table.md")
     assert (tmp_path / "table.md").read_text().count("| ViT |") == 2
