@@ -217,7 +217,7 @@ def test_another_day_changes_the_look_and_not_the_truth(scenes):
 def test_a_crowded_place_can_change():
     for seed in range(20):
         scene = plan_scene(seed, crowding=3)
-        later, kind, change = plan_change(scene)
+        later, _, change = plan_change(scene)
         assert sum(later.counts.values()) - sum(scene.counts.values()) == change
 
 
