@@ -57,7 +57,7 @@ def save_folder(folder, seed: int = 0, **overrides) -> None:
 @pytest.fixture(scope="module")
 def with_injection(tmp_path_factory):
     folder = tmp_path_factory.mktemp("with")
-    save_folder(folder, window_sizes=[128, 64])
+    save_folder(folder, window_sizes=[128, 64], window_overlap=0)
     return folder
 
 
@@ -350,7 +350,7 @@ def test_router_weights_sum_to_one_and_do_not_depend_on_the_question(folder, sce
     np.testing.assert_allclose(grids, weights[:, :1], atol=1e-4)
 
 
-@pytest.mark.parametrize("stack", [(0, 1, 0, 1), (1, 0, 1, 0), (1, 1, 0, 0)])
+@pytest.mark.parametrize("stack", [(0, 1, 0, 1), (1, 0, 1, 0)])
 @torch.inference_mode()
 def test_the_preferred_stack_of_a_rigged_stack_router_has_the_right_name(with_injection, scene, stack):
     model, processor = load(with_injection)
@@ -358,16 +358,16 @@ def test_the_preferred_stack_of_a_rigged_stack_router_has_the_right_name(with_in
     config, inner = model.config, model.model
     packed = prompts_and_answers(processor, draw(scene), ask(scene, ["area"]))["pixel_values_local"]
 
-    def mean_token(scale, depth, row, column):
-        """Of the stack with this name, made from its windows without any list of stacks."""
-        window, pixels = config.windows[scale], unpack_windows(packed, config.windows)[scale]
-        features = inner._encode_windows(pixels, window, None)[depth]
-        canvas = stitch_windows(features.unflatten(0, (1, -1)), window, 16, config.window_weighting)
-        tokens = canvas[0, :, row::2, column::2].flatten(1).T
-        return torch.nn.functional.layer_norm(inner.multi_modal_projector(tokens).mean(0), [192])
-
-    others = torch.stack([mean_token(*np.unravel_index(k, (2, 2, 2, 2))) for k in range(16)])
-    names = [tuple(int(i) for i in np.unravel_index(k, (2, 2, 2, 2))) for k in range(16)]
+    # The mean token of every stack by name, made from its windows without any list of stacks.
+    names, keys = [], []
+    for s, (window, pixels) in enumerate(zip(config.windows, unpack_windows(packed, config.windows), strict=True)):
+        for d, features in enumerate(inner._encode_windows(pixels, window, None)):
+            canvas = stitch_windows(features.unflatten(0, (1, -1)), window, 16, config.window_weighting)
+            for r, c in ((0, 0), (1, 1), (0, 1), (1, 0)):
+                tokens = inner.multi_modal_projector(canvas[0, :, r::2, c::2].flatten(1).T)
+                names.append((s, d, r, c))
+                keys.append(torch.nn.functional.layer_norm(tokens.mean(0), [192]))
+    others = torch.stack(keys)
     # The query that singles the wanted key out, as keys are the normalised mean tokens themselves.
     wanted = torch.tensor([1.0 if name == stack else 0.0 for name in names])
     query = torch.linalg.lstsq(others.double(), wanted.double()[:, None], driver="gelsd").solution[:, 0].float()
