@@ -70,6 +70,7 @@ class Arm:
 BOTH = Features()
 DECODER_WIDTH = 128
 REFERENCE = "both, canvas from the original pixels"
+KEPT = ("global view only", REFERENCE)  # whose first model is saved, for `look_inside`
 ARMS = {
     "global view only": Arm(Features(window_sizes=()), {"injection_layers": []}, seeds=3),
     "+ large windows": Arm(Features(window_sizes=(128,))),
@@ -175,6 +176,10 @@ def run(name: str, seed: int, work: Path, steps: int, batch: int, train_scenes: 
     prompts = Prompts(make_processor(model.config, tokenizer, arm.features.canvas_source))
     seen = features_of(arm.features, "train", train_scenes, work)
     spent = train_decoder(model, prompts, train.scenes, seen, steps, batch, seed=seed, mix=MIX, rounds=8)
+    if seed == 0 and name in KEPT:
+        folder = work / "models" / name.replace(",", "").replace(" ", "-")
+        model.save_pretrained(folder)
+        prompts.processor.save_pretrained(folder)
     held_out = features_of(arm.features, "test", test_scenes, work)
     scores = greedy_exact(model, prompts, test.scenes, held_out, tasks=TASKS)
     boxes = [(i, q) for i, scene in enumerate(test.scenes) for q in ask(scene, ("grounding",))]
@@ -328,9 +333,9 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     summary = summarise(rows)
     chance = constant_answers(args.test_scenes)
-    (args.output / "ablation.json").write_text(json.dumps(summary, indent=1) + "\n")
-    write_table(summary, chance, args.output / "ablation.md")
-    write_plot(summary, chance, args.output / "ablation.png")
+    (args.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_table(summary, chance, args.output / "table.md")
+    write_plot(summary, chance, args.output / "plot.png")
 
 
 if __name__ == "__main__":

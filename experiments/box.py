@@ -17,7 +17,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mfrsvlm.experiments.accuracy import measure
 from mfrsvlm.experiments.dataset import OBJECT_PIXELS, SCENE_SIZE, SceneImages
-from mfrsvlm.experiments.decoder import Prompts, encode_scenes, make_processor, make_tokenizer, train_decoder
+from mfrsvlm.experiments.decoder import (
+    Prompts,
+    encode_scenes,
+    make_processor,
+    make_tokenizer,
+    train_decoder,
+    whiten_projector,
+)
 from mfrsvlm.experiments.encoder import load_encoder, pretrain
 from mfrsvlm.experiments.geometry import make_config
 from mfrsvlm.model_card.card import write_model_card
@@ -67,6 +74,7 @@ def main() -> None:
     weights = args.work / "box.pt"
     if not weights.exists():
         start = time.perf_counter()
+        whiten_projector(model, features, args.seed)
         train_decoder(model, Prompts(processor), images.scenes, features, args.steps, args.batch, seed=args.seed)
         torch.save(model.state_dict(), weights)
         timed("decoder", start)

@@ -127,6 +127,27 @@ def project(model: MFRSVLMForConditionalGeneration, features: torch.Tensor) -> M
     return MFRSVLMImageFeatures(pooler_output=list(projected[:, 0]), deepstack_features=details)
 
 
+@torch.no_grad()
+def whiten_projector(model: MFRSVLMForConditionalGeneration, features: np.ndarray, seed: int = 0) -> None:
+    """Starts the projector from whitened features.
+
+    A few directions of an encoder's features, such as brightness, carry nearly all of their variance, and small objects
+    next to none: from a random projector, a decoder first learns what is large. The first layer is a random rotation of
+    features with unit covariance; a hundredth of the mean variance is added to each direction, to leave noise alone.
+
+    Args:
+        features: (scenes, 1 + K, T, C), see `encode_scenes`; every tenth scene is read.
+    """
+    states = torch.from_numpy(np.asarray(features[::10])).flatten(0, -2).float()  # (tokens, C)
+    mean, (variances, directions) = states.mean(0), torch.linalg.eigh(torch.cov(states.T))
+    whitening = directions * (variances + 0.01 * variances.mean()).rsqrt() @ directions.T
+    first, second = model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2
+    generator = torch.Generator().manual_seed(seed)
+    first.weight.copy_(torch.randn(first.weight.shape, generator=generator) * first.in_features**-0.5 @ whitening)
+    first.bias.copy_(-first.weight @ mean)
+    second.weight.copy_(torch.randn(second.weight.shape, generator=generator) * model.config.text_config.initializer_range)
+
+
 @dataclass
 class Branch:
     """A question and its answer as ids, without what all prompts share."""
@@ -258,7 +279,7 @@ def train_decoder(
         [{"params": decayed, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=peak
     )
     model.train()
-    start, tokens, running = time.perf_counter(), 0, 0.0
+    start, tokens, running = time.perf_counter(), 0, dict.fromkeys(mix, 0.0)
     order = np.empty(0, dtype=int)
     for step in range(steps):
         if len(order) < batch:
@@ -276,12 +297,17 @@ def train_decoder(
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         tokens += packed["input_ids"].numel()
-        running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
+        with torch.no_grad():
+            names = [b.question.task for row in rows for b in row for _ in b.answer]
+            each = F.cross_entropy(logits, labels, reduction="none").tolist()
+            for task in mix:
+                values = [value for value, name in zip(each, names, strict=True) if name == task]
+                running[task] += 0.05 * (sum(values) / max(len(values), 1) - running[task])
         if (step + 1) % 50 == 0:
-            line = {"step": step + 1, "loss": round(running, 4), "seconds": round(time.perf_counter() - start, 1)}
-            print(json.dumps(line), flush=True)
+            line = {"step": step + 1, "seconds": round(time.perf_counter() - start)}
+            print(json.dumps(line | {task: round(value, 3) for task, value in running.items()}), flush=True)
     model.eval()
-    return {"seconds": time.perf_counter() - start, "decoder_tokens": tokens, "loss": running}
+    return {"seconds": time.perf_counter() - start, "decoder_tokens": tokens}
 
 
 @torch.inference_mode()

@@ -47,6 +47,7 @@ def make_config(vocab_size: int, encoder: str = "resnet", width: int = 192, **ov
         num_attention_heads=width // 32,
         num_key_value_heads=width // 32,
         max_position_embeddings=1024,
+        initializer_range=0.06,  # the usual 0.02 suits widths of thousands
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
