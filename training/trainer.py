@@ -124,6 +124,8 @@ class MFRSVLMTrainingArguments(TrainingArguments):
     group_by_modality_length: bool = field(
         default=True, metadata={"help": "Batches of like length, with images or without."}
     )
+    # Off in the stock arguments, which then stands in the saved config. The loss is computed without a cache all the same.
+    use_cache: bool = field(default=True, metadata={"help": "What the saved config says of the cache."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be off: the collator needs all of a row."})
 
     @property
