@@ -1,13 +1,9 @@
 """Small models for every choice of the config, and inputs for them."""
 
-from pathlib import Path
-
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, Qwen3Config, ResNetConfig
 
-from mfrsvlm import MFRSVLMConfig, MFRSVLMForConditionalGeneration, MFRSVLMImageProcessor, MFRSVLMProcessor
-from mfrsvlm.convert_checkpoint import IMAGE_TOKEN, read_tokenizer
-from mfrsvlm.processing_mfrsvlm import CHAT_TEMPLATE
+from mfrsvlm import MFRSVLMConfig, MFRSVLMForConditionalGeneration
 
 
 TEXT_CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen3": Qwen3Config}
@@ -92,23 +88,3 @@ def tiny_inputs(config: MFRSVLMConfig, images: list[int], text: int | list[int] 
         if config.has_details:
             inputs["pixel_values_local"] = torch.stack(packed)
     return inputs
-
-
-def tiny_folder(folder: Path, image_placement: str = "inline", **overrides) -> Path:
-    """Saves a tiny model and its processor, with the tokenizer of the reference, as a folder to fine-tune from."""
-    tokenizer = read_tokenizer(Path(__file__).parent / "reference" / "checkpoint")
-    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
-    tokenizer.pad_token = tokenizer.unk_token
-    image_processor = MFRSVLMImageProcessor(
-        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, patch_size=7, window_sizes=[28, 14]
-    )
-    processor = MFRSVLMProcessor(
-        image_processor, tokenizer, chat_template=CHAT_TEMPLATE, image_placement=image_placement
-    )
-    config = tiny_config(**overrides)
-    config.text_config.vocab_size = config.image_token_id = processor.image_token_id
-    config.text_config.pad_token_id = tokenizer.pad_token_id
-    model = tiny_model(config)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder

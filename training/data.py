@@ -11,6 +11,7 @@ markers, or a list of parts). `image` or `images` is a path or a list of paths; 
 
 import io
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -21,10 +22,9 @@ import torch
 from jinja2 import TemplateError
 from PIL import Image
 from torch.utils.data import Dataset
-from transformers.utils import logging
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 IMAGE_TOKEN = "<image>"  # the marker in the text of a row, whatever the tokenizer calls its own
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -133,7 +133,11 @@ def _split_content(content: Any, number: int) -> tuple[list[dict[str, Any]], str
     """Image parts (`None` for one that the row's own list names) and text of the content of turn `number`."""
     parts: list[dict[str, Any]] = []
     texts = []
-    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    elif not isinstance(content, (list, tuple)):
+        raise BadRow(f"turn {number} holds {content!r}: text, or a list of parts of type image and text, is needed.")
+    for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "image":
             given = [part[key] for key in ("image", "path", "url") if part.get(key) is not None]
@@ -246,6 +250,8 @@ class ConversationDataset(Dataset):
         return len(self.good)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
+        if not 0 <= position < len(self):
+            raise IndexError(f"{self.name} has {len(self)} good rows, so there is no number {position}.")
         for offset in range(len(self)):
             index = self.good[(position + offset) % len(self)]
             if self.bad[index]:

@@ -6,6 +6,7 @@ The keys of the file, and of the command line, which goes first, are the fields 
 
 import difflib
 import json
+import logging
 import os
 import sys
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
-from transformers.utils import logging
+from transformers.utils.logging import set_verbosity_info
 
 from mfrsvlm import MFRSVLMForConditionalGeneration, MFRSVLMProcessor
 
@@ -24,7 +25,7 @@ from .data import ConversationDataset
 from .trainer import UNFINISHED, MFRSVLMTrainer, MFRSVLMTrainingArguments, freeze_parts
 
 
-logger = logging.get_logger(__name__)
+logger = logging.getLogger("mfrsvlm.training.finetune")  # also where this file is the main program
 
 # Linear layers of the decoder, and of nothing else: neither tower nor injectors.
 DECODER_LINEARS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
@@ -174,7 +175,9 @@ def load_model(options: ModelArguments, args: MFRSVLMTrainingArguments) -> Any:
     model = MFRSVLMForConditionalGeneration.from_pretrained(
         options.model_name_or_path, dtype=options.dtype, attn_implementation=options.attn_implementation
     )
-    sharded = args.fsdp or args.deepspeed or os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_USE_DEEPSPEED")
+    sharded = (
+        args.fsdp or args.deepspeed or os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_USE_DEEPSPEED")
+    )
     if sharded and model.config.window_chunk_size is not None:
         # Parameters are gathered pass by pass, so ranks with more images would wait for the others for ever.
         logger.warning("window_chunk_size is set to None: where parameters are sharded, ranks must make as many passes.")
@@ -250,7 +253,9 @@ def main(arguments: list[str] | None = None) -> MFRSVLMTrainer:
         print(__doc__)
         parser.print_help()
         raise SystemExit(0 if arguments else 2)
-    logging.set_verbosity_info()
+    logging.basicConfig(format="[%(name)s] %(message)s")
+    logging.getLogger("mfrsvlm").setLevel(logging.INFO)
+    set_verbosity_info()
     return finetune(*parser.read(Path(arguments[0]), arguments[1:]))
 
 

@@ -1,4 +1,4 @@
-"""The `Trainer` of transformers, with what MF-RSVLM needs of it: parts, alike batches, checkpoints that are whole or absent."""
+"""The `Trainer` of transformers, and: parts of the model, batches of like samples, checkpoints that are whole or absent."""
 
 import os
 import re
@@ -216,9 +216,7 @@ class MFRSVLMTrainer(Trainer):
         if self.is_local_process_zero() and unfinished.exists():  # on a machine with a disk of its own
             _move(unfinished, finished)
         if self.args.should_save:
-            rotate_checkpoints(
-                str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
-            )
+            rotate_checkpoints(str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(finished))
 
