@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .data import BadRow
+from .data import BadRow, to_messages
 
 
 IGNORED = -100  # label of a position without loss
@@ -106,12 +106,12 @@ class ConversationCollator:
         """Pads samples on the right.
 
         Args:
-            samples: what `encode` returns, or `{"messages": ...}`, which is encoded here.
+            samples: what `encode` returns, or rows (see `training.data`), which are encoded here.
 
         Returns:
             `input_ids`, `attention_mask`, `labels` (B, S), and the pixels of all images of the batch, if it has any.
         """
-        samples = [self.encode(sample["messages"]) if "messages" in sample else sample for sample in samples]
+        samples = [sample if "input_ids" in sample else self.encode(to_messages(sample)) for sample in samples]
         batch = self.processor.tokenizer.pad(
             {"input_ids": [sample["input_ids"] for sample in samples]},
             padding=True,
