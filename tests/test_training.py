@@ -134,7 +134,7 @@ def test_every_parameter_is_in_exactly_one_part(overrides):
 
 
 def test_frozen_parts_stay_and_others_move_at_their_own_rate(start, tmp_path):
-    rates = {"injectors_learning_rate": 0.0, "projector_learning_rate": 5e-3}
+    rates = {"injectors_learning_rate": 0.0, "projector_learning_rate": 5e-3, "num_train_epochs": 1}
     config = write_config(
         start, tmp_path, freeze_vision_tower=True, num_train_epochs=1, lr_scheduler_type="constant", **rates
     )

@@ -19,7 +19,7 @@ from mfrsvlm import training
 
 
 LAUNCH = Path(training.__file__).parent / "accelerate"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_ddp_by_accelerate_launch_gives_the_losses_of_one_process(start, tmp_pat
     script = ["-m", "mfrsvlm.training.finetune", str(tmp_path / "config.yaml")]
     script += ["--save_strategy", "steps", "--save_steps", "12"]
     run([sys.executable, *script, "--per_device_train_batch_size", "2", "--output_dir", str(tmp_path / "one")])
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / "ddp.yaml"), "--cpu"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / "ddp.yaml")]
     launch += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
     run([*launch, *script, "--per_device_train_batch_size", "1", "--output_dir", str(tmp_path / "two")])
     histories = []

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -137,11 +137,26 @@ class MFRSVLMTrainingArguments(TrainingArguments):
         return self.learning_rate if rate is None else rate
 
 
+class ZeroGradients(TrainerCallback):
+    """Gives what a step does not use a gradient of zero in place of none.
+
+    A step of text alone leaves the tower without gradients, and the optimizer would pass over it, momentum and all. On
+    several ranks the tower runs on a blank image and has gradients of zero. So both take the same steps.
+    """
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if args.world_size == 1:
+            for parameter in model.parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+
+
 class MFRSVLMTrainer(Trainer):
     """The stock `Trainer`, and:
 
     - a learning rate for each part;
     - batches of like length and of one modality, for a `ConversationDataset`;
+    - the same steps on any number of ranks, see `ZeroGradients`;
     - a checkpoint appears under its name only when it is whole, so that the last one can always be resumed from;
     - the model card of this package, and the code of the model beside what is pushed during training.
     """
@@ -149,6 +164,10 @@ class MFRSVLMTrainer(Trainer):
     args: MFRSVLMTrainingArguments
     card_details: dict[str, Any] = {}  # further fields of the card, see `write_model_card`
     _run_dir: str | None = None  # in place of the output folder while a checkpoint grows
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(ZeroGradients)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -190,15 +209,16 @@ class MFRSVLMTrainer(Trainer):
         run_dir = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         unfinished, finished = run_dir / UNFINISHED / name, run_dir / name
-        if self.is_local_process_zero() and unfinished.parent.exists():
-            shutil.rmtree(unfinished.parent)  # of a run that was killed
+        if self.is_local_process_zero():  # of a run that was killed; machines that share a disk may both find it
+            shutil.rmtree(unfinished.parent, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self._run_dir = str(unfinished.parent)
         try:
             super()._save_checkpoint(model, trial)
-            if self.args.should_save and self.state.best_global_step == self.state.global_step:
+            if self.state.best_global_step == self.state.global_step:
                 self.state.best_model_checkpoint = str(finished)
-                self.state.save_to_json(str(unfinished / "trainer_state.json"))
+                if self.args.should_save:
+                    self.state.save_to_json(str(unfinished / "trainer_state.json"))
         except Exception as error:
             error.add_note(
                 f"{name} could not be saved, {shutil.disk_usage(run_dir).free / 2**30:.1f} GiB are free in {run_dir}. What "
