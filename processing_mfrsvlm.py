@@ -9,6 +9,7 @@ import contextlib
 import io
 import math
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,6 +41,8 @@ EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YC
 CHANNEL_COUNTS = (1, 4, 3)  # the likeliest last
 # TIFF tag 254 marks a page as a smaller copy (bit 0) or a mask (bit 2) of another one, as in cloud-optimised GeoTIFF.
 TIFF_SUBFILE_TYPE, TIFF_DEPENDENT_PAGE = 254, 0b101
+NUMBER = r"\s*([0-9]+(?:\.[0-9]+)?)\s*"
+WRITTEN_BOX = re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]")
 
 
 def cut_windows(canvas: np.ndarray, windows: tuple[WindowScale, ...], packing: str = "windows_first") -> np.ndarray:
@@ -504,6 +507,20 @@ def pad_to_square(image: np.ndarray, image_mean: tuple[float, ...]) -> np.ndarra
     return square
 
 
+def parse_boxes(text: str, box_scale: float = 1000) -> list[tuple[float, float, float, float]]:
+    """The boxes `[x1, y1, x2, y2]` in a text, in its order, as (x_min, y_min, x_max, y_max) from 0 to `box_scale`.
+
+    Swapped corners are sorted. What is not four numbers from 0 to `box_scale` in brackets is no box and is left out; a box
+    without area is one, since rounding can make it from something tiny.
+    """
+    boxes = []
+    for match in WRITTEN_BOX.finditer(text):
+        x1, y1, x2, y2 = (float(number) for number in match.groups())
+        if max(x1, y1, x2, y2) <= box_scale:
+            boxes.append((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)))
+    return boxes
+
+
 class MFRSVLMProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     images_kwargs: MFRSVLMImageProcessorKwargs
     _defaults = {"text_kwargs": {"padding": False}}
@@ -608,6 +625,62 @@ class MFRSVLMProcessor(ProcessorMixin):
         counts = [len(flatten_images(group)) for group in groups]
         if markers != counts:
             raise ValueError(f"{rule}found {markers} tokens, prompt by prompt, and {counts} images, list by list.")
+
+    @staticmethod
+    def post_process_boxes(
+        texts: list[str], image_sizes: Any, box_scale: float = 1000, padded: bool = False
+    ) -> list[torch.Tensor]:
+        """Boxes `[x1, y1, x2, y2]` of generated texts, in pixels of the original images.
+
+        Args:
+            texts: one generated text per image, decoded.
+            image_sizes: (height, width) of each original image: pairs, or a tensor (N, 2). Note that `PIL.Image.size` is
+                the other way round.
+            box_scale: the number in a text that stands for the right and the lower edge.
+            padded: whether the texts speak of the image padded to a square, as the image processor pads it with `do_pad`,
+                or of the image itself. It depends on the data the model was trained with. The padding is taken off, and
+                boxes are clipped to the image; those wholly beside it are left out.
+
+        Returns:
+            For each text a float32 tensor (n, 4), one row (x_min, y_min, x_max, y_max) per box in the order of the text,
+            (0, 4) if there is none. Swapped corners are sorted; what is not four numbers from 0 to `box_scale` in brackets
+            is left out.
+
+        Raises:
+            ValueError: the numbers of texts and sizes differ, a size is not two positive numbers, or `box_scale` is not
+                positive.
+            TypeError: texts are not a list of strings.
+        """
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+            raise TypeError(
+                f"texts must be a list of strings, one per image, got {type(texts).__name__} {str(texts)[:200]!r}."
+            )
+        if not 0 < box_scale < math.inf:
+            raise ValueError(f"box_scale={box_scale} must be a positive number.")
+        sizes = image_sizes.tolist() if isinstance(image_sizes, (torch.Tensor, np.ndarray)) else image_sizes
+        if not isinstance(sizes, (list, tuple)) or len(sizes) != len(texts):
+            raise ValueError(
+                f"{len(texts)} texts need as many image_sizes, (height, width) each, got {str(image_sizes)[:200]}."
+            )
+        located = []
+        for index, (text, size) in enumerate(zip(texts, sizes, strict=True)):
+            try:
+                height, width = (float(length) for length in size)
+            except (TypeError, ValueError):
+                raise ValueError(f"image_sizes[{index}]={size!r} must be two numbers, (height, width).") from None
+            if not (0 < height < math.inf and 0 < width < math.inf):
+                raise ValueError(f"image_sizes[{index}]={size!r}: height and width must be positive.")
+            limits = torch.tensor([width, height] * 2)
+            boxes = torch.tensor(parse_boxes(text, box_scale)).reshape(-1, 4) / box_scale
+            if padded:
+                side = max(height, width)
+                left, top = (side - width) // 2, (side - height) // 2  # see pad_to_square
+                boxes = boxes * side - torch.tensor([left, top] * 2)
+                boxes = boxes[((boxes[:, 2:] >= 0) & (boxes[:, :2] <= limits[:2])).all(1)]
+                located.append(boxes.clamp(torch.zeros(4), limits))
+            else:
+                located.append(boxes * limits)
+        return located
 
     def _merge_kwargs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         merged = super()._merge_kwargs(*args, **kwargs)
@@ -810,4 +883,4 @@ CHAT_TEMPLATE = """\
 """
 
 
-__all__ = ["CHAT_TEMPLATE", "MFRSVLMImageProcessor", "MFRSVLMProcessor", "cut_windows", "join_windows"]
+__all__ = ["CHAT_TEMPLATE", "MFRSVLMImageProcessor", "MFRSVLMProcessor", "cut_windows", "join_windows", "parse_boxes"]

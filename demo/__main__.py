@@ -1,9 +1,9 @@
-"""Asks a model about one image and prints the answer.
+"""Asks the small trained model about a scene, prints the answers and draws them.
 
-    python -m mfrsvlm.demo [IMAGE] [--question TEXT] [--model DIR_OR_HUB_ID]
+    python -m mfrsvlm.demo [IMAGE] [--question TEXT ...] [--model DIR_OR_HUB_ID] [--scene NUMBER]
 
-Without an image it draws one. Without a model it converts the tiny reference checkpoint of the repository, whose weights
-are random: everything is real but the answer.
+Without an image it draws a synthetic scene, which the model has never seen, and shows the truth beside the answers.
+Without a model it takes the one in this folder, which was trained on such scenes and knows nothing else.
 """
 
 import argparse
@@ -12,91 +12,103 @@ import time
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
-from mfrsvlm.convert_checkpoint import convert_released
+from mfrsvlm.scenes import Question, ask, draw, plan_scene, scene_seed
 
 
-ROOT = Path(__file__).parent
-REFERENCE = ROOT.parent / "tests" / "reference" / "checkpoint"
-OUTPUT = ROOT / "output"
+FOLDER = Path(__file__).parent
+MODEL, OUTPUT = FOLDER / "model", FOLDER / "output"
+TASKS = ("classification", "area", "presence", "count", "comparison", "position", "caption", "grounding")
+PANEL = 512  # pixels
 
 
-def draw_scene() -> Image.Image:
-    """A small airfield seen from above, 512 x 512."""
-    image = Image.new("RGB", (512, 512), (96, 120, 72))
-    draw = ImageDraw.Draw(image)
-    draw.rectangle((0, 380, 512, 512), fill=(58, 92, 122))  # water
-    draw.line((20, 330, 490, 60), fill=(70, 70, 74), width=34)  # runway
-    draw.line((20, 330, 490, 60), fill=(225, 225, 225), width=2)
-    draw.rectangle((60, 60, 230, 170), fill=(140, 140, 136))  # apron
-    for column in range(4):
-        x, y = 80 + 38 * column, 110
-        draw.polygon([(x, y - 14), (x + 14, y + 6), (x, y + 2), (x - 14, y + 6)], fill=(240, 240, 240))
-        draw.line((x, y - 16, x, y + 16), fill=(240, 240, 240), width=4)
-    for column in range(3):
-        draw.ellipse((300 + 46 * column, 270, 334 + 46 * column, 304), fill=(205, 205, 200))  # tanks
-    return image
+def answer(model, processor, image: Image.Image | str, questions: list[str]) -> list[str]:
+    """One batch through the ordinary processor and `generate`."""
+    conversations = [
+        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+        for question in questions
+    ]
+    inputs = processor.apply_chat_template(
+        conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
+    ).to(model.device, model.dtype)
+    with torch.inference_mode():
+        tokens = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+    said = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in said]
 
 
-def reference_model() -> Path:
-    """The reference checkpoint, converted."""
-    if not REFERENCE.is_dir():
-        raise FileNotFoundError(f"{REFERENCE} is only in a clone of the repository: pass --model with a folder or Hub id.")
-    print("Converting the reference checkpoint ...")
-    folder = OUTPUT / "random-model"
-    convert_released(REFERENCE, str(REFERENCE / "vision_tower"), folder, overwrite=True)
-    return folder
+def draw_answers(image: Image.Image, lines: list[tuple[str, str]], boxes: list[tuple[str, list[float]]]) -> Image.Image:
+    """The image with its boxes (colour, x1, y1, x2, y2 in its pixels) on the left, coloured lines of text on the right."""
+    scale = PANEL / max(image.size)
+    left = image.resize((round(image.width * scale), round(image.height * scale)))
+    picture = Image.new("RGB", (2 * PANEL + 48, PANEL), "white")
+    picture.paste(left)
+    pen = ImageDraw.Draw(picture)
+    for colour, box in boxes:
+        x1, y1, x2, y2 = (value * scale for value in box)
+        pen.rectangle((x1 - 3, y1 - 3, x2 + 3, y2 + 3), outline=colour, width=2)
+    font = ImageFont.load_default(13)
+    y = 10
+    for colour, text in lines:
+        words = text.split()
+        while words:  # wrap
+            count = len(words)
+            while count > 1 and font.getlength(" ".join(words[:count])) > PANEL + 20:
+                count -= 1
+            pen.text((PANEL + 14, y), " ".join(words[:count]), fill=colour, font=font)
+            words, y = words[count:], y + 18
+        y += 0 if text.endswith("?") else 7
+    return picture
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m mfrsvlm.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("image", nargs="?", type=Path, help="image file; drawn if left out")
-    parser.add_argument("--question", default="How many aircraft are on the apron?")
-    parser.add_argument("--model", help="model folder or Hub id")
-    parser.add_argument("--max-new-tokens", type=int, default=24)
+    parser.add_argument("image", nargs="?", type=Path, help="image file; a synthetic scene if left out")
+    parser.add_argument("--question", action="append", help="may be given several times")
+    parser.add_argument("--model", default=str(MODEL), help="model folder or Hub id")
+    parser.add_argument("--scene", type=int, default=0, help="number of the synthetic scene")
     args = parser.parse_args()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 
+    asked: list[Question] = []
     try:
-        model_id = args.model or str(reference_model())
-        image: Image.Image | str
-        if args.image is None:
-            OUTPUT.mkdir(parents=True, exist_ok=True)
-            image = draw_scene()
-            image.save(OUTPUT / "scene.png")
-            print(f"Image:    {OUTPUT / 'scene.png'} (drawn)")
-        else:
-            image = str(args.image)
-            print(f"Image:    {args.image}")
+        if args.model == str(MODEL) and not MODEL.is_dir():
+            raise FileNotFoundError(f"{MODEL} is only in a clone of the repository: pass --model with a folder or Hub id.")
         start = time.perf_counter()
-        print(f"Model:    {model_id}")
-        processor = AutoProcessor.from_pretrained(model_id, trust_remote_code=True)
-        model = AutoModelForImageTextToText.from_pretrained(model_id, trust_remote_code=True)
-        content = [{"type": "image", "image": image}, {"type": "text", "text": args.question}]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        ).to(model.device, model.dtype)
-        with torch.inference_mode():
-            tokens = model.generate(**inputs, max_new_tokens=args.max_new_tokens, do_sample=False)
+        processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+        model = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=True, dtype=torch.float32).eval()
+        if args.image is None:
+            scene = plan_scene(scene_seed("demo", args.scene))
+            image = draw(scene)
+            asked = ask(scene, TASKS)
+        else:
+            (image,) = processor.image_processor.fetch_images([str(args.image)])
+        texts = args.question or [question.text for question in asked] or ["Describe this image."]
+        if args.question:
+            asked = []
+        said = answer(model, processor, image, texts)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    answer = processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    print(f"Question: {args.question}")
-    print(f"Answer:   {answer.strip()}")
-    windows = sum(window.num_windows for window in model.config.windows)
-    seconds = time.perf_counter() - start
-    print(f"({windows + 1} encoder passes, {inputs['input_ids'].shape[1]} prompt tokens, {seconds:.1f} s with loading)")
-    if args.model is None:
-        print("The weights of this model are RANDOM, so the answer means nothing. Pass --model for a trained one.")
+
+    print(f"Model: {args.model}\nImage: {args.image or f'synthetic scene {args.scene}'}, {image.width} x {image.height}")
+    lines, boxes = [], []
+    truths = [question.answer for question in asked] or [""] * len(texts)
+    for text, reply, truth in zip(texts, said, truths, strict=True):
+        print(f"\nQ: {text}\nA: {reply}" + (f"   (true: {truth})" if truth else ""))
+        lines += [("black", text), ("#1f5f8b", reply + (f"   (true: {truth})" if truth else ""))]
+        (found,) = processor.post_process_boxes([reply], [(image.height, image.width)])
+        boxes += [("yellow", box) for box in found.tolist()]
+    boxes += [("white", list(box)) for question in asked for box in question.boxes]
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    draw_answers(image.convert("RGB"), lines, boxes).save(OUTPUT / "answers.png")
+    print(f"\n{time.perf_counter() - start:.1f} s with loading. Picture: {OUTPUT / 'answers.png'}")
+    if boxes and asked:
+        print("Boxes: yellow is the model's, white is true.")
     return 0
 
 

@@ -9,7 +9,9 @@ from huggingface_hub import ModelCard, ModelCardData
 TEMPLATE = Path(__file__).with_name("template.md")
 
 
-def write_model_card(folder: Path, config: Any, origin: str, name: str | None = None, **details: Any) -> None:
+def write_model_card(
+    folder: Path, config: Any, origin: str, name: str | None = None, evidence: str | None = None, **details: Any
+) -> None:
     """Writes `README.md` into a model folder.
 
     Args:
@@ -17,6 +19,7 @@ def write_model_card(folder: Path, config: Any, origin: str, name: str | None = 
         config: its `MFRSVLMConfig`, from which the architecture table is filled.
         origin: how the weights came to be: `"converted"`, `"assembled"` or `"trained"`.
         name: heading of the card; "MF-RSVLM" if `None`.
+        evidence: Markdown on what the weights were trained on and how well they do, for the top of the card.
         **details: further fields of `ModelCardData` (`datasets`, `base_model`, `eval_results`, ...).
     """
     data = ModelCardData(
@@ -27,5 +30,7 @@ def write_model_card(folder: Path, config: Any, origin: str, name: str | None = 
         tags=["remote-sensing", "mfrsvlm", "custom_code"],
         **details,
     )
-    card = ModelCard.from_template(data, template_path=str(TEMPLATE), config=config, origin=origin, name=name or "MF-RSVLM")
+    card = ModelCard.from_template(
+        data, template_path=str(TEMPLATE), config=config, origin=origin, name=name or "MF-RSVLM", evidence=evidence
+    )
     card.save(folder / "README.md")

@@ -1,0 +1,337 @@
+"""What multi-scale windows and injection are worth: the same data, budget and optimiser for every arm.
+
+    python -m mfrsvlm.experiments.ablation --work DIR --output docs/ablation
+
+Every arm trains a small decoder (see `geometry`) on the frozen features of one encoder, on the same scenes and questions,
+for the same number of steps, and is marked on the same held-out scenes. Features that arms have in common are encoded
+once. A finished run is a line of `runs.jsonl` in the work folder: started again, the command goes on where it stopped.
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mfrsvlm.experiments.dataset import SCENE_SIZE, SceneImages, plan
+from mfrsvlm.experiments.decoder import (
+    Prompts,
+    encode_scenes,
+    generate_answers,
+    greedy_exact,
+    make_processor,
+    make_tokenizer,
+    train_decoder,
+)
+from mfrsvlm.experiments.encoder import load_encoder, pretrain
+from mfrsvlm.experiments.geometry import make_config
+from mfrsvlm.modeling_mfrsvlm import MFRSVLMForConditionalGeneration
+from mfrsvlm.scenes import ask
+from mfrsvlm.scenes.scoring import accuracy_interval, score
+
+
+TASKS = ("classification", "presence", "count", "comparison", "position", "grounding")
+MIX = {"classification": 1, "presence": 3, "count": 4, "comparison": 3, "position": 2, "grounding": 1}
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the encoder is asked for: everything that decides which features an arm sees."""
+
+    window_sizes: tuple[int, ...] = (128, 64)
+    canvas_source: str = "image"
+    window_overlap: float = 0.5
+    window_encoding: str = "native"
+    window_weighting: str = "hann_nonzero"
+    encoder: str = "resnet"
+
+    @property
+    def name(self) -> str:
+        return "-".join(str(value).replace(", ", "_").strip("()").replace(",", "") for value in asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the table: its features, how they are injected, and how many seeds it is given."""
+
+    features: Features = Features()
+    injection: dict[str, Any] = field(default_factory=lambda: {"injection_layers": [1, 2, 3, 4]})
+    seeds: int = 1
+
+
+BOTH = Features()
+DECODER_WIDTH = 128
+REFERENCE = "both, canvas from the original pixels"
+ARMS = {
+    "global view only": Arm(Features(window_sizes=()), {"injection_layers": []}, seeds=3),
+    "+ large windows": Arm(Features(window_sizes=(128,))),
+    "+ small windows": Arm(Features(window_sizes=(64,))),
+    "both, canvas from the global view": Arm(Features(canvas_source="global_view"), seeds=3),
+    "both, canvas from the original pixels": Arm(BOTH, seeds=3),
+    "injected at the input only": Arm(BOTH, {"injection_layers": [0]}),
+    "injected before one layer": Arm(BOTH, {"injection_layers": [2]}),
+    "injected before early layers": Arm(BOTH, {"injection_layers": [0, 1, 2, 3]}),
+    "injected before spread layers": Arm(BOTH, {"injection_layers": [1, 2, 4, 5]}),
+    "token routing": Arm(BOTH, {"injection_layers": [1, 2, 3, 4], "routing": "token", "routing_size": 32}, seeds=3),
+    "cross-attention": Arm(
+        BOTH,
+        {
+            "injection_layers": [1, 2, 3, 4],
+            "injection_type": "cross_attention",
+            "cross_attention_size": 96,
+            "cross_attention_heads": 4,
+        },
+        seeds=3,
+    ),
+    "no overlap": Arm(Features(window_overlap=0.0)),
+    "small windows, no overlap, native": Arm(Features(window_sizes=(64,), window_overlap=0.0)),
+    "small windows, no overlap, resized": Arm(Features(window_sizes=(64,), window_overlap=0.0, window_encoding="resize")),
+    "zero ring": Arm(Features(window_weighting="hann")),
+    "ViT": Arm(Features(encoder="vit")),
+}
+
+
+def build(arm: Arm, vocabulary: int, work: Path, seed: int) -> MFRSVLMForConditionalGeneration:
+    features = arm.features
+    torch.manual_seed(seed)
+    config = make_config(
+        vocabulary,
+        features.encoder,
+        DECODER_WIDTH,
+        window_sizes=list(features.window_sizes),
+        window_overlap=features.window_overlap,
+        window_encoding=features.window_encoding,
+        window_weighting=features.window_weighting,
+        **arm.injection,
+    )
+    model = MFRSVLMForConditionalGeneration(config)
+    load_encoder(model.model, work / f"encoder-{features.encoder}.pt")
+    return model
+
+
+def whole(features: Features) -> Features:
+    """What is encoded for them: fewer scales are slices of the features with both."""
+    if features.window_overlap == BOTH.window_overlap and features.window_encoding == BOTH.window_encoding:
+        return replace(features, window_sizes=BOTH.window_sizes)
+    return features
+
+
+def feature_file(features: Features, split: str, count: int, work: Path) -> Path:
+    return work / f"features-{split}-{count}-{features.name}.npy"
+
+
+def encode(features: Features, split: str, count: int, work: Path) -> None:
+    torch.set_num_threads(1)
+    images = SceneImages(work / "scenes", split, count)
+    model = build(Arm(features), 8, work, seed=0)
+    encode_scenes(model, images, feature_file(features, split, count, work), features.canvas_source)
+
+
+def encode_both(features: Features, train_scenes: int, test_scenes: int, work: Path) -> str:
+    for split, count in (("train", train_scenes), ("test", test_scenes)):
+        encode(features, split, count, work)
+    return features.name
+
+
+def features_of(features: Features, split: str, count: int, work: Path) -> np.ndarray:
+    """(scenes, 1 + K, T, C) with the stacks that an arm sees."""
+    whole_features = whole(features)
+    path = feature_file(whole_features, split, count, work)
+    if not path.exists():
+        encode(whole_features, split, count, work)
+    encoded = np.load(path, mmap_mode="r")
+    per_scale = (encoded.shape[1] - 1) // len(whole_features.window_sizes)
+    kept = [0]
+    for size in features.window_sizes:
+        first = 1 + whole_features.window_sizes.index(size) * per_scale
+        kept += range(first, first + per_scale)
+    return encoded if len(kept) == encoded.shape[1] else encoded[:, kept]
+
+
+def encoder_passes(config: Any) -> float:
+    """Passes an image, in passes of the global view's size: smaller windows encoded at their own size cost less."""
+    passes = 1.0
+    for window in config.windows if config.has_details else ():
+        share = 1.0 if config.window_encoding == "resize" else (window.size / config.image_size) ** 2
+        passes += window.num_windows * share
+    return passes
+
+
+def run(name: str, seed: int, work: Path, steps: int, batch: int, train_scenes: int, test_scenes: int) -> dict[str, Any]:
+    """Trains and marks one arm with one seed."""
+    torch.set_num_threads(1)
+    arm = ARMS[name]
+    train, test = (SceneImages(work / "scenes", s, n) for s, n in (("train", train_scenes), ("test", test_scenes)))
+    tokenizer = make_tokenizer(train.scenes[:500])
+    model = build(arm, len(tokenizer) - 1, work, seed)
+    prompts = Prompts(make_processor(model.config, tokenizer, arm.features.canvas_source))
+    seen = features_of(arm.features, "train", train_scenes, work)
+    spent = train_decoder(model, prompts, train.scenes, seen, steps, batch, seed=seed, mix=MIX, rounds=8)
+    held_out = features_of(arm.features, "test", test_scenes, work)
+    scores = greedy_exact(model, prompts, test.scenes, held_out, tasks=TASKS)
+    boxes = [(i, q) for i, scene in enumerate(test.scenes) for q in ask(scene, ("grounding",))]
+    answers = generate_answers(model, prompts, boxes, held_out)
+    scores["grounding"] = [score(q, answer, SCENE_SIZE) for (_, q), answer in zip(boxes, answers, strict=True)]
+    return {
+        "arm": name,
+        "seed": seed,
+        "scores": {task: values for task, values in scores.items() if values},
+        "encoder_passes": encoder_passes(model.config),
+        "decoder_tokens": spent["decoder_tokens"],
+        "seconds": round(spent["seconds"], 1),
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+        "loss": round(spent["loss"], 4),
+    }
+
+
+def run_all(
+    work: Path, steps: int, batch: int, train_scenes: int, test_scenes: int, workers: int, encoder_steps: int
+) -> list[dict[str, Any]]:
+    log = work / "runs.jsonl"
+    done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    finished = {(row["arm"], row["seed"]) for row in done}
+    # All first seeds before any second: a table can be drawn from whatever there is.
+    wanted = [(name, seed) for seed in range(3) for name, arm in ARMS.items() if seed < arm.seeds]
+    wanted = [each for each in wanted if each not in finished]
+    start = time.perf_counter()
+    for encoder in sorted({ARMS[name].features.encoder for name, _ in wanted}):
+        if not (work / f"encoder-{encoder}.pt").exists():
+            crowded = SceneImages(work / "scenes", "train", 4000, crowding=4)
+            pretrain(encoder, crowded, work / f"encoder-{encoder}.pt", encoder_steps)
+    for split, count in (("train", train_scenes), ("test", test_scenes)):
+        SceneImages(work / "scenes", split, count)
+    with ProcessPoolExecutor(workers, max_tasks_per_child=1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        sets = dict.fromkeys(whole(ARMS[name].features) for name, _ in wanted)
+        encoding = [pool.submit(encode_both, each, train_scenes, test_scenes, work) for each in sets]
+        for future in encoding:
+            print(f"[{time.perf_counter() - start:.0f} s] encoded {future.result()}", flush=True)
+        futures = [pool.submit(run, name, seed, work, steps, batch, train_scenes, test_scenes) for name, seed in wanted]
+        for number, future in enumerate(as_completed(futures), start=1):
+            row = future.result()
+            done.append(row)
+            with log.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            means = " ".join(f"{task} {np.mean(values):.3f}" for task, values in row["scores"].items())
+            spent = time.perf_counter() - start
+            print(f"[{number}/{len(wanted)}, {spent:.0f} s] {row['arm']}, seed {row['seed']}: {means}", flush=True)
+    return done
+
+
+def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row an arm: the mean of its seeds per task, with the 95 % interval over the held-out questions.
+
+    All arms and seeds answer the same questions, so a question's score is its mean over seeds, and `gain` compares
+    question by question with the arm `REFERENCE`.
+    """
+    questions: dict[str, dict[str, np.ndarray]] = {}
+    for name in ARMS:
+        runs = [row["scores"] for row in rows if row["arm"] == name]
+        if runs:
+            questions[name] = {task: np.mean([run[task] for run in runs], axis=0) for task in TASKS}
+    summary = []
+    for name, scores in questions.items():
+        runs = [row for row in rows if row["arm"] == name]
+        summary.append(
+            {
+                "arm": name,
+                "seeds": len(runs),
+                "tasks": {task: accuracy_interval(values) for task, values in scores.items()},
+                "gain": {task: accuracy_interval(scores[task] - questions[REFERENCE][task]) for task in TASKS}
+                if REFERENCE in questions
+                else {},
+                "spread": {task: float(np.ptp([np.mean(run["scores"][task]) for run in runs])) for task in TASKS},
+                "encoder_passes": runs[0]["encoder_passes"],
+                "decoder_tokens": runs[0]["decoder_tokens"],
+                "seconds": float(np.mean([run["seconds"] for run in runs])),
+                "peak_memory_gb": max(run["peak_memory_gb"] for run in runs),
+            }
+        )
+    return summary
+
+
+def constant_answers(test_scenes: int) -> dict[str, float]:
+    """What the best constant answer to the held-out questions of a task scores."""
+    asked = [question for index in range(test_scenes) for question in ask(plan("test", index), TASKS)]
+    answers = {task: [question.answer for question in asked if question.task == task] for task in TASKS}
+    shares = {task: max(Counter(values).values()) / len(values) for task, values in answers.items()}
+    shares.pop("grounding")  # a constant box may overlap without being equal
+    return shares
+
+
+def write_table(summary: list[dict[str, Any]], chance: dict[str, float], path: Path) -> None:
+    """Markdown: accuracy in per cent with the half width of its interval, and what the arm costs."""
+    lines = [
+        "| arm | seeds | " + " | ".join(TASKS) + " | encoder passes | decoder tokens (M) | train s | peak GB |",
+        "|---" * (len(TASKS) + 6) + "|",
+    ]
+    guesses = [f"{100 * chance[task]:.1f}" if task in chance else "-" for task in TASKS]
+    lines.append("| best constant answer | | " + " | ".join(guesses) + " | | | | |")
+    for row in summary:
+        cells = [f"{100 * m:.1f} ± {50 * (high - low):.1f}" for m, low, high in row["tasks"].values()]
+        cells += [f"{row['encoder_passes']:g}", f"{row['decoder_tokens'] / 1e6:.2f}"]
+        cells += [f"{row['seconds']:.0f}", f"{row['peak_memory_gb']:.1f}"]
+        lines.append(f"| {row['arm']} | {row['seeds']} | " + " | ".join(cells) + " |")
+    lines += ["", f"Difference to “{REFERENCE}”, question by question, in points (95 % interval):", ""]
+    lines += ["| arm | " + " | ".join(TASKS) + " |", "|---" * (len(TASKS) + 1) + "|"]
+    for row in summary:
+        if row["arm"] != REFERENCE and row["gain"]:
+            cells = [f"{100 * m:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" for m, low, high in row["gain"].values()]
+            lines.append(f"| {row['arm']} | " + " | ".join(cells) + " |")
+    path.write_text("\n".join(lines) + "\n")
+
+
+def write_plot(summary: list[dict[str, Any]], chance: dict[str, float], path: Path) -> None:
+    """One panel a task; the dotted line is what the best constant answer scores, the solid one the arm `REFERENCE`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 3, figsize=(13, 9), sharey=True, layout="constrained")
+    names = [f"{row['arm']} ({row['seeds']})" for row in summary]
+    places = np.arange(len(names))[::-1]
+    for axis, task in zip(axes.flat, TASKS, strict=True):
+        means, lows, highs = (np.array(values) for values in zip(*(row["tasks"][task] for row in summary), strict=True))
+        axis.errorbar(100 * means, places, xerr=100 * np.stack([means - lows, highs - means]), fmt="o", color="#1f5f8b")
+        if task in chance:
+            axis.axvline(100 * chance[task], color="#b04a3a", linestyle=":")
+        for row in summary:
+            if row["arm"] == REFERENCE:
+                axis.axvline(100 * row["tasks"][task][0], color="#999999", linewidth=0.8)
+        axis.set(title=task, yticks=places, yticklabels=names)
+        axis.grid(axis="x", alpha=0.3)
+    figure.supxlabel("correct answers on held-out scenes, per cent, with 95 % intervals (number of seeds)")
+    figure.savefig(path, dpi=90)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m mfrsvlm.experiments.ablation", description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder for scenes, encoders, features and finished runs")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the table and the plot")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch", type=int, default=8, help="scenes a step")
+    parser.add_argument("--train-scenes", type=int, default=1600)
+    parser.add_argument("--test-scenes", type=int, default=400)
+    parser.add_argument("--encoder-steps", type=int, default=1500)
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    rows = run_all(args.work, args.steps, args.batch, args.train_scenes, args.test_scenes, args.workers, args.encoder_steps)
+    args.output.mkdir(parents=True, exist_ok=True)
+    summary = summarise(rows)
+    chance = constant_answers(args.test_scenes)
+    (args.output / "ablation.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_table(summary, chance, args.output / "ablation.md")
+    write_plot(summary, chance, args.output / "ablation.png")
+
+
+if __name__ == "__main__":
+    main()

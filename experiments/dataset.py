@@ -1,0 +1,71 @@
+"""Scenes drawn once and kept on disk at the two sizes that the model sees: the canvas and the global view.
+
+Training a decoder on frozen features needs every scene many times, and drawing one costs more than encoding it.
+"""
+
+import os
+import pickle
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from mfrsvlm.scenes import Scene, draw, plan_scene, scene_seed
+
+
+SCENE_SIZE = 512
+CANVAS, VIEW = 256, 128
+# Lengths of objects in a drawn scene: 4 to 8 pixels of the canvas, 2 to 4 of the global view.
+OBJECT_PIXELS = (8.0, 16.0)
+
+
+class SceneImages:
+    """Canvas and global view of the first `count` scenes of a split, as the image processor resizes them.
+
+    Attributes:
+        canvases: (count, 256, 256, 3) uint8.
+        views: (count, 128, 128, 3) uint8.
+        scenes: their plans.
+    """
+
+    def __init__(self, folder: Path, split: str, count: int, crowding: int = 1, workers: int = 2) -> None:
+        stem = f"{split}-{count}" + (f"-crowded-{crowding}" if crowding > 1 else "")
+        plans, canvases, views = (folder / f"{stem}-{name}" for name in ("plans.pickle", "canvas.npy", "view.npy"))
+        folder.mkdir(parents=True, exist_ok=True)
+        if not plans.exists():
+            scenes = [plan(split, index, crowding) for index in range(count)]
+            partial = plans.with_suffix(f".{os.getpid()}")  # several processes may need the same file
+            partial.write_bytes(pickle.dumps(scenes))
+            partial.replace(plans)
+        self.scenes: list[Scene] = pickle.loads(plans.read_bytes())
+        if not views.exists():  # written last
+            draw_all(self.scenes, canvases, views, workers)
+        self.canvases = np.load(canvases, mmap_mode="r")
+        self.views = np.load(views, mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+
+def plan(split: str, index: int, crowding: int = 1) -> Scene:
+    return plan_scene(scene_seed(split, index), SCENE_SIZE, OBJECT_PIXELS, crowding)
+
+
+def draw_all(scenes: list[Scene], canvases: Path, views: Path, workers: int) -> None:
+    shape = (len(scenes), CANVAS, CANVAS, 3)
+    canvas_file = np.lib.format.open_memmap(canvases, mode="w+", dtype=np.uint8, shape=shape)
+    small = np.empty((len(scenes), VIEW, VIEW, 3), dtype=np.uint8)
+    with ProcessPoolExecutor(workers) as pool:
+        drawn = pool.map(canvas_and_view, scenes, chunksize=32)
+        for index, (canvas, view) in enumerate(tqdm(drawn, total=len(scenes), desc=canvases.stem, mininterval=5)):
+            canvas_file[index], small[index] = canvas, view
+    canvas_file.flush()
+    np.save(views, small)
+
+
+def canvas_and_view(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    image = draw(scene)
+    bicubic = Image.Resampling.BICUBIC
+    return np.asarray(image.resize((CANVAS, CANVAS), bicubic)), np.asarray(image.resize((VIEW, VIEW), bicubic))

@@ -1,0 +1,341 @@
+"""Trains projector, injectors and decoder on the frozen features of an encoder.
+
+An image costs far more tokens than a question, so the questions of a scene are packed behind one copy of it: every
+question with its answer is a branch that sees the image and itself, and no other branch. Token by token a branch is the
+same computation as its own prompt.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
+
+from mfrsvlm.experiments.dataset import SceneImages
+from mfrsvlm.modeling_mfrsvlm import MFRSVLMForConditionalGeneration, MFRSVLMImageFeatures
+from mfrsvlm.processing_mfrsvlm import CHAT_TEMPLATE, MFRSVLMImageProcessor, MFRSVLMProcessor, cut_windows
+from mfrsvlm.scenes import TASKS, Question, Scene, ask
+
+
+# How often a task is asked of a scene; position and grounding are learned last.
+MIX = {
+    "classification": 1,
+    "area": 1,
+    "presence": 2,
+    "count": 3,
+    "comparison": 2,
+    "position": 2,
+    "grounding": 2,
+    "caption": 1,
+}
+# Weight of a task's answer in the loss. An answer counts once, however many tokens it has, but for boxes and captions.
+ANSWER_WEIGHT = {"grounding": 4.0, "caption": 3.0}
+
+
+def make_tokenizer(scenes: Sequence[Scene]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on the dialogues of some scenes; digits stand alone, `<image>` comes last."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    preamble = "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+    preamble += "detailed, and polite answers to the human's questions. USER: \n"
+    texts = [f"{preamble}{question.text} ASSISTANT: {question.answer}" for scene in scenes for question in ask(scene)]
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
+    )
+    fast.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    return fast
+
+
+def make_processor(config: Any, tokenizer: Any, canvas_source: str = "image") -> MFRSVLMProcessor:
+    image_processor = MFRSVLMImageProcessor(
+        size={"shortest_edge": config.image_size},
+        crop_size={"height": config.image_size, "width": config.image_size},
+        patch_size=config.patch_size,
+        canvas_scale=config.canvas_scale,
+        window_sizes=config.window_sizes if config.has_details else [],
+        window_overlap=config.window_overlap,
+        canvas_source=canvas_source,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    return MFRSVLMProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE)
+
+
+def encode_scenes(
+    model: MFRSVLMForConditionalGeneration, images: SceneImages, output: Path, canvas_source: str, chunk: int = 4
+) -> np.ndarray:
+    """Visual tokens and detail stacks of every scene before the projector: (scenes, 1 + K, T, C) float16, kept in a file."""
+    config = model.config
+    if output.exists():
+        return np.load(output, mmap_mode="r")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_suffix(".partial")
+    stacks = config.num_detail_stacks if config.has_details else 0
+    shape = (len(images), 1 + stacks, config.image_seq_length, config.vision_feature_size)
+    features = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
+    projector, model.model.multi_modal_projector = model.model.multi_modal_projector, nn.Identity()
+    model.eval()
+    with torch.inference_mode():
+        for start in range(0, len(images), chunk):
+            views = to_pixels(images.views[start : start + chunk])
+            local = None
+            if config.has_details:
+                if canvas_source == "image":
+                    canvases = to_pixels(images.canvases[start : start + chunk])
+                else:
+                    side = config.canvas_scale * config.image_size
+                    canvases = F.interpolate(views, size=(side, side), mode="bilinear", align_corners=False)
+                local = torch.from_numpy(np.stack([cut_windows(canvas, config.windows) for canvas in canvases.numpy()]))
+            outputs = model.model.get_image_features(views, local, return_dict=True)
+            tokens = [torch.stack(outputs.pooler_output)]
+            tokens += [torch.stack(stack) for stack in outputs.deepstack_features or []]
+            features[start : start + chunk] = torch.stack(tokens, dim=1).half().numpy()
+    model.model.multi_modal_projector = projector
+    features.flush()
+    partial.rename(output)
+    return np.load(output, mmap_mode="r")
+
+
+def to_pixels(images: np.ndarray) -> torch.Tensor:
+    """(n, h, w, 3) uint8 to (n, 3, h, w) float32 in [-1, 1], as the image processor normalises."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def project(model: MFRSVLMForConditionalGeneration, features: torch.Tensor) -> MFRSVLMImageFeatures:
+    """Cached features (n, 1 + K, T, C) to what `get_image_features` returns, with gradients into the projector."""
+    projected = model.model.multi_modal_projector(features)
+    details = [list(stack) for stack in projected[:, 1:].unbind(1)] if features.shape[1] > 1 else None
+    return MFRSVLMImageFeatures(pooler_output=list(projected[:, 0]), deepstack_features=details)
+
+
+@dataclass
+class Branch:
+    """A question and its answer as ids, without what all prompts share."""
+
+    question: Question
+    prompt: list[int]
+    answer: list[int]
+
+
+class Prompts:
+    """Turns questions into ids exactly as the processor does, cached by text."""
+
+    def __init__(self, processor: MFRSVLMProcessor) -> None:
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        rows = [self._prompt_ids(text) for text in ("What?", "How many")]
+        same = [a == b for a, b in zip(*rows, strict=False)]
+        shared = rows[0][: same.index(False)]
+        # The image is one placeholder until the processor widens it.
+        where = shared.index(processor.image_token_id)
+        tokens = processor.image_processor.num_image_tokens
+        self.shared_length = len(shared)
+        self.prefix = [*shared[:where], *[processor.image_token_id] * tokens, *shared[where + 1 :]]
+        self.prompts: dict[str, list[int]] = {}
+        self.answers: dict[str, list[int]] = {}
+
+    def _prompt_ids(self, text: str) -> list[int]:
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        prompt = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        return self.tokenizer(prompt).input_ids
+
+    def branch(self, question: Question) -> Branch:
+        if question.text not in self.prompts:
+            self.prompts[question.text] = self._prompt_ids(question.text)[self.shared_length :]
+        if question.answer not in self.answers:
+            ids = self.tokenizer(f" {question.answer}", add_special_tokens=False).input_ids
+            self.answers[question.answer] = [*ids, self.tokenizer.eos_token_id]
+        return Branch(question, self.prompts[question.text], self.answers[question.answer])
+
+
+def pack(branches: list[list[Branch]], prefix: list[int], pad: int) -> dict[str, torch.Tensor]:
+    """Packs the branches of each sample behind the shared prefix.
+
+    Returns:
+        `input_ids` (B, S), `position_ids` (B, S), `attention_mask` (B, 1, S, S) bool, `labels` (B, S) and `weights`
+        (B, S), both shifted: they belong to the position that predicts.
+    """
+    length = max(len(prefix) + sum(len(b.prompt) + len(b.answer) for b in row) for row in branches)
+    length += -length % 16
+    ids = np.full((len(branches), length), pad)
+    positions = np.zeros((len(branches), length), dtype=np.int64)
+    labels = np.full((len(branches), length), -100)
+    weights = np.zeros((len(branches), length), dtype=np.float32)
+    segments = np.full((len(branches), length), -1)
+    start = len(prefix)
+    for sample, row in enumerate(branches):
+        ids[sample, :start], segments[sample, :start], positions[sample, :start] = prefix, 0, np.arange(start)
+        at = start
+        for number, branch in enumerate(row, start=1):
+            text = [*branch.prompt, *branch.answer]
+            end = at + len(text)
+            ids[sample, at:end], segments[sample, at:end] = text, number
+            positions[sample, at:end] = np.arange(start, start + len(text))
+            first = at + len(branch.prompt) - 1
+            labels[sample, first : end - 1] = branch.answer
+            weights[sample, first : end - 1] = ANSWER_WEIGHT.get(branch.question.task, 1.0) / len(branch.answer)
+            at = end
+    segments_ = torch.from_numpy(segments)
+    same = segments_[:, :, None] == segments_[:, None, :]
+    mask = (same | (segments_ == 0)[:, None, :]) & torch.ones(length, length, dtype=torch.bool).tril()
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "position_ids": torch.from_numpy(positions),
+        "attention_mask": mask[:, None],
+        "labels": torch.from_numpy(labels),
+        "weights": torch.from_numpy(weights),
+    }
+
+
+def packed_logits(
+    model: MFRSVLMForConditionalGeneration, batch: dict[str, torch.Tensor], features: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits (answer tokens, vocabulary), labels and weights (answer tokens,) of the positions that predict an answer."""
+    outputs = model.model(
+        input_ids=batch["input_ids"],
+        position_ids=batch["position_ids"],
+        attention_mask=batch["attention_mask"],
+        mm_encoder_outputs={"image": project(model, features)},
+        use_cache=False,
+    )
+    asked = batch["labels"] != -100
+    return model.lm_head(outputs.last_hidden_state[asked]).float(), batch["labels"][asked], batch["weights"][asked]
+
+
+def train_decoder(
+    model: MFRSVLMForConditionalGeneration,
+    prompts: Prompts,
+    scenes: Sequence[Scene],
+    features: np.ndarray,
+    steps: int,
+    batch: int = 24,
+    peak: float = 1.5e-3,
+    seed: int = 0,
+    log: Path | None = None,
+    blind: bool = False,
+    rounds: int = 4,
+    mix: dict[str, int] = MIX,
+) -> dict[str, float]:
+    """Trains everything but the vision tower. Returns seconds and decoder tokens.
+
+    Args:
+        features: of the same scenes, see `encode_scenes`.
+        steps: optimizer steps, on one cosine cycle with a warm-up of 3 %.
+        batch: scenes a step.
+        blind: replaces every feature by zero, which trains the model without an image.
+        rounds: different sets of questions prepared for each scene.
+        mix: how often each task is asked of a scene.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    tasks = [task for task, times in mix.items() for _ in range(times)]
+    pool = [[[prompts.branch(q) for q in ask(scene, tasks, seed=r)] for r in range(rounds)] for scene in scenes]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = "vision_tower" not in name and "stage_projections" not in name
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in trained if parameter.ndim > 1]
+    rest = [parameter for parameter in trained if parameter.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=peak
+    )
+    model.train()
+    start, tokens, running = time.perf_counter(), 0, 0.0
+    order = np.empty(0, dtype=int)
+    for step in range(steps):
+        if len(order) < batch:
+            order = np.concatenate([order, rng.permutation(len(scenes))])
+        chosen, order = np.sort(order[:batch]), order[batch:]
+        rows = [pool[index][int(rng.integers(rounds))] for index in chosen]
+        packed = pack(rows, prompts.prefix, prompts.tokenizer.pad_token_id)
+        states = torch.from_numpy(np.asarray(features[chosen])).float() * (0.0 if blind else 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = peak * min((step + 1) / (0.03 * steps + 1), 0.5 * (1 + np.cos(np.pi * step / steps)) + 0.01)
+        logits, labels, weights = packed_logits(model, packed, states)
+        loss = (F.cross_entropy(logits, labels, reduction="none") * weights).sum() / weights.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        tokens += packed["input_ids"].numel()
+        running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
+        if (step + 1) % 50 == 0:
+            line = {"step": step + 1, "loss": round(running, 4), "seconds": round(time.perf_counter() - start, 1)}
+            print(json.dumps(line), flush=True)
+    model.eval()
+    return {"seconds": time.perf_counter() - start, "decoder_tokens": tokens, "loss": running}
+
+
+@torch.inference_mode()
+def greedy_exact(
+    model: MFRSVLMForConditionalGeneration,
+    prompts: Prompts,
+    scenes: Sequence[Scene],
+    features: np.ndarray,
+    seed: int = 0,
+    batch: int = 25,
+    blind: bool = False,
+    tasks: Sequence[str] = tuple(TASKS),
+) -> dict[str, list[float]]:
+    """1 or 0 for every question of every scene: whether greedy decoding gives the exact answer.
+
+    It does if, and only if, every token of the true answer is the most likely one after those before it, so one packed
+    pass over questions with their true answers settles it. For boxes this is a strict measure; see `generate_boxes`.
+    """
+    model.eval()
+    scores: dict[str, list[float]] = {task: [] for task in tasks}
+    for start in range(0, len(scenes), batch):
+        rows = [[prompts.branch(q) for q in ask(scene, tasks, seed)] for scene in scenes[start : start + batch]]
+        packed = pack(rows, prompts.prefix, prompts.tokenizer.pad_token_id)
+        states = torch.from_numpy(np.asarray(features[start : start + batch])).float() * (0.0 if blind else 1.0)
+        logits, labels, _ = packed_logits(model, packed, states)
+        right = (logits.argmax(-1) == labels).split([len(b.answer) for row in rows for b in row])
+        for branch, each in zip((b for row in rows for b in row), right, strict=True):
+            scores[branch.question.task].append(float(each.all()))
+    return scores
+
+
+@torch.inference_mode()
+def generate_answers(
+    model: MFRSVLMForConditionalGeneration,
+    prompts: Prompts,
+    questions: Sequence[tuple[int, Question]],
+    features: np.ndarray,
+    batch: int = 50,
+    blind: bool = False,
+) -> list[str]:
+    """What `generate` says, greedily, to each (scene, question); scenes are rows of `features`."""
+    model.eval()
+    answers: list[str] = []
+    for start in range(0, len(questions), batch):
+        part = questions[start : start + batch]
+        rows = [prompts.prefix + prompts.branch(question).prompt for _, question in part]
+        inputs = prompts.tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+        states = torch.from_numpy(np.stack([features[index] for index, _ in part])).float() * (0.0 if blind else 1.0)
+        tokens = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            mm_encoder_outputs={"image": project(model, states)},
+            max_new_tokens=48,
+            do_sample=False,
+        )
+        answers += prompts.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [answer.strip() for answer in answers]

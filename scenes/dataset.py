@@ -1,0 +1,123 @@
+"""Writes scenes and their questions to a folder in the layout of LLaVA's training data."""
+
+import functools
+import json
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from .drawing import Scene, draw, plan_change, plan_scene, scene_seed
+from .questions import TASKS, Question, ask, ask_change
+
+
+IMAGES = "images"
+
+
+@dataclass(frozen=True)
+class DatasetPlan:
+    """What to write; see `write_dataset`.
+
+    Attributes:
+        split: see `scene_seed`.
+        count: number of scenes.
+        size: side of the images, pixels.
+        object_pixels: shortest and longest length of an object.
+        changes: for how many scenes to draw, and ask about, a later image, too.
+        tasks: see `ask`.
+
+    Raises:
+        ValueError: any of them makes no sense; the message names the value.
+    """
+
+    split: str
+    count: int
+    size: int = 512
+    object_pixels: tuple[float, float] = (8.0, 16.0)
+    changes: int = 0
+    tasks: tuple[str, ...] = tuple(TASKS)
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ValueError(f"count={self.count} must be at least 1.")
+        if not 0 <= self.changes <= self.count:
+            raise ValueError(
+                f"changes={self.changes} must lie between 0 and count={self.count}: each pair begins with one of the scenes."
+            )
+        if not (self.tasks or self.changes):
+            raise ValueError(f"tasks={list(self.tasks)} and changes={self.changes}: nothing to ask.")
+        ask(self.scene(self.count - 1), self.tasks)  # raises for whatever else is wrong
+
+    def scene(self, index: int) -> Scene:
+        return plan_scene(scene_seed(self.split, index), self.size, self.object_pixels)
+
+
+def write_dataset(folder: Path, plan: DatasetPlan, workers: int = 1) -> int:
+    """Writes `images/*.png` and `{split}.jsonl`: scenes 0 to `count` - 1 of the split, one row per question.
+
+    The first `changes` scenes are also drawn as they are later, and one more row asks about both images. The same plan
+    gives the same files, however many workers draw them. The rows get their final name when all is written.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        FileExistsError: the folder holds something already.
+        ValueError: no workers.
+    """
+    if workers < 1:
+        raise ValueError(f"workers={workers} must be at least 1.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty folder: choose another, or delete it first.")
+    (folder / IMAGES).mkdir(parents=True)
+    rows, unfinished = 0, folder / f"{plan.split}.jsonl.part"
+    write = functools.partial(_write_scene, folder, plan)
+    with ExitStack() as stack:
+        file = stack.enter_context(unfinished.open("w", encoding="utf-8"))
+        if workers == 1:
+            written = map(write, range(plan.count))
+        else:
+            pool = stack.enter_context(ProcessPoolExecutor(workers))
+            written = pool.map(write, range(plan.count), chunksize=8)
+        for group in tqdm(written, total=plan.count, desc=plan.split, unit="scene"):
+            file.writelines(json.dumps(row) + "\n" for row in group)
+            rows += len(group)
+    unfinished.rename(folder / f"{plan.split}.jsonl")
+    return rows
+
+
+def _write_scene(folder: Path, plan: DatasetPlan, index: int) -> list[dict[str, Any]]:
+    """Draws what the questions about one scene need to show, and returns their rows."""
+    scene = plan.scene(index)
+    name = f"{plan.split}-{index:07d}"
+    images = [f"{IMAGES}/{name}.png"]
+    questions = ask(scene, plan.tasks)
+    if questions or index < plan.changes:
+        draw(scene).save(folder / images[0])
+    rows = [_row(f"{name}-{number}", question, images, scene.size) for number, question in enumerate(questions)]
+    if index < plan.changes:
+        later, kind, change = plan_change(scene, plan.object_pixels)
+        images = [*images, f"{IMAGES}/{name}-later.png"]
+        draw(later, look=1).save(folder / images[1])
+        rows.append(_row(f"{name}-change", ask_change(kind, change), images, scene.size))
+    return rows
+
+
+def _row(row_id: str, question: Question, images: Sequence[str], size: int) -> dict[str, Any]:
+    return {
+        "id": row_id,
+        "image": images[0] if len(images) == 1 else list(images),
+        "conversations": [
+            {"from": "human", "value": "<image>\n" * len(images) + question.text},
+            {"from": "gpt", "value": question.answer},
+        ],
+        "source_dataset": "scenes",
+        "task": question.task,
+        "answer": question.answer,
+        "boxes": question.boxes,
+        "size": size,
+    }

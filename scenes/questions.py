@@ -1,0 +1,161 @@
+"""Questions about a scene, with answers that follow from its plan.
+
+The wording is fixed, so that a change of score is a change of the model and not of the phrase. Answers are balanced by
+lot where that is possible: yes and no, larger and smaller, left and right, and the counts 0 to 9.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .drawing import KINDS, Scene
+
+
+PLURALS = {"ship": "ships", "aircraft": "aircraft", "car": "cars", "tank": "tanks", "building": "buildings"}
+# Boxes are written as on the published grounding data: [x_min, y_min, x_max, y_max], 0 to 1000 over the image's sides.
+BOX_SCALE = 1000
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question, the exact answer, and, for grounding, the true box in pixels of the drawn image."""
+
+    task: str
+    text: str
+    answer: str
+    boxes: list[Box] = field(default_factory=list)
+
+
+def _one(rng: np.random.Generator, options: Sequence[str]) -> str:
+    return options[int(rng.integers(len(options)))]
+
+
+def _article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def _possible(scene: Scene) -> list[str]:
+    """Kinds that this scene could hold: nobody needs an image to know that there is no ship in a desert."""
+    return [kind for kind in KINDS if kind != "ship" or scene.has_water]
+
+
+def _classification(scene: Scene, rng: np.random.Generator) -> Question:
+    return Question("classification", "What is the class of this scene?", scene.scene_class)
+
+
+def _area(scene: Scene, rng: np.random.Generator) -> Question:
+    return Question("area", "Is this a rural or an urban area?", scene.area)
+
+
+def _presence(scene: Scene, rng: np.random.Generator) -> Question | None:
+    wanted = bool(rng.random() < 0.5)
+    kinds = [kind for kind in _possible(scene) if (scene.counts[kind] > 0) == wanted]
+    if all(scene.counts[kind] for kind in _possible(scene)):
+        return None  # not even where "yes" is wanted: it would tip the balance
+    return Question("presence", f"Is there {_article(_one(rng, kinds))} in this scene?", "yes" if wanted else "no")
+
+
+def _count(scene: Scene, rng: np.random.Generator) -> Question | None:
+    # Of the present kinds half occur once and the rest are uniform over eight numbers: thin out 0 and 1 to match.
+    kinds = [kind for kind in _possible(scene) if scene.counts[kind] > 1 or rng.random() < 0.12]
+    if not kinds:
+        return None
+    kind = _one(rng, kinds)
+    return Question("count", f"How many {PLURALS[kind]} are there?", str(scene.counts[kind]))
+
+
+def _comparison(scene: Scene, rng: np.random.Generator) -> Question | None:
+    counts = scene.counts
+    pairs = [(a, b) for a in _possible(scene) for b in _possible(scene) if counts[a] > counts[b] > 0]
+    if not pairs:
+        return None
+    more, less = pairs[int(rng.integers(len(pairs)))]
+    answer = _one(rng, ("yes", "no"))
+    first, second = (more, less) if answer == "yes" else (less, more)
+    return Question("comparison", f"Are there more {PLURALS[first]} than {PLURALS[second]}?", answer)
+
+
+def _position(scene: Scene, rng: np.random.Generator) -> Question | None:
+    single = [item for item in scene.objects if scene.counts[item.kind] == 1]
+    if len(single) < 2:
+        return None
+    first, second = (single[i] for i in rng.permutation(len(single))[:2])
+    across = bool(rng.random() < 0.5)
+    distance = first.x - second.x if across else first.y - second.y
+    if abs(distance) < 0.08 * scene.size:
+        return None
+    names, phrase = (("left", "right"), "left or right of") if across else (("above", "below"), "above or below")
+    return Question("position", f"Is the {first.kind} {phrase} the {second.kind}?", names[int(distance > 0)])
+
+
+def _grounding(scene: Scene, rng: np.random.Generator) -> Question | None:
+    single = [item for item in scene.objects if scene.counts[item.kind] == 1]
+    if not single:
+        return None
+    item = single[int(rng.integers(len(single)))]
+    return Question("grounding", f"Give the bounding box of the {item.kind}.", write_box(item.box, scene.size), [item.box])
+
+
+def _caption(scene: Scene, rng: np.random.Generator) -> Question:
+    return Question("caption", "Describe this image.", describe(scene))
+
+
+def write_box(box: Box, size: int) -> str:
+    """A box in pixels as `[x_min, y_min, x_max, y_max]`, three digits a number, 0 to 1000 over the image's sides."""
+    numbers = [round(min(max(value / size, 0.0), 1.0) * BOX_SCALE) for value in box]
+    return "[" + ", ".join(f"{number:03d}" for number in numbers) + "]"
+
+
+def describe(scene: Scene) -> str:
+    """A caption: the class, then every kind of object with its number, in the fixed order of `KINDS`."""
+    found = [f"{count} {kind if count == 1 else PLURALS[kind]}" for kind, count in scene.counts.items() if count]
+    listing = " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
+    return f"{_article(scene.scene_class).capitalize()} scene with {listing or 'no objects'}."
+
+
+TASKS: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {
+    "classification": _classification,
+    "area": _area,
+    "presence": _presence,
+    "count": _count,
+    "comparison": _comparison,
+    "position": _position,
+    "grounding": _grounding,
+    "caption": _caption,
+}
+
+
+def ask(scene: Scene, tasks: Sequence[str] = tuple(TASKS), seed: int = 0) -> list[Question]:
+    """One question of every listed task, in that order; a task that the scene gives no question for is left out.
+
+    Args:
+        tasks: names from `TASKS`; repeated names give several questions, never the same one twice.
+        seed: which of the possible questions.
+
+    Raises:
+        ValueError: an unknown task.
+    """
+    unknown = set(tasks) - set(TASKS)
+    if unknown:
+        raise ValueError(f"Unknown tasks {sorted(unknown)}; the tasks are {list(TASKS)}.")
+    asked: dict[str, Question] = {}
+    for position, task in enumerate(tasks):
+        # A stream of its own for every question: what is asked does not depend on what else is asked.
+        occurrence = list(tasks[:position]).count(task)
+        rng = np.random.default_rng([scene.seed, 5, seed, list(TASKS).index(task), occurrence])
+        question = TASKS[task](scene, rng)
+        if question is not None:
+            asked.setdefault(question.text, question)
+    return list(asked.values())
+
+
+def ask_change(kind: str, change: int) -> Question:
+    """The question about an image before and one after (see `plan_change`), asked with both images."""
+    answer = "nothing"
+    if change:
+        noun = kind if abs(change) == 1 else PLURALS[kind]
+        answer = f"{abs(change)} {noun} {'appeared' if change > 0 else 'disappeared'}"
+    return Question("change", "What changed between the first and the second image?", answer)

@@ -1,0 +1,117 @@
+"""Boxes in generated texts: what counts as one, and where it lies in the original image."""
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+
+from mfrsvlm import MFRSVLMProcessor
+from mfrsvlm.processing_mfrsvlm import pad_to_square, parse_boxes
+
+
+post_process = MFRSVLMProcessor.post_process_boxes
+SIDES = st.integers(1, 2000)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[1, 2, 3, 4]", [(1, 2, 3, 4)]),
+        ("The ship is at [010,020,030,040].", [(10, 20, 30, 40)]),
+        ("[ 1.5 ,2, 3 , 4.25 ]", [(1.5, 2, 3, 4.25)]),
+        ("[30, 2, 1, 40]", [(1, 2, 30, 40)]),
+        ("[5, 5, 5, 5]", [(5, 5, 5, 5)]),
+        ("[0, 0, 1000, 1000]", [(0, 0, 1000, 1000)]),
+        ("[[1, 2, 3, 4], [5, 6, 7, 8]]", [(1, 2, 3, 4), (5, 6, 7, 8)]),
+        ("[1, 2, 3] then [5, 6, 7, 8]", [(5, 6, 7, 8)]),
+        *((text, []) for text in ("", "none", "[]", "1, 2, 3, 4", "[1, 2, 3]", "[1, 2, 3, 4, 5]", "[1, 2, 3, 4")),
+        *((text, []) for text in ("[-1, 2, 3, 4]", "[1, 2, 3, 1001]", "[a, 2, 3, 4]", "[1 2 3 4]", "[nan, 1, 2, 3]")),
+        *((text, []) for text in ("[1, 2, 3, " + "9" * 5000 + "]", "[" * 3000, "[1," * 3000, "[٣, 1, 2, 3]")),
+    ],
+)
+def test_parse_boxes(text, expected):
+    assert parse_boxes(text) == expected
+    [located] = post_process([text], [(1000, 1000)])
+    assert located.shape == (len(expected), 4) and located.dtype == torch.float32
+    assert located.tolist() == [pytest.approx(box) for box in expected]
+
+
+def test_sides_are_not_mixed_up():
+    [boxes] = post_process(["[100, 200, 300, 400]"], [(50, 1000)])
+    assert boxes.tolist() == [pytest.approx([100, 10, 300, 20])]
+    [boxes] = post_process(["[1, 2, 3, 4]"], torch.tensor([[40, 80]]), box_scale=4)
+    assert boxes.tolist() == [pytest.approx([20, 20, 60, 40])]
+
+
+def test_batch_keeps_its_order():
+    boxes = post_process(["[1, 2, 3, 4]", "no", "[5, 6, 7, 8][1, 1, 2, 2]"], [(1000, 1000)] * 3)
+    assert [len(found) for found in boxes] == [1, 0, 2]
+    assert boxes[2].tolist() == [[5, 6, 7, 8], [1, 1, 2, 2]]
+    assert post_process([], []) == []
+
+
+def test_padding_is_taken_off():
+    # 100 high, 200 wide: 50 rows of padding above and below.
+    texts = ["[0, 250, 1000, 750] [0, 0, 100, 500] [10, 10, 900, 240] [10, 760, 900, 990]"]
+    [boxes] = post_process(texts, [(100, 200)], padded=True)
+    assert boxes.tolist() == [[0, 0, 200, 100], [0, 0, 20, 50]]
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.data())
+@settings(max_examples=60, deadline=None)
+def test_padded_box_covers_the_same_pixels(height, width, data):
+    """What the padded image shows inside a box is what the original shows inside the box found for it."""
+    image = np.arange(height * width, dtype=np.uint16).astype(np.float32).reshape(1, height, width) + 1
+    square = pad_to_square(image, (0.0,))
+    top, left = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
+    y, x = (int(place[0]) for place in np.nonzero(square[0] == image[0, top, left]))
+    side = max(height, width)
+    [boxes] = post_process([f"[{x}, {y}, {x + 1}, {y + 1}]"], [(height, width)], box_scale=side, padded=True)
+    assert boxes.round().tolist() == [[left, top, left + 1, top + 1]]
+
+
+@given(SIDES, SIDES, st.booleans(), st.data())
+@settings(max_examples=100, deadline=None)
+def test_round_trip(height, width, padded, data):
+    """A box of the image, written as text and read back, moves by no more than the rounding of the text."""
+    xs = sorted(data.draw(st.floats(0, width)) for _ in range(2))
+    ys = sorted(data.draw(st.floats(0, height)) for _ in range(2))
+    box = np.array([xs[0], ys[0], xs[1], ys[1]])
+    side = max(height, width)
+    extent = np.array([side] * 4 if padded else [width, height] * 2)
+    offset = np.array([(side - width) // 2, (side - height) // 2] * 2) if padded else 0
+    text = str(np.rint((box + offset) / extent * 1000).astype(int).tolist())
+    [boxes] = post_process([text], [(height, width)], padded=padded)
+    if not len(boxes):  # rounded into the padding, which only a box at the very edge can be
+        assert padded
+        return
+    assert (np.abs(boxes[0].numpy() - box) <= extent / 2000 + 1e-3).all()
+
+
+@given(st.text("[]0123456789., -", max_size=80), SIDES, SIDES, st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_any_text_gives_sorted_boxes_inside_the_image(text, height, width, padded):
+    [boxes] = post_process([text], [(height, width)], padded=padded)
+    assert boxes.shape[1:] == (4,)
+    assert (boxes[:, :2] <= boxes[:, 2:]).all()
+    assert (boxes >= 0).all() and (boxes <= torch.tensor([width, height] * 2) * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("[1, 2, 3, 4]", [(10, 10)]), TypeError, "list of strings.*str"),
+        (([3], [(10, 10)]), TypeError, "list of strings"),
+        ((["a", "b"], [(10, 10)]), ValueError, r"2 texts.*\[\(10, 10\)\]"),
+        ((["a"], None), ValueError, "1 texts.*None"),
+        ((["a"], [10]), ValueError, r"image_sizes\[0\]=10 "),
+        ((["a", "b"], [(10, 10), (3, 4, 5)]), ValueError, r"image_sizes\[1\]=\(3, 4, 5\)"),
+        ((["a"], [(10, 0)]), ValueError, r"image_sizes\[0\]=\(10, 0\).*positive"),
+        ((["a"], [(float("nan"), 4)]), ValueError, "positive"),
+        ((["a"], [(10, 10)], 0), ValueError, "box_scale=0"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, error, message):
+    with pytest.raises(error, match=message):
+        post_process(*arguments)

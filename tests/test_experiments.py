@@ -1,0 +1,200 @@
+"""The experiments: packing changes nothing, greedy decoding is what is scored, targets say what stands where."""
+
+import numpy as np
+import pytest
+import torch
+
+from mfrsvlm.experiments import ablation
+from mfrsvlm.experiments.accuracy import answer
+from mfrsvlm.experiments.dataset import CANVAS, canvas_and_view, plan
+from mfrsvlm.experiments.decoder import (
+    Prompts,
+    encode_scenes,
+    generate_answers,
+    greedy_exact,
+    make_processor,
+    make_tokenizer,
+    pack,
+    packed_logits,
+    train_decoder,
+)
+from mfrsvlm.experiments.encoder import load_encoder, object_table, pretrain, token_targets
+from mfrsvlm.experiments.geometry import make_config
+from mfrsvlm.modeling_mfrsvlm import MFRSVLMForConditionalGeneration
+from mfrsvlm.scenes import KINDS, ask, draw
+
+
+SCENES = [plan("train", index) for index in range(4)]
+
+
+class Drawn:
+    """What `SceneImages` holds, in memory."""
+
+    def __init__(self, scenes):
+        self.scenes = scenes
+        self.canvases, self.views = map(np.stack, zip(*map(canvas_and_view, scenes), strict=True))
+
+    def __len__(self):
+        return len(self.scenes)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer([plan("train", index) for index in range(60)])
+
+
+def make_model(tokenizer, **overrides):
+    torch.manual_seed(0)
+    model = MFRSVLMForConditionalGeneration(make_config(len(tokenizer) - 1, **overrides)).eval()
+    # Untrained features are nearly the same everywhere: larger weights make a mix-up visible.
+    with torch.no_grad():
+        for parameter in model.model.multi_modal_projector.parameters():
+            parameter.mul_(20)
+    return model
+
+
+ARCHITECTURES = [
+    {},
+    {"window_sizes": [], "injection_layers": []},
+    {"routing": "token", "routing_size": 16},
+    {"injection_type": "cross_attention", "cross_attention_size": 48, "cross_attention_heads": 4},
+]
+
+
+@pytest.mark.parametrize("overrides", ARCHITECTURES, ids=["gated", "global", "token", "cross"])
+def test_packed_questions_are_what_separate_prompts_are(tokenizer, overrides, tmp_path):
+    model = make_model(tokenizer, **overrides)
+    processor = make_processor(model.config, tokenizer)
+    prompts = Prompts(processor)
+    features = encode_scenes(model, Drawn(SCENES[:2]), tmp_path / "features.npy", "image")
+    rows = [ask(scene) for scene in SCENES[:2]]
+    packed = pack([[prompts.branch(q) for q in row] for row in rows], prompts.prefix, tokenizer.pad_token_id)
+    with torch.inference_mode():
+        logits, labels, _ = packed_logits(model, packed, torch.from_numpy(features.astype(np.float32)))
+    at = 0
+    for scene, row in zip(SCENES, rows, strict=False):
+        image = draw(scene)
+        for question in row:
+            content = [{"type": "image", "image": image}, {"type": "text", "text": question.text}]
+            conversation = [
+                {"role": "user", "content": content},
+                {"role": "assistant", "content": [{"type": "text", "text": question.answer}]},
+            ]
+            inputs = processor.apply_chat_template(conversation, tokenize=True, return_dict=True, return_tensors="pt")
+            length = len(prompts.branch(question).answer)
+            assert labels[at : at + length].tolist() == inputs["input_ids"][0, -length:].tolist()
+            with torch.inference_mode():
+                alone = model(**inputs).logits[0, -length - 1 : -1]
+            # Cached features are float16.
+            torch.testing.assert_close(logits[at : at + length], alone, rtol=1e-2, atol=1e-2)
+            at += length
+    assert at == len(labels)
+
+
+def test_training_learns_and_exact_scores_are_those_of_generate(tokenizer, tmp_path):
+    model = make_model(tokenizer)
+    prompts = Prompts(make_processor(model.config, tokenizer))
+    features = encode_scenes(model, Drawn(SCENES), tmp_path / "features.npy", "image")
+    tower = {name: value.clone() for name, value in model.model.vision_tower.state_dict().items()}
+    mix = {"presence": 1, "classification": 1}
+    spent = train_decoder(model, prompts, SCENES, features, steps=40, batch=4, rounds=1, mix=mix)
+    assert spent["loss"] < 4
+    for name, value in model.model.vision_tower.state_dict().items():
+        assert torch.equal(value, tower[name]), f"{name} was not frozen"
+    scores = greedy_exact(model, prompts, SCENES, features, tasks=("presence", "classification"))
+    questions = [(i, q) for i, scene in enumerate(SCENES) for q in ask(scene, ("presence", "classification"))]
+    said = generate_answers(model, prompts, questions, features)
+    for task, values in scores.items():
+        generated = [float(a == q.answer) for (_, q), a in zip(questions, said, strict=True) if q.task == task]
+        assert values == generated
+
+
+def test_answers_with_one_encoding_are_those_of_the_ordinary_path(tokenizer):
+    model = make_model(tokenizer)
+    processor = make_processor(model.config, tokenizer)
+    image, texts = draw(SCENES[0]), [question.text for question in ask(SCENES[0])][:3]
+    together = answer(model, processor, image, texts, max_new_tokens=8)
+    for text, said in zip(texts, together, strict=True):
+        content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        assert processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip() == said
+
+
+def test_views_and_canvases_are_those_of_the_processor(tokenizer):
+    model = make_model(tokenizer)
+    processor = make_processor(model.config, tokenizer)
+    canvas, view = canvas_and_view(SCENES[0])
+    pixels = processor.image_processor(draw(SCENES[0]), return_tensors="np")
+    np.testing.assert_allclose(view.transpose(2, 0, 1) / 127.5 - 1, pixels["pixel_values"][0], atol=1e-5)
+    first = pixels["pixel_values_local"][0, : 3 * 128 * 128].reshape(3, 128, 128)
+    np.testing.assert_allclose(canvas[:128, :128].transpose(2, 0, 1) / 127.5 - 1, first, atol=1e-5)
+
+
+def test_token_targets_say_what_stands_where():
+    table = object_table(SCENES[0])
+    targets = token_targets(table, 0, 0, CANVAS, 8).reshape(8, 8, len(KINDS), -1)
+    assert targets[..., 1].sum((0, 1)).tolist() == list(SCENES[0].counts.values())
+    for kind, x, y, width, height in table:
+        entry = targets[int(y // 32), int(x // 32), int(kind)]
+        assert entry[0] == 1
+        if entry[1] == 1:
+            np.testing.assert_allclose(entry[2:], [x / 32 % 1, y / 32 % 1, width / 32, height / 32], atol=1e-5)
+    assert token_targets(table, 300, 300, 64, 4).sum() == 0
+
+
+def test_encoder_is_trained_and_loaded(tokenizer, tmp_path):
+    images = Drawn([plan("train", index, crowding=4) for index in range(4)])
+    pretrain("resnet", images, tmp_path / "encoder.pt", steps=3, batch=4)
+    model = make_model(tokenizer)
+    before = model.model.stage_projections["3"].weight.clone()
+    load_encoder(model.model, tmp_path / "encoder.pt")
+    assert not torch.equal(before, model.model.stage_projections["3"].weight)
+    with pytest.raises(RuntimeError, match="too many"):
+        load_encoder(make_model(tokenizer, encoder="vit").model, tmp_path / "encoder.pt")
+
+
+def test_encoder_cost_counts_pixels(tokenizer):
+    def passes(**overrides):
+        return ablation.encoder_passes(make_config(10, **overrides))
+
+    assert passes(window_sizes=[], injection_layers=[]) == 1
+    assert passes(window_sizes=[128]) == 1 + 9
+    assert passes(window_sizes=[128, 64]) == 1 + 9 + 49 / 4
+    assert passes(window_sizes=[64], window_overlap=0.0, window_encoding="resize") == 1 + 16
+
+
+def test_every_arm_is_a_valid_model():
+    for arm in ablation.ARMS.values():
+        features = arm.features
+        make_config(
+            10,
+            features.encoder,
+            window_sizes=list(features.window_sizes),
+            window_overlap=features.window_overlap,
+            window_encoding=features.window_encoding,
+            window_weighting=features.window_weighting,
+            **arm.injection,
+        )
+
+
+def test_summary_compares_question_by_question(tmp_path):
+    rng = np.random.default_rng(0)
+    base = {task: (rng.random(200) < 0.5).astype(float).tolist() for task in ablation.TASKS}
+    better = {task: np.maximum(values, rng.random(200) < 0.4).tolist() for task, values in base.items()}
+    cost = {"encoder_passes": 1.0, "decoder_tokens": 10, "seconds": 1.0, "peak_memory_gb": 1.0}
+    rows = [{"arm": ablation.REFERENCE, "seed": 0, "scores": base, **cost}]
+    rows += [{"arm": "ViT", "seed": seed, "scores": scores, **cost} for seed, scores in enumerate((base, better))]
+    first, second = ablation.summarise(rows)
+    assert first["gain"]["count"] == (0, 0, 0)
+    assert second["tasks"]["count"][0] == pytest.approx((np.mean(base["count"]) + np.mean(better["count"])) / 2)
+    mean, low, high = second["gain"]["count"]
+    assert low < mean < high and low > 0
+    ablation.write_table([first, second], {"count": 0.1}, tmp_path / "table.md")
+    assert (tmp_path / "table.md").read_text().count("| ViT |") == 2
