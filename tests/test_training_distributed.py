@@ -52,7 +52,6 @@ def test_ddp_by_accelerate_launch_gives_the_losses_of_one_process(start, tmp_pat
         "logging_steps": 1,
         "save_strategy": "no",
         "use_cpu": True,
-        "ddp_backend": "gloo",
         "report_to": "none",
         "group_by_modality_length": data == "train",
         "train_sampling_strategy": "random" if data == "train" else "sequential",
@@ -63,6 +62,7 @@ def test_ddp_by_accelerate_launch_gives_the_losses_of_one_process(start, tmp_pat
     run([sys.executable, *script, "--per_device_train_batch_size", "2", "--output_dir", str(tmp_path / "one")])
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / "ddp.yaml")]
     launch += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0"]
+    script += ["--ddp_backend", "gloo"]
     run([*launch, *script, "--per_device_train_batch_size", "1", "--output_dir", str(tmp_path / "two")])
     histories = []
     for name in ("one", "two"):
