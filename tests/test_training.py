@@ -134,7 +134,7 @@ def test_every_parameter_is_in_exactly_one_part(overrides):
 
 
 def test_frozen_parts_stay_and_others_move_at_their_own_rate(start, tmp_path):
-    rates = {"injectors_learning_rate": 0.0, "projector_learning_rate": 5e-3, "num_train_epochs": 1}
+    rates = {"injectors_learning_rate": 0.0, "projector_learning_rate": 5e-3}
     config = write_config(
         start, tmp_path, freeze_vision_tower=True, num_train_epochs=1, lr_scheduler_type="constant", **rates
     )
@@ -345,7 +345,7 @@ def test_full_disk_is_an_error_that_names_the_folder_and_spares_the_last_checkpo
 
 
 def test_best_checkpoint_is_known_by_its_final_name(start, tmp_path):
-    options = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True, "num_train_epochs": 1}
+    options = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True}
     trainer = main([str(write_config(start, tmp_path, eval_file=str(start[1] / "train.json"), **options))])
     best = tmp_path / "run" / "checkpoint-6"
     assert trainer.state.best_model_checkpoint == str(best)
