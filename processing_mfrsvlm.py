@@ -582,6 +582,10 @@ class MFRSVLMProcessor(ProcessorMixin):
         # Where the tokenizer was loaded from is noted among its options and would be published with them.
         for name in ("is_local", "local_files_only"):
             self.tokenizer.init_kwargs.pop(name, None)
+        # Only what stands among the options is saved, and a loaded Llama tokenizer keeps its flag elsewhere: after a second
+        # round trip, one that was trained with it would split the text after a special token in another way.
+        if getattr(self.tokenizer, "legacy", None) is not None:
+            self.tokenizer.init_kwargs["legacy"] = self.tokenizer.legacy
         # As a string, because pushing takes the repository's name from it in a way that fails for a Path.
         return super().save_pretrained(os.fspath(save_directory), push_to_hub=push_to_hub, **kwargs)
 

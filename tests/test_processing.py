@@ -144,6 +144,18 @@ def test_ids_and_labels_of_published_training(entry):
     assert sum(outputs["assistant_masks"][0]) == entry["n_label"]
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_ids_survive_generations_of_saving(legacy, tmp_path):
+    """A derived checkpoint of a derived checkpoint reads text as the first one did."""
+    processor = make("prefix", legacy)
+    prompt = MANIFEST["samples"]["two_turn"]["prompt"]
+    expected = processor(picture(), prompt)["input_ids"]
+    for generation in range(3):
+        processor.save_pretrained(tmp_path / str(generation))
+        processor = MFRSVLMProcessor.from_pretrained(tmp_path / str(generation))
+        assert processor(picture(), prompt)["input_ids"] == expected, generation
+
+
 # Prompts and images
 
 PROMPTS = {

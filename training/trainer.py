@@ -1,0 +1,262 @@
+"""The `Trainer` of transformers, and: parts of the model, batches of like samples, checkpoints that are whole or absent."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from ..model_card.card import write_model_card
+from .data import ConversationDataset
+
+
+# Where each part's parameters lie. Names may have a prefix and inner names of PEFT, so these are searched for.
+PARTS = {
+    "vision_tower": re.compile(r"\bvision_tower\."),
+    "projector": re.compile(r"\b(multi_modal_projector|stage_projections)\."),
+    "injectors": re.compile(r"\blanguage_model\.injectors\."),
+    "decoder": re.compile(r"\blanguage_model\.(?!injectors\.)|\blm_head\."),
+}
+
+# Checkpoints grow in this folder and move out when whole. Uploads leave out what begins with an underscore.
+UNFINISHED = "_unfinished"
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter belongs to.
+
+    Raises:
+        ValueError: it belongs to none, or to several.
+    """
+    parts = [part for part, pattern in PARTS.items() if pattern.search(name)]
+    if len(parts) != 1:
+        raise ValueError(f"Parameter {name} belongs to {parts or 'no part'}; each must belong to one of {list(PARTS)}.")
+    return parts[0]
+
+
+def freeze_parts(model: nn.Module, parts: Sequence[str]) -> None:
+    """Takes the parameters of the named parts out of training.
+
+    Raises:
+        ValueError: nothing is left to train, or an adapter or a copy of PEFT would train in a frozen part.
+    """
+    for name, parameter in model.named_parameters():
+        if part_of(name) in parts:
+            if parameter.requires_grad and re.search(r"\.(lora_|modules_to_save\.)", name):
+                raise ValueError(
+                    f"The part {part_of(name)} is to be frozen, but the adapter would train {name}. Change one of "
+                    "freeze_*, lora_target_modules and lora_modules_to_save."
+                )
+            parameter.requires_grad = False
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"Nothing is left to train: {', '.join(parts)} are frozen.")
+
+
+class ModalityLengthSampler(Sampler[int]):
+    """Random order whose groups hold samples of like length, and of one modality but for the remainder.
+
+    The stock sampler draws from the global random state, so that an epoch that was interrupted would go on in another
+    order. This one depends on its seed and the epoch alone, and is the same on every rank.
+
+    Args:
+        lengths: of the samples; negative for those without an image.
+        group_size: samples of one optimizer step, over all ranks.
+        seed: of the order.
+    """
+
+    def __init__(self, lengths: Sequence[int], group_size: int, seed: int = 0) -> None:
+        self.lengths, self.group_size, self.seed, self.epoch = lengths, group_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        groups: list[list[int]] = []
+        remainder: list[int] = []
+        for members in (
+            [index for index, length in enumerate(self.lengths) if length >= 0],
+            [index for index, length in enumerate(self.lengths) if length < 0],
+        ):
+            if not members:
+                continue
+            lengths = [abs(self.lengths[index]) for index in members]
+            order = [members[i] for i in get_length_grouped_indices(lengths, self.group_size, generator=generator)]
+            whole = len(order) // self.group_size * self.group_size
+            groups += [order[start : start + self.group_size] for start in range(0, whole, self.group_size)]
+            remainder += order[whole:]
+        if len(remainder) >= self.group_size:
+            groups.append(remainder[: self.group_size])
+            remainder = remainder[self.group_size :]
+        for group in torch.randperm(len(groups), generator=generator).tolist():
+            yield from groups[group]
+        yield from remainder
+
+
+@dataclass
+class MFRSVLMTrainingArguments(TrainingArguments):
+    """Arguments of the `Trainer`, and freezing and learning rates of the parts.
+
+    The parts are the vision tower, the projector (with the stage projections of a backbone), the injectors, and the
+    decoder (with its embeddings and the language modelling head).
+    """
+
+    freeze_vision_tower: bool = field(default=False, metadata={"help": "Leave the vision tower as it is."})
+    freeze_projector: bool = field(default=False, metadata={"help": "Leave the projector as it is."})
+    freeze_injectors: bool = field(default=False, metadata={"help": "Leave the injectors as they are."})
+    freeze_decoder: bool = field(default=False, metadata={"help": "Leave the decoder and the head as they are."})
+    vision_tower_learning_rate: float | None = field(default=None, metadata={"help": "Else learning_rate."})
+    projector_learning_rate: float | None = field(default=None, metadata={"help": "Else learning_rate."})
+    injectors_learning_rate: float | None = field(default=None, metadata={"help": "Else learning_rate."})
+    decoder_learning_rate: float | None = field(default=None, metadata={"help": "Else learning_rate."})
+    group_by_modality_length: bool = field(
+        default=True, metadata={"help": "Batches of like length, with images or without."}
+    )
+    # Off in the stock arguments, which then stands in the saved config. The loss is computed without a cache all the same.
+    use_cache: bool = field(default=True, metadata={"help": "What the saved config says of the cache."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must be off: the collator needs all of a row."})
+
+    @property
+    def frozen_parts(self) -> list[str]:
+        return [part for part in PARTS if getattr(self, f"freeze_{part}")]
+
+    def learning_rate_of(self, part: str) -> float:
+        rate = getattr(self, f"{part}_learning_rate")
+        return self.learning_rate if rate is None else rate
+
+
+class ZeroGradients(TrainerCallback):
+    """Gives what a step does not use a gradient of zero in place of none.
+
+    A step of text alone leaves the tower without gradients, and the optimizer would pass over it, momentum and all. On
+    several ranks the tower runs on a blank image and has gradients of zero. So both take the same steps.
+    """
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if args.world_size == 1:
+            for parameter in model.parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+
+
+class MFRSVLMTrainer(Trainer):
+    """The stock `Trainer`, and:
+
+    - a learning rate for each part;
+    - batches of like length and of one modality, for a `ConversationDataset`;
+    - the same steps on any number of ranks, see `ZeroGradients`;
+    - a checkpoint appears under its name only when it is whole, so that the last one can always be resumed from;
+    - the model card of this package, and the code of the model beside what is pushed during training.
+    """
+
+    args: MFRSVLMTrainingArguments
+    card_details: dict[str, Any] = {}  # further fields of the card, see `write_model_card`
+    _run_dir: str | None = None  # in place of the output folder while a checkpoint grows
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(ZeroGradients)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            target = self.model if model is None else model
+            optimizer_class, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, target)
+            decayed = set(self.get_decay_parameter_names(target))
+            groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+            for name, parameter in target.named_parameters():
+                if parameter.requires_grad:
+                    groups.setdefault((part_of(name), name in decayed), []).append(parameter)
+            options["params"] = [
+                {
+                    "params": parameters,
+                    "lr": self.args.learning_rate_of(part),
+                    "weight_decay": self.args.weight_decay if decay else 0.0,
+                }
+                for (part, decay), parameters in groups.items()
+            ]
+            self.optimizer_cls_and_kwargs = (optimizer_class, options)
+        return super().create_optimizer(model)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not self.args.group_by_modality_length or not isinstance(dataset, ConversationDataset):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        group_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        lengths = dataset.modality_lengths(self.model.config.image_seq_length)
+        return ModalityLengthSampler(lengths, group_size, seed)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        # The stock Trainer switches the cache off in the outer config only, and the decoder reads its own.
+        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._run_dir or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        unfinished, finished = run_dir / UNFINISHED / name, run_dir / name
+        if self.is_local_process_zero():  # of a run that was killed; machines that share a disk may both find it
+            shutil.rmtree(unfinished.parent, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._run_dir = str(unfinished.parent)
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = str(finished)
+                if self.args.should_save:
+                    self.state.save_to_json(str(unfinished / "trainer_state.json"))
+        except Exception as error:
+            error.add_note(
+                f"{name} could not be saved, {shutil.disk_usage(run_dir).free / 2**30:.1f} GiB are free in {run_dir}. What "
+                f"there is of it lies in {unfinished}; earlier checkpoints are whole, and resume_from_checkpoint=last "
+                "goes on from the last of them."
+            )
+            raise
+        finally:
+            self._run_dir = None
+
+        self.accelerator.wait_for_everyone()  # for the random states and shards of every rank
+        if self.is_world_process_zero():
+            _move(unfinished, finished)
+        self.accelerator.wait_for_everyone()
+        if self.is_local_process_zero() and unfinished.exists():  # on a machine with a disk of its own
+            _move(unfinished, finished)
+        if self.args.should_save:
+            rotate_checkpoints(str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(finished))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._run_dir is not None or not self.is_world_process_zero():
+            return  # not whole yet: `_save_checkpoint` calls again
+        for code in Path(checkpoint_folder).glob("*.py"):
+            shutil.copy(code, self.args.output_dir)
+        self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes the card of this package in place of the stock one, whose arguments are not used."""
+        if self.is_world_process_zero():
+            config = self.accelerator.unwrap_model(self.model).config
+            write_model_card(Path(self.args.output_dir), config, origin="trained", **self.card_details)
+
+
+def _move(source: Path, target: Path) -> None:
+    if target.exists():  # resumed from an earlier checkpoint than the last
+        shutil.rmtree(target)
+    os.replace(source, target)
+    source.parent.rmdir()
