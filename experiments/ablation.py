@@ -2,19 +2,24 @@
 
     python -m mfrsvlm.experiments.ablation --work DIR --output docs/ablation
 
-Every arm trains a small decoder (see `geometry`) on the frozen features of one encoder, on the same scenes and questions,
-for the same number of steps, and is marked on the same held-out scenes. Features that arms have in common are encoded
-once. A finished run is a line of `runs.jsonl` in the work folder: started again, the command goes on where it stopped.
+All arms start from one small LLaVA-style model (see `geometry`), trained on the global view only: a decoder needs hundreds
+of steps before it reads anything from an image, and no arm should be judged by its luck in that. Each arm then gets its
+windows and injectors and goes on, on the frozen features of one encoder, on the same scenes and questions, for the same
+number of steps, and is marked on the same held-out scenes. The arm "global view only" goes on as it is. Encoders are
+compared before any language, by what their tokens know.
+
+Features that arms have in common are encoded once. A finished run is a line of `runs.jsonl` in the work folder: started
+again, the command goes on where it stopped.
 """
 
 import argparse
 import json
-import multiprocessing
 import resource
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +35,9 @@ from mfrsvlm.experiments.decoder import (
     make_processor,
     make_tokenizer,
     train_decoder,
+    whiten_projector,
 )
-from mfrsvlm.experiments.encoder import load_encoder, pretrain
+from mfrsvlm.experiments.encoder import load_encoder, measure_tokens, pretrain
 from mfrsvlm.experiments.geometry import make_config
 from mfrsvlm.modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from mfrsvlm.scenes import ask
@@ -68,6 +74,7 @@ class Arm:
 
 
 BOTH = Features()
+ENCODERS = ("resnet", "vit")
 DECODER_WIDTH = 128
 REFERENCE = "both, canvas from the original pixels"
 KEPT = ("global view only", REFERENCE)  # whose first model is saved, for `look_inside`
@@ -96,7 +103,6 @@ ARMS = {
     "small windows, no overlap, native": Arm(Features(window_sizes=(64,), window_overlap=0.0)),
     "small windows, no overlap, resized": Arm(Features(window_sizes=(64,), window_overlap=0.0, window_encoding="resize")),
     "zero ring": Arm(Features(window_weighting="hann")),
-    "ViT": Arm(Features(encoder="vit")),
 }
 
 
@@ -118,6 +124,29 @@ def build(arm: Arm, vocabulary: int, work: Path, seed: int) -> MFRSVLMForConditi
     return model
 
 
+def load_start(model: MFRSVLMForConditionalGeneration, work: Path) -> None:
+    """Puts the model that all arms start from into one with injectors, which stay as they are."""
+    missing, unexpected = model.load_state_dict(torch.load(work / "start.pt", weights_only=True), strict=False)
+    strange = [*unexpected, *(name for name in missing if ".injectors." not in name)]
+    if strange:
+        raise RuntimeError(f"{work / 'start.pt'} is a start for another architecture: {strange[:3]}. Remove it.")
+
+
+def train_start(work: Path, scenes: int, steps: int) -> None:
+    """Trains the model that all arms start from, if it has not been."""
+    if (work / "start.pt").exists():
+        return
+    arm = ARMS["global view only"]
+    images = SceneImages(work / "scenes", "train", scenes)
+    tokenizer = make_tokenizer(images.scenes[:500])
+    model = build(arm, len(tokenizer) - 1, work, seed=0)
+    features = encode_scenes(model, images, work / f"features-train-{scenes}-global.npy", "image", chunk=16)
+    whiten_projector(model, features)
+    prompts = Prompts(make_processor(model.config, tokenizer))
+    train_decoder(model, prompts, images.scenes, features, steps, batch=12, peak=2e-3, mix=MIX, rounds=2)
+    torch.save(model.state_dict(), work / "start.pt")
+
+
 def whole(features: Features) -> Features:
     """What is encoded for them: fewer scales are slices of the features with both."""
     if features.window_overlap == BOTH.window_overlap and features.window_encoding == BOTH.window_encoding:
@@ -136,8 +165,8 @@ def encode(features: Features, split: str, count: int, work: Path) -> None:
     encode_scenes(model, images, feature_file(features, split, count, work), features.canvas_source)
 
 
-def encode_both(features: Features, train_scenes: int, test_scenes: int, work: Path) -> str:
-    for split, count in (("train", train_scenes), ("test", test_scenes)):
+def encode_both(features: Features, counts: dict[str, int], work: Path) -> str:
+    for split, count in counts.items():
         encode(features, split, count, work)
     return features.name
 
@@ -166,21 +195,22 @@ def encoder_passes(config: Any) -> float:
     return passes
 
 
-def run(name: str, seed: int, work: Path, steps: int, batch: int, train_scenes: int, test_scenes: int) -> dict[str, Any]:
+def run(name: str, seed: int, work: Path, steps: int, batch: int, counts: dict[str, int]) -> dict[str, Any]:
     """Trains and marks one arm with one seed."""
     torch.set_num_threads(1)
     arm = ARMS[name]
-    train, test = (SceneImages(work / "scenes", s, n) for s, n in (("train", train_scenes), ("test", test_scenes)))
+    train, test = (SceneImages(work / "scenes", split, count) for split, count in counts.items())
     tokenizer = make_tokenizer(train.scenes[:500])
     model = build(arm, len(tokenizer) - 1, work, seed)
+    load_start(model, work)
     prompts = Prompts(make_processor(model.config, tokenizer, arm.features.canvas_source))
-    seen = features_of(arm.features, "train", train_scenes, work)
-    spent = train_decoder(model, prompts, train.scenes, seen, steps, batch, seed=seed, mix=MIX, rounds=8)
+    seen = features_of(arm.features, "train", counts["train"], work)
+    spent = train_decoder(model, prompts, train.scenes, seen, steps, batch, peak=1e-3, seed=seed, mix=MIX, rounds=3)
     if seed == 0 and name in KEPT:
         folder = work / "models" / name.replace(",", "").replace(" ", "-")
         model.save_pretrained(folder)
         prompts.processor.save_pretrained(folder)
-    held_out = features_of(arm.features, "test", test_scenes, work)
+    held_out = features_of(arm.features, "test", counts["test"], work)
     scores = greedy_exact(model, prompts, test.scenes, held_out, tasks=TASKS)
     boxes = [(i, q) for i, scene in enumerate(test.scenes) for q in ask(scene, ("grounding",))]
     answers = generate_answers(model, prompts, boxes, held_out)
@@ -193,13 +223,12 @@ def run(name: str, seed: int, work: Path, steps: int, batch: int, train_scenes: 
         "decoder_tokens": spent["decoder_tokens"],
         "seconds": round(spent["seconds"], 1),
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
-        "loss": round(spent["loss"], 4),
     }
 
 
-def run_all(
-    work: Path, steps: int, batch: int, train_scenes: int, test_scenes: int, workers: int, encoder_steps: int
-) -> list[dict[str, Any]]:
+def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Encoders, start, features, then every run that is not finished."""
+    work = args.work
     log = work / "runs.jsonl"
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     finished = {(row["arm"], row["seed"]) for row in done}
@@ -207,18 +236,19 @@ def run_all(
     wanted = [(name, seed) for seed in range(3) for name, arm in ARMS.items() if seed < arm.seeds]
     wanted = [each for each in wanted if each not in finished]
     start = time.perf_counter()
-    for encoder in sorted({ARMS[name].features.encoder for name, _ in wanted}):
+    for encoder in ENCODERS:
         if not (work / f"encoder-{encoder}.pt").exists():
             crowded = SceneImages(work / "scenes", "train", 4000, crowding=4)
-            pretrain(encoder, crowded, work / f"encoder-{encoder}.pt", encoder_steps)
-    for split, count in (("train", train_scenes), ("test", test_scenes)):
+            pretrain(encoder, crowded, work / f"encoder-{encoder}.pt", args.encoder_steps)
+    train_start(work, args.start_scenes, args.start_steps)
+    counts = {"train": args.train_scenes, "test": args.test_scenes}
+    for split, count in counts.items():
         SceneImages(work / "scenes", split, count)
-    with ProcessPoolExecutor(workers, max_tasks_per_child=1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(args.workers, max_tasks_per_child=1, mp_context=get_context("spawn")) as pool:
         sets = dict.fromkeys(whole(ARMS[name].features) for name, _ in wanted)
-        encoding = [pool.submit(encode_both, each, train_scenes, test_scenes, work) for each in sets]
-        for future in encoding:
+        for future in [pool.submit(encode_both, each, counts, work) for each in sets]:
             print(f"[{time.perf_counter() - start:.0f} s] encoded {future.result()}", flush=True)
-        futures = [pool.submit(run, name, seed, work, steps, batch, train_scenes, test_scenes) for name, seed in wanted]
+        futures = [pool.submit(run, name, seed, work, args.steps, args.batch, counts) for name, seed in wanted]
         for number, future in enumerate(as_completed(futures), start=1):
             row = future.result()
             done.append(row)
@@ -293,6 +323,17 @@ def write_table(summary: list[dict[str, Any]], chance: dict[str, float], path: P
     path.write_text("\n".join(lines) + "\n")
 
 
+def write_encoders(encoders: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
+    """Markdown: what the tokens of each encoder know, in per cent."""
+    lines = ["| encoder | image | presence of a kind | exact count, of 0 to 9 | exact count, of 1 to 9 | scene class |"]
+    lines.append("|---" * 6 + "|")
+    for name, views in encoders.items():
+        for view, known in views.items():
+            cells = [f"{100 * m:.1f} ± {50 * (high - low):.1f}" for m, low, high in known.values()]
+            lines.append(f"| {name} | {view} | " + " | ".join(cells) + " |")
+    path.write_text("\n".join(lines) + "\n")
+
+
 def write_plot(summary: list[dict[str, Any]], chance: dict[str, float], path: Path) -> None:
     """One panel a task; the dotted line is what the best constant answer scores, the solid one the arm `REFERENCE`."""
     import matplotlib
@@ -322,18 +363,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m mfrsvlm.experiments.ablation", description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, encoders, features and finished runs")
     parser.add_argument("--output", type=Path, required=True, help="folder for the table and the plot")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=8, help="scenes a step")
+    parser.add_argument("--steps", type=int, default=100, help="of every arm")
+    parser.add_argument("--batch", type=int, default=12, help="scenes a step")
     parser.add_argument("--train-scenes", type=int, default=1600)
     parser.add_argument("--test-scenes", type=int, default=400)
-    parser.add_argument("--encoder-steps", type=int, default=1500)
+    parser.add_argument("--encoder-steps", type=int, default=1400)
+    parser.add_argument("--start-scenes", type=int, default=12000)
+    parser.add_argument("--start-steps", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
-    rows = run_all(args.work, args.steps, args.batch, args.train_scenes, args.test_scenes, args.workers, args.encoder_steps)
+    rows = run_all(args)
     args.output.mkdir(parents=True, exist_ok=True)
     summary = summarise(rows)
     chance = constant_answers(args.test_scenes)
     (args.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    encoders = {
+        name: measure_tokens(name, args.work / f"encoder-{name}.pt", args.work, args.test_scenes) for name in ENCODERS
+    }
+    (args.output / "encoders.json").write_text(json.dumps(encoders, indent=1) + "\n")
+    write_encoders(encoders, args.output / "encoders.md")
     write_table(summary, chance, args.output / "table.md")
     write_plot(summary, chance, args.output / "plot.png")
 

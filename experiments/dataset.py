@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -69,3 +70,8 @@ def canvas_and_view(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     image = draw(scene)
     bicubic = Image.Resampling.BICUBIC
     return np.asarray(image.resize((CANVAS, CANVAS), bicubic)), np.asarray(image.resize((VIEW, VIEW), bicubic))
+
+
+def to_pixels(images: np.ndarray) -> torch.Tensor:
+    """(n, h, w, 3) uint8 to (n, 3, h, w) float32 in [-1, 1], as the image processor normalises."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
-from mfrsvlm.experiments.dataset import SceneImages
+from mfrsvlm.experiments.dataset import SceneImages, to_pixels
 from mfrsvlm.modeling_mfrsvlm import MFRSVLMForConditionalGeneration, MFRSVLMImageFeatures
 from mfrsvlm.processing_mfrsvlm import CHAT_TEMPLATE, MFRSVLMImageProcessor, MFRSVLMProcessor, cut_windows
 from mfrsvlm.scenes import TASKS, Question, Scene, ask
@@ -113,11 +113,6 @@ def encode_scenes(
     features.flush()
     partial.rename(output)
     return np.load(output, mmap_mode="r")
-
-
-def to_pixels(images: np.ndarray) -> torch.Tensor:
-    """(n, h, w, 3) uint8 to (n, 3, h, w) float32 in [-1, 1], as the image processor normalises."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def project(model: MFRSVLMForConditionalGeneration, features: torch.Tensor) -> MFRSVLMImageFeatures:

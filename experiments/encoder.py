@@ -15,10 +15,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mfrsvlm.experiments.dataset import CANVAS, SCENE_SIZE, VIEW, SceneImages
+from mfrsvlm.experiments.dataset import CANVAS, SCENE_SIZE, VIEW, SceneImages, to_pixels
 from mfrsvlm.experiments.geometry import IMAGE_SIZE, PATCH_SIZE, make_config
 from mfrsvlm.modeling_mfrsvlm import MFRSVLMModel, resample_to_grid
 from mfrsvlm.scenes import CLASSES, KINDS, Scene
+from mfrsvlm.scenes.scoring import accuracy_interval
 
 
 # What the windows of the experiments look like: (share of batches, side of the crop, side when encoded). A crop as large
@@ -151,6 +152,44 @@ def pretrain(encoder: str, images: SceneImages, output: Path, steps: int, seed: 
             )
     output.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"model": model.state_dict(), "heads": heads.state_dict()}, output)
+
+
+@torch.inference_mode()
+def measure_tokens(encoder: str, path: Path, work: Path, scenes: int) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """What the tokens of a pretrained encoder know of held-out scenes, without any language.
+
+    A kind is counted by the tokens that say it is present: two objects in one token count as one. The canvas is read in
+    four windows side by side, the global view in one.
+
+    Returns:
+        For the canvas and the global view: share of right answers and its 95 % interval for the presence and the count
+        of a kind, the count where it is present, and the class of the scene.
+    """
+    config = make_config(16, encoder)
+    model = MFRSVLMModel(config)
+    load_encoder(model, path)
+    model.eval()
+    head = TokenHeads(config.vision_feature_size, IMAGE_SIZE // PATCH_SIZE)
+    state = torch.load(path, weights_only=True)["heads"]
+    last = len(config.detail_feature_layers) - 1
+    head.load_state_dict({name.partition(".")[2]: value for name, value in state.items() if name.startswith(f"{last}.")})
+    images = SceneImages(work / "scenes", "test", scenes)
+    result = {}
+    for view, source in (("canvas", images.canvases), ("global view", images.views)):
+        right: dict[str, list[float]] = {"presence": [], "count": [], "count of present": [], "class": []}
+        for index, scene in enumerate(images.scenes):
+            pixels = to_pixels(source[index : index + 1])  # (1, 3, s, s)
+            tiles = pixels.unfold(2, VIEW, VIEW).unfold(3, VIEW, VIEW).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+            objects, _, classes = head(encode(model, tiles)[-1])
+            said = (objects[..., 0] > 0).sum((0, 1)).tolist()
+            for number, true in zip(said, scene.counts.values(), strict=True):
+                right["presence"].append(float((number > 0) == (true > 0)))
+                right["count"].append(float(number == true))
+                if true:
+                    right["count of present"].append(float(number == true))
+            right["class"].append(float(list(CLASSES)[int(classes.mean(0).argmax())] == scene.scene_class))
+        result[view] = {name: accuracy_interval(values) for name, values in right.items()}
+    return result
 
 
 def load_encoder(model: MFRSVLMModel, path: Path) -> None:

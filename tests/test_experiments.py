@@ -190,11 +190,11 @@ def test_summary_compares_question_by_question(tmp_path):
     better = {task: np.maximum(values, rng.random(200) < 0.4).tolist() for task, values in base.items()}
     cost = {"encoder_passes": 1.0, "decoder_tokens": 10, "seconds": 1.0, "peak_memory_gb": 1.0}
     rows = [{"arm": ablation.REFERENCE, "seed": 0, "scores": base, **cost}]
-    rows += [{"arm": "ViT", "seed": seed, "scores": scores, **cost} for seed, scores in enumerate((base, better))]
+    rows += [{"arm": "zero ring", "seed": seed, "scores": scores, **cost} for seed, scores in enumerate((base, better))]
     first, second = ablation.summarise(rows)
     assert first["gain"]["count"] == (0, 0, 0)
     assert second["tasks"]["count"][0] == pytest.approx((np.mean(base["count"]) + np.mean(better["count"])) / 2)
     mean, low, high = second["gain"]["count"]
     assert low < mean < high and low > 0
     ablation.write_table([first, second], {"count": 0.1}, tmp_path / "table.md")
-    assert (tmp_path / "table.md").read_text().count("| ViT |") == 2
+    assert (tmp_path / "table.md").read_text().count("| zero ring |") == 2

@@ -1,0 +1,100 @@
+"""The small model in `demo/model`: complete, current, and as good as its card says; and the demo that shows it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from mfrsvlm.demo.__main__ import MODEL, draw_answers
+from mfrsvlm.experiments.accuracy import measure
+
+
+ROOT = MODEL.parents[1]
+CODE = ("configuration_mfrsvlm.py", "modeling_mfrsvlm.py", "processing_mfrsvlm.py")
+
+
+def test_folder_is_complete_and_small():
+    names = {path.name for path in MODEL.iterdir()}
+    assert {"config.json", "model.safetensors", "README.md", "accuracy.json", "processor_config.json", *CODE} <= names
+    assert sum(path.stat().st_size for path in MODEL.iterdir()) < 16e6
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_code_in_the_folder_is_the_code_of_the_package(name):
+    assert (MODEL / name).read_text() == (ROOT / name).read_text(), f"Copy {name} to {MODEL}: it has changed since."
+
+
+def test_card_states_what_was_measured():
+    card = (MODEL / "README.md").read_text()
+    measured = json.loads((MODEL / "accuracy.json").read_text())
+    for task, row in measured["seeing"].items():
+        assert row["n"] > 300
+        cells = [task, f"{100 * row['accuracy']:.1f}", f"{100 * row['low']:.1f} - {100 * row['high']:.1f}", str(row["n"])]
+        assert "| " + " | ".join([*cells, f"{100 * measured['blind'][task]['accuracy']:.1f}"]) in card
+    assert "python -m mfrsvlm.experiments.box" in card and "--seed" in card
+
+
+def test_model_sees():
+    """A few held-out scenes through the ordinary processor: within reach of the card, and far from blind."""
+    processor = AutoProcessor.from_pretrained(MODEL, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(MODEL, trust_remote_code=True, dtype=torch.float32).eval()
+    stated = json.loads((MODEL / "accuracy.json").read_text())["seeing"]
+    found = measure(model, processor, scenes=30)
+    for task in ("classification", "presence", "count"):
+        spread = np.sqrt(stated[task]["accuracy"] * (1 - stated[task]["accuracy"]) / found[task]["n"])
+        assert found[task]["accuracy"] > stated[task]["accuracy"] - 4 * spread - 0.02
+
+
+def run_demo(*arguments):
+    command = [sys.executable, "-m", "mfrsvlm.demo", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_demo_answers_and_draws(tmp_path):
+    result = run_demo("--scene", "3")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Q: ") == result.stdout.count("(true: ") >= 6
+    with Image.open(ROOT / "demo" / "output" / "answers.png") as picture:
+        assert picture.width > 1000
+
+    Image.new("RGB", (300, 200), (90, 120, 80)).save(tmp_path / "field.png")
+    result = run_demo(str(tmp_path / "field.png"), "--question", "Is there a ship in this scene?")
+    assert result.returncode == 0 and "A: " in result.stdout and "true" not in result.stdout
+
+    result = run_demo(str(tmp_path / "missing.png"))
+    assert result.returncode == 1 and "missing.png" in result.stderr
+
+
+def test_picture_shows_boxes_in_their_place():
+    picture = np.asarray(draw_answers(Image.new("RGB", (256, 256)), [("black", "Where?")], [("yellow", [64, 64, 128, 128])]))
+    yellow = (picture == (255, 255, 0)).all(-1)
+    rows, columns = np.nonzero(yellow)
+    assert (columns.min(), rows.min(), columns.max(), rows.max()) == (125, 125, 259, 259)
+
+
+@pytest.mark.slow
+def test_folder_works_elsewhere(tmp_path):
+    """As a stranger would load it: a copy, in a clean process, in one line."""
+    folder = shutil.copytree(MODEL, tmp_path / "copy")
+    script = (
+        "from transformers import AutoModelForImageTextToText as M, AutoProcessor as P;"
+        f"m = M.from_pretrained({str(folder)!r}, trust_remote_code=True); P.from_pretrained({str(folder)!r}, "
+        "trust_remote_code=True); print(type(m).__module__)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PATH": "", "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("transformers_modules")
+    assert Path(tmp_path / "modules").is_dir()
