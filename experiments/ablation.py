@@ -6,7 +6,7 @@ All arms start from one small LLaVA-style model (see `geometry`), trained on the
 of steps before it reads anything from an image, and no arm should be judged by its luck in that. Each arm then gets its
 windows and injectors and goes on, on the frozen features of one encoder, on the same scenes and questions, for the same
 number of steps, and is marked on the same held-out scenes. The arm "global view only" goes on as it is. Encoders are
-compared before any language, by what their tokens know.
+compared before any language, in `readout`.
 
 Features that arms have in common are encoded once. A finished run is a line of `runs.jsonl` in the work folder: started
 again, the command goes on where it stopped.
@@ -37,7 +37,7 @@ from mfrsvlm.experiments.decoder import (
     train_decoder,
     whiten_projector,
 )
-from mfrsvlm.experiments.encoder import load_encoder, measure_tokens, pretrain
+from mfrsvlm.experiments.encoder import load_encoder, pretrain
 from mfrsvlm.experiments.geometry import make_config
 from mfrsvlm.modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from mfrsvlm.scenes import ask
@@ -323,17 +323,6 @@ def write_table(summary: list[dict[str, Any]], chance: dict[str, float], path: P
     path.write_text("\n".join(lines) + "\n")
 
 
-def write_encoders(encoders: dict[str, dict[str, dict[str, Any]]], path: Path) -> None:
-    """Markdown: what the tokens of each encoder know, in per cent."""
-    lines = ["| encoder | image | presence of a kind | exact count, of 0 to 9 | exact count, of 1 to 9 | scene class |"]
-    lines.append("|---" * 6 + "|")
-    for name, views in encoders.items():
-        for view, known in views.items():
-            cells = [f"{100 * m:.1f} ± {50 * (high - low):.1f}" for m, low, high in known.values()]
-            lines.append(f"| {name} | {view} | " + " | ".join(cells) + " |")
-    path.write_text("\n".join(lines) + "\n")
-
-
 def write_plot(summary: list[dict[str, Any]], chance: dict[str, float], path: Path) -> None:
     """One panel a task; the dotted line is what the best constant answer scores, the solid one the arm `REFERENCE`."""
     import matplotlib
@@ -377,11 +366,6 @@ def main() -> None:
     summary = summarise(rows)
     chance = constant_answers(args.test_scenes)
     (args.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    encoders = {
-        name: measure_tokens(name, args.work / f"encoder-{name}.pt", args.work, args.test_scenes) for name in ENCODERS
-    }
-    (args.output / "encoders.json").write_text(json.dumps(encoders, indent=1) + "\n")
-    write_encoders(encoders, args.output / "encoders.md")
     write_table(summary, chance, args.output / "table.md")
     write_plot(summary, chance, args.output / "plot.png")
 

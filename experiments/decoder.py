@@ -133,7 +133,7 @@ def whiten_projector(model: MFRSVLMForConditionalGeneration, features: np.ndarra
     Args:
         features: (scenes, 1 + K, T, C), see `encode_scenes`; every tenth scene is read.
     """
-    states = torch.from_numpy(np.asarray(features[::10])).flatten(0, -2).float()  # (tokens, C)
+    states = torch.from_numpy(np.array(features[::10])).flatten(0, -2).float()  # (tokens, C)
     mean, (variances, directions) = states.mean(0), torch.linalg.eigh(torch.cov(states.T))
     whitening = directions * (variances + 0.01 * variances.mean()).rsqrt() @ directions.T
     first, second = model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2
@@ -282,7 +282,7 @@ def train_decoder(
         chosen, order = np.sort(order[:batch]), order[batch:]
         rows = [pool[index][int(rng.integers(rounds))] for index in chosen]
         packed = pack(rows, prompts.prefix, prompts.tokenizer.pad_token_id)
-        states = torch.from_numpy(np.asarray(features[chosen])).float() * (0.0 if blind else 1.0)
+        states = torch.from_numpy(np.array(features[chosen])).float() * (0.0 if blind else 1.0)
         for group in optimizer.param_groups:
             group["lr"] = peak * min((step + 1) / (0.03 * steps + 1), 0.5 * (1 + np.cos(np.pi * step / steps)) + 0.01)
         logits, labels, weights = packed_logits(model, packed, states)
@@ -326,7 +326,7 @@ def greedy_exact(
     for start in range(0, len(scenes), batch):
         rows = [[prompts.branch(q) for q in ask(scene, tasks, seed)] for scene in scenes[start : start + batch]]
         packed = pack(rows, prompts.prefix, prompts.tokenizer.pad_token_id)
-        states = torch.from_numpy(np.asarray(features[start : start + batch])).float() * (0.0 if blind else 1.0)
+        states = torch.from_numpy(np.array(features[start : start + batch])).float() * (0.0 if blind else 1.0)
         logits, labels, _ = packed_logits(model, packed, states)
         right = (logits.argmax(-1) == labels).split([len(b.answer) for row in rows for b in row])
         for branch, each in zip((b for row in rows for b in row), right, strict=True):
