@@ -17,7 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from mfrsvlm.experiments.ablation import ARMS, BOTH, ENCODERS, encode_both, encoder_passes, feature_file, features_of, whole
+from mfrsvlm.experiments.ablation import (
+    ARMS,
+    BOTH,
+    ENCODERS,
+    REFERENCE,
+    encode_both,
+    encoder_passes,
+    feature_file,
+    features_of,
+    whole,
+)
 from mfrsvlm.experiments.dataset import CANVAS, SCENE_SIZE, SceneImages
 from mfrsvlm.experiments.encoder import measure_tokens, pretrain
 from mfrsvlm.experiments.geometry import make_config
