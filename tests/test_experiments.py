@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mfrsvlm.experiments import ablation
+from mfrsvlm.experiments import ablation, readout
 from mfrsvlm.experiments.accuracy import answer
 from mfrsvlm.experiments.dataset import CANVAS, canvas_and_view, plan
 from mfrsvlm.experiments.decoder import (
@@ -198,3 +198,20 @@ def test_summary_compares_question_by_question(tmp_path):
     assert low < mean < high and low > 0
     ablation.write_table([first, second], {"count": 0.1}, tmp_path / "table.md")
     assert (tmp_path / "table.md").read_text().count("| zero ring |") == 2
+
+
+def test_read_out_pools_tokens_and_phases():
+    features = np.random.default_rng(0).normal(size=(3, 1 + 16, 4, 5)).astype(np.float16)
+    pooled = readout.pool(features, 4)
+    assert pooled.shape == (3, 5 * 5)
+    np.testing.assert_allclose(pooled[:, :5], features[:, 0].mean(1), atol=2e-3)
+    # Stacks are ordered by scale, depth and phase: four phases make a group.
+    np.testing.assert_allclose(pooled[:, 10:15], features[:, 5:9].mean((1, 2)), atol=2e-3)
+    np.testing.assert_allclose(readout.pool(features[:, :1], 0), pooled[:, :5])
+
+
+def test_read_out_counts_objects_and_small_ones():
+    table = readout.targets(SCENES)
+    assert table[:, : len(KINDS)].tolist() == [list(scene.counts.values()) for scene in SCENES]
+    small = [sum(item.length < 12 for item in scene.objects) for scene in SCENES]
+    assert table[:, len(KINDS) :].sum(1).tolist() == small
