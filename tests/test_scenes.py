@@ -334,8 +334,8 @@ def test_command_writes_what_can_be_read_again(tmp_path, monkeypatch, capsys):
         assert human == {"from": "human", "value": "<image>\n" * len(drawn) + question.text}
         assert gpt == {"from": "gpt", "value": question.answer}
         images = row["image"] if question.task == "change" else [row["image"]]
-        for name, plan in zip(images, drawn, strict=True):
-            assert (np.asarray(Image.open(folder / name)) == pixels(plan)).all()
+        for look, (name, plan) in enumerate(zip(images, drawn, strict=True)):
+            assert (np.asarray(Image.open(folder / name)) == np.asarray(draw(plan, look))).all()
         named.update(images)
     assert {f"images/{path.name}" for path in (folder / "images").iterdir()} == named and len(named) == 5
     assert sorted(path.name for path in folder.iterdir()) == ["images", "validation.jsonl"]

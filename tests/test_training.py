@@ -347,7 +347,7 @@ def test_full_disk_is_an_error_that_names_the_folder_and_spares_the_last_checkpo
 def test_best_checkpoint_is_known_by_its_final_name(start, tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True}
     trainer = main([str(write_config(start, tmp_path, eval_file=str(start[1] / "train.json"), **options))])
-    best = tmp_path / "run" / "checkpoint-6"
+    best = tmp_path / "run" / f"checkpoint-{trainer.state.best_global_step}"
     assert trainer.state.best_model_checkpoint == str(best)
     assert json.loads((best / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
 
