@@ -16,7 +16,6 @@ import argparse
 import json
 import resource
 import time
-from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
@@ -41,7 +40,7 @@ from mfrsvlm.experiments.encoder import load_encoder, pretrain
 from mfrsvlm.experiments.geometry import make_config
 from mfrsvlm.modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from mfrsvlm.scenes import ask
-from mfrsvlm.scenes.scoring import accuracy_interval, score
+from mfrsvlm.scenes.scoring import accuracy_interval, chance, score
 
 
 TASKS = ("classification", "presence", "count", "comparison", "position", "grounding")
@@ -292,23 +291,20 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return summary
 
 
-def constant_answers(test_scenes: int) -> dict[str, float]:
-    """What the best constant answer to the held-out questions of a task scores."""
+def guesses(test_scenes: int) -> dict[str, float]:
+    """What the best guesser scores on the held-out questions of each task. A box cannot be guessed so simply."""
     asked = [question for index in range(test_scenes) for question in ask(plan("test", index), TASKS)]
-    answers = {task: [question.answer for question in asked if question.task == task] for task in TASKS}
-    shares = {task: max(Counter(values).values()) / len(values) for task, values in answers.items()}
-    shares.pop("grounding")  # a constant box may overlap without being equal
-    return shares
+    return {task: chance([q for q in asked if q.task == task]) for task in TASKS if task != "grounding"}
 
 
-def write_table(summary: list[dict[str, Any]], chance: dict[str, float], path: Path) -> None:
+def write_table(summary: list[dict[str, Any]], guessed: dict[str, float], path: Path) -> None:
     """Markdown: accuracy in per cent with the half width of its interval, and what the arm costs."""
     lines = [
         "| arm | seeds | " + " | ".join(TASKS) + " | encoder passes | decoder tokens (M) | train s | peak GB |",
         "|---" * (len(TASKS) + 6) + "|",
     ]
-    guesses = [f"{100 * chance[task]:.1f}" if task in chance else "-" for task in TASKS]
-    lines.append("| best constant answer | | " + " | ".join(guesses) + " | | | | |")
+    cells = [f"{100 * guessed[task]:.1f}" if task in guessed else "-" for task in TASKS]
+    lines.append("| chance | | " + " | ".join(cells) + " | | | | |")
     for row in summary:
         cells = [f"{100 * m:.1f} ± {50 * (high - low):.1f}" for m, low, high in row["tasks"].values()]
         cells += [f"{row['encoder_passes']:g}", f"{row['decoder_tokens'] / 1e6:.2f}"]
@@ -323,8 +319,8 @@ def write_table(summary: list[dict[str, Any]], chance: dict[str, float], path: P
     path.write_text("\n".join(lines) + "\n")
 
 
-def write_plot(summary: list[dict[str, Any]], chance: dict[str, float], path: Path) -> None:
-    """One panel a task; the dotted line is what the best constant answer scores, the solid one the arm `REFERENCE`."""
+def write_plot(summary: list[dict[str, Any]], guessed: dict[str, float], path: Path) -> None:
+    """One panel a task; the dotted line is chance, the solid one the arm `REFERENCE`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -336,8 +332,8 @@ def write_plot(summary: list[dict[str, Any]], chance: dict[str, float], path: Pa
     for axis, task in zip(axes.flat, TASKS, strict=True):
         means, lows, highs = (np.array(values) for values in zip(*(row["tasks"][task] for row in summary), strict=True))
         axis.errorbar(100 * means, places, xerr=100 * np.stack([means - lows, highs - means]), fmt="o", color="#1f5f8b")
-        if task in chance:
-            axis.axvline(100 * chance[task], color="#b04a3a", linestyle=":")
+        if task in guessed:
+            axis.axvline(100 * guessed[task], color="#b04a3a", linestyle=":")
         for row in summary:
             if row["arm"] == REFERENCE:
                 axis.axvline(100 * row["tasks"][task][0], color="#999999", linewidth=0.8)
@@ -364,10 +360,10 @@ def main() -> None:
     rows = run_all(args)
     args.output.mkdir(parents=True, exist_ok=True)
     summary = summarise(rows)
-    chance = constant_answers(args.test_scenes)
+    guessed = guesses(args.test_scenes)
     (args.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    write_table(summary, chance, args.output / "table.md")
-    write_plot(summary, chance, args.output / "plot.png")
+    write_table(summary, guessed, args.output / "table.md")
+    write_plot(summary, guessed, args.output / "plot.png")
 
 
 if __name__ == "__main__":

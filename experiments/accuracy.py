@@ -3,13 +3,14 @@
     python -m mfrsvlm.experiments.accuracy MODEL --output accuracy.json [--scenes 1000] [--blind]
 
 Every scene is encoded once for all its questions. `--blind` asks the same questions without the image, which shows what
-language alone scores; chance is what the best constant
-answer would score.
+language alone scores; chance is what the best guesser
+scores who sees no image.
 """
 
 import argparse
 import json
-from collections import Counter
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +22,37 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from mfrsvlm.experiments.dataset import OBJECT_PIXELS, SCENE_SIZE, plan
 from mfrsvlm.modeling_mfrsvlm import MFRSVLMImageFeatures
 from mfrsvlm.scenes import TASKS, Question, ask, draw
-from mfrsvlm.scenes.scoring import accuracy_interval, caption_facts, score
+from mfrsvlm.scenes.scoring import accuracy_interval, caption_facts, chance, score
 
 
 @torch.inference_mode()
-def answer(model: Any, processor: Any, image: Image.Image | None, texts: list[str], max_new_tokens: int = 64) -> list[str]:
-    """Answers several questions about one image (or none), which is processed and encoded once.
+def answer(
+    model: Any, processor: Any, images: Sequence[Image.Image | None], texts: Sequence[list[str]], max_new_tokens: int = 64
+) -> list[list[str]]:
+    """Answers several questions about each image (or about none), which is processed and encoded once.
 
     Gives what one `processor.apply_chat_template` and one `generate` a question would give.
+
+    Args:
+        images: all images, or all `None`.
+        texts: the questions about each.
     """
+    seeing = images[0] is not None
     conversations = [
-        [{"role": "user", "content": [*([{"type": "image"}] if image else []), {"type": "text", "text": text}]}]
-        for text in texts
+        [{"role": "user", "content": [*([{"type": "image"}] if seeing else []), {"type": "text", "text": text}]}]
+        for group in texts
+        for text in group
     ]
     prompts = processor.apply_chat_template(conversations, add_generation_prompt=True)
     encoded = {}
-    if image is not None:
-        pixels = processor.image_processor(image, return_tensors="pt").to(model.dtype)
+    if seeing:
+        pixels = processor.image_processor(list(images), return_tensors="pt").to(model.dtype)
         features = model.get_image_features(**pixels, return_dict=True)
+        owner = [index for index, group in enumerate(texts) for _ in group]
         stacks = features.deepstack_features
         features = MFRSVLMImageFeatures(
-            pooler_output=features.pooler_output * len(texts),
-            deepstack_features=None if stacks is None else [stack * len(texts) for stack in stacks],
+            pooler_output=[features.pooler_output[index] for index in owner],
+            deepstack_features=None if stacks is None else [[stack[index] for index in owner] for stack in stacks],
         )
         encoded = {"mm_encoder_outputs": {"image": features}}
         widened = processor.image_token * processor.image_processor.num_image_tokens
@@ -55,32 +65,30 @@ def answer(model: Any, processor: Any, image: Image.Image | None, texts: list[st
         do_sample=False,
         **encoded,
     )
-    said = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in said]
+    said = iter(processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    return [[next(said).strip() for _ in group] for group in texts]
 
 
-def measure(model: Any, processor: Any, scenes: int, blind: bool = False) -> dict[str, dict[str, float]]:
-    """Accuracy of every task on the first scenes of the test split, with its 95 % interval and n.
-
-    `chance` is the share of the most frequent true answer: what the best constant answer would score.
-    """
-    truths: dict[str, Counter[str]] = {task: Counter() for task in TASKS}
+def measure(model: Any, processor: Any, scenes: int, blind: bool = False, batch: int = 8) -> dict[str, dict[str, float]]:
+    """Accuracy of every task on the first scenes of the test split, with its 95 % interval, n and chance."""
+    marked: dict[str, list[Question]] = {task: [] for task in TASKS}
     scores: dict[str, list[float]] = {task: [] for task in (*TASKS, "caption facts")}
-    for index in tqdm(range(scenes), desc="blind" if blind else "scenes", mininterval=5):
-        scene = plan("test", index)
-        questions: list[Question] = ask(scene)
-        said = answer(model, processor, None if blind else draw(scene), [question.text for question in questions])
-        for question, text in zip(questions, said, strict=True):
+    for start in tqdm(range(0, scenes, batch), desc="blind" if blind else "seeing", mininterval=5):
+        group = [plan("test", index) for index in range(start, min(start + batch, scenes))]
+        asked = [ask(scene) for scene in group]
+        images = [None if blind else draw(scene) for scene in group]
+        said = answer(model, processor, images, [[question.text for question in questions] for questions in asked])
+        for question, text in zip(chain(*asked), chain(*said), strict=True):
             scores[question.task].append(score(question, text, SCENE_SIZE))
-            truths[question.task][question.answer] += 1
+            marked[question.task].append(question)
             if question.task == "caption":
                 scores["caption facts"].append(caption_facts(question, text))
     result = {}
     for task, values in scores.items():
         mean, low, high = accuracy_interval(values)
         result[task] = {"accuracy": mean, "low": low, "high": high, "n": len(values)}
-        if task in truths and task != "grounding":  # a constant box may overlap without being equal
-            result[task]["chance"] = max(truths[task].values()) / len(values)
+        if task in marked and task != "grounding":  # a constant box may overlap without being equal
+            result[task]["chance"] = chance(marked[task])
     return result
 
 

@@ -33,7 +33,7 @@ from mfrsvlm.modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 
 
 # A decoder learns last where things are: this many questions of each task in the second phase.
-PLACES = {**MIX, "count": 2, "comparison": 1, "presence": 1, "position": 6, "grounding": 5}
+PLACES = {**MIX, "presence": 1, "count": 4, "comparison": 1, "position": 5, "grounding": 4}
 
 
 def main() -> None:
@@ -78,11 +78,25 @@ def main() -> None:
     timed("features", start)
 
     whiten_projector(model, features, args.seed)
-    for phase, steps, peak, mix in (("all", args.steps, 1.5e-3, MIX), ("places", args.place_steps, 1e-3, PLACES)):
+    for phase, steps, peak, mix, rounds in (
+        ("all", args.steps, 1.5e-3, MIX, 4),
+        ("places", args.place_steps, 1e-3, PLACES, 2),
+    ):
         weights = args.work / f"box-{phase}.pt"
         if not weights.exists():
             start = time.perf_counter()
-            train_decoder(model, Prompts(processor), images.scenes, features, steps, args.batch, peak, args.seed, mix=mix)
+            train_decoder(
+                model,
+                Prompts(processor),
+                images.scenes,
+                features,
+                steps,
+                args.batch,
+                peak,
+                args.seed,
+                rounds=rounds,
+                mix=mix,
+            )
             torch.save(model.state_dict(), weights)
             timed(phase, start)
         model.load_state_dict(torch.load(weights, weights_only=True))

@@ -4,6 +4,7 @@ The answer is read alone; the truth is never used to interpret it.
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +19,7 @@ IOU_THRESHOLD = 0.5
 
 _NOUNS = {noun: kind for kind in KINDS for noun in (kind, PLURALS[kind])}
 _COUNT_FACT = re.compile(rf"\b([0-9]{{1,6}}) ({'|'.join(sorted(_NOUNS, key=len, reverse=True))})\b")
+_KIND = re.compile(rf"\b(an? )?({'|'.join(sorted(_NOUNS, key=len, reverse=True))})\b")
 _CLASS_FACT = re.compile(rf"\b({'|'.join(CLASSES)}) scene\b")
 
 
@@ -58,6 +60,17 @@ def caption_facts(question: Question, answer: str) -> float:
     """
     said, true = _facts(answer), _facts(question.answer)
     return 2 * len(said & true) / (len(said) + len(true)) if said else 0.0
+
+
+def chance(questions: Sequence[Question]) -> float:
+    """Share of right answers of the best guesser who sees no image: always the most frequent answer to such a question.
+
+    Questions that differ only in the kinds they name count as the same.
+    """
+    answers: dict[str, Counter[str]] = {}
+    for question in questions:
+        answers.setdefault(_KIND.sub("_", question.text), Counter())[question.answer] += 1
+    return sum(max(counts.values()) for counts in answers.values()) / len(questions)
 
 
 def accuracy_interval(scores: Sequence[float], seed: int = 0, draws: int = 2000) -> tuple[float, float, float]:

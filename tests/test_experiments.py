@@ -122,19 +122,22 @@ def test_training_learns_and_exact_scores_are_those_of_generate(tokenizer, tmp_p
 def test_answers_with_one_encoding_are_those_of_the_ordinary_path(tokenizer):
     model = make_model(tokenizer)
     processor = make_processor(model.config, tokenizer)
-    image, texts = draw(SCENES[0]), [question.text for question in ask(SCENES[0])][:3]
-    together = answer(model, processor, image, texts, max_new_tokens=8)
-    for text, said in zip(texts, together, strict=True):
-        content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-        tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-        assert processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip() == said
+    images = [draw(scene) for scene in SCENES[:2]]
+    texts = [[question.text for question in ask(scene)][:3] for scene in SCENES[:2]]
+    together = answer(model, processor, images, texts, max_new_tokens=8)
+    for image, group, answers in zip(images, texts, together, strict=True):
+        for text, said in zip(group, answers, strict=True):
+            content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
+            inputs = processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+            tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+            assert processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip() == said
+    assert len(answer(model, processor, [None, None], texts, max_new_tokens=2)[1]) == 3
 
 
 def test_views_and_canvases_are_those_of_the_processor(tokenizer):

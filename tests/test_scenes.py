@@ -34,6 +34,7 @@ from mfrsvlm.scenes import (
 from mfrsvlm.scenes.__main__ import main
 from mfrsvlm.scenes.dataset import DatasetPlan, write_dataset
 from mfrsvlm.scenes.drawing import SCENES_PER_SPLIT, SPLITS
+from mfrsvlm.scenes.scoring import chance
 
 
 SMALL, SMALL_OBJECTS = 128, (2.0, 4.0)  # the default geometry at a quarter of its size: quick to plan
@@ -437,3 +438,13 @@ def test_accuracy_interval():
     mean, low, high = accuracy_interval(values.tolist())
     half = 1.96 * values.std() / len(values) ** 0.5
     assert (mean, low, high) == pytest.approx((values.mean(), mean - half, mean + half), abs=0.004)
+
+
+def test_chance_is_the_best_guess_without_an_image(scenes):
+    asked = [question for scene in scenes for question in ask(scene)]
+
+    def of(task):
+        return chance([question for question in asked if question.task == task])
+
+    assert 0.5 <= of("presence") < 0.55 and 0.5 <= of("position") < 0.6 and of("count") < 0.16
+    assert of("classification") == max(Counter(scene.scene_class for scene in scenes).values()) / len(scenes)
