@@ -10,15 +10,18 @@ Three measurements on synthetic scenes of the test split:
    weights depend on the image and not on the question: routers read the visual positions and the details only, and in a
    causal decoder a visual position sees nothing of a question that comes after it. So images are compared, not questions.
 
-    python -m mfrsvlm.experiments.look_inside WITH_INJECTION_DIR WITHOUT_INJECTION_DIR --output docs/inside --scenes 200
+    python -m mfrsvlm.experiments.look_inside WITH_INJECTION_DIR [WITHOUT_INJECTION_DIR] --output docs/inside --scenes 200
 
-writes `inside.json`, all numbers with 95 % intervals over scenes, and `inside.png`.
+With one folder, the second model is the first with its injection switched off: what it reads then is what injection adds
+to this model, not how well a model does that was trained without. It writes `inside.json`, all numbers with 95 % intervals
+over scenes, and `inside.png`.
 
 Letters in shapes: Q questions about a scene, B samples, S positions, T visual tokens, L decoder layers, d decoder channels,
 n scenes, K detail stacks, J injection layers.
 """
 
 import argparse
+import copy
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -124,6 +127,15 @@ def load(folder: str | Path) -> tuple[MFRSVLMForConditionalGeneration, MFRSVLMPr
     """The model and processor of a Hub folder. Only eager attention tells what it attends to."""
     model = MFRSVLMForConditionalGeneration.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
     return model.eval(), MFRSVLMProcessor.from_pretrained(folder)
+
+
+def switched_off(model: MFRSVLMForConditionalGeneration) -> MFRSVLMForConditionalGeneration:
+    """The same weights without windows and injectors."""
+    config = copy.deepcopy(model.config)
+    config.window_sizes, config.injection_layers = [], []
+    silenced = MFRSVLMForConditionalGeneration._from_config(config, attn_implementation="eager")
+    silenced.load_state_dict({name: value for name, value in model.state_dict().items() if ".injectors." not in name})
+    return silenced.eval()
 
 
 def attention_mass(attention: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
@@ -550,16 +562,20 @@ def measure_routing(
 
 
 def look_inside(
-    with_injection: str | Path, without_injection: str | Path, output: Path, num_scenes: int, num_probe_scenes: int
+    with_injection: str | Path, without_injection: str | Path | None, output: Path, num_scenes: int, num_probe_scenes: int
 ) -> dict[str, Any]:
     """Makes all measurements and writes `inside.json` and `inside.png`; returns the content of the former.
+
+    Without a second folder, the same model is measured with its injection switched off.
 
     Raises:
         ValueError: too few scenes, or models whose layers cannot be compared.
     """
     if num_scenes < 2 or num_probe_scenes < 4:
         raise ValueError(f"--scenes {num_scenes} must be at least 2, and --probe-scenes {num_probe_scenes} at least 4.")
-    models = {"with": load(with_injection), "without": load(without_injection)}
+    model, processor = load(with_injection)
+    other = (switched_off(model), processor) if without_injection is None else load(without_injection)
+    models = {"with": (model, processor), "without": other}
     depths = [model.config.text_config.num_hidden_layers for model, _ in models.values()]
     if depths[0] != depths[1]:
         raise ValueError(f"The decoders have {depths[0]} and {depths[1]} layers, which cannot be compared one by one.")
@@ -712,7 +728,12 @@ def plot_routing(axes: Any, routing: dict[str, Any], colour_map: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mfrsvlm.experiments.look_inside", description=__doc__.splitlines()[0])
     parser.add_argument("with_injection", metavar="WITH_INJECTION_DIR", help="Hub folder of the model with injection")
-    parser.add_argument("without_injection", metavar="WITHOUT_INJECTION_DIR", help="and of the one without")
+    parser.add_argument(
+        "without_injection",
+        metavar="WITHOUT_INJECTION_DIR",
+        nargs="?",
+        help="and of the one without; else the first, switched off",
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for inside.json and inside.png")
     parser.add_argument("--scenes", type=int, default=200, help="scenes of the test split")
     parser.add_argument("--probe-scenes", type=int, default=400, help="scenes of the validation split, to fit the probes on")

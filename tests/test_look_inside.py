@@ -452,6 +452,19 @@ def test_command(with_injection, without_injection, tmp_path):
         assert picture.width == 1200
 
 
+def test_switching_off_leaves_the_language_model_and_the_global_view(with_injection, scene):
+    model, processor = load(with_injection)
+    silenced = look_inside.switched_off(model)
+    questions = ask(scene)[:2]
+    off, on = (read(each, processor, draw(scene), questions) for each in (silenced, model))
+    with torch.no_grad():
+        for injector in model.model.language_model.injectors.layers:
+            injector.residual_scale.zero_()
+    zero = read(model, processor, draw(scene), questions)
+    np.testing.assert_allclose(off.prompt_states, zero.prompt_states, atol=1e-4)
+    assert abs(off.prompt_states - on.prompt_states).max() > 1e-2
+
+
 def test_a_model_without_routers_has_no_routing(without_injection):
     assert look_inside.measure_routing(*load(without_injection), 2) is None
 
