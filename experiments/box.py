@@ -18,7 +18,6 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from mfrsvlm.experiments.accuracy import measure
 from mfrsvlm.experiments.dataset import OBJECT_PIXELS, SCENE_SIZE, SceneImages
 from mfrsvlm.experiments.decoder import (
-    MIX,
     Prompts,
     encode_scenes,
     make_processor,
@@ -32,10 +31,6 @@ from mfrsvlm.model_card.card import write_model_card
 from mfrsvlm.modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 
 
-# A decoder learns last where things are: this many questions of each task in the second phase.
-PLACES = {**MIX, "presence": 1, "count": 4, "comparison": 1, "position": 5, "grounding": 4}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m mfrsvlm.experiments.box", description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, encoder and features (6 GB)")
@@ -44,7 +39,6 @@ def main() -> None:
     parser.add_argument("--crowded-scenes", type=int, default=4000, help="of the encoder")
     parser.add_argument("--encoder-steps", type=int, default=3000)
     parser.add_argument("--steps", type=int, default=2200, help="of the decoder")
-    parser.add_argument("--place-steps", type=int, default=600, help="more of the decoder, mostly on places")
     parser.add_argument("--batch", type=int, default=12, help="scenes a step of the decoder")
     parser.add_argument("--test-scenes", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
@@ -77,29 +71,14 @@ def main() -> None:
     features = encode_scenes(model, images, args.work / f"box-features-{args.scenes}.npy", "image")
     timed("features", start)
 
-    whiten_projector(model, features, args.seed)
-    for phase, steps, peak, mix, rounds in (
-        ("all", args.steps, 1.5e-3, MIX, 4),
-        ("places", args.place_steps, 1e-3, PLACES, 2),
-    ):
-        weights = args.work / f"box-{phase}.pt"
-        if not weights.exists():
-            start = time.perf_counter()
-            train_decoder(
-                model,
-                Prompts(processor),
-                images.scenes,
-                features,
-                steps,
-                args.batch,
-                peak,
-                args.seed,
-                rounds=rounds,
-                mix=mix,
-            )
-            torch.save(model.state_dict(), weights)
-            timed(phase, start)
-        model.load_state_dict(torch.load(weights, weights_only=True))
+    weights = args.work / "box.pt"
+    if not weights.exists():
+        start = time.perf_counter()
+        whiten_projector(model, features, args.seed)
+        train_decoder(model, Prompts(processor), images.scenes, features, args.steps, args.batch, seed=args.seed)
+        torch.save(model.state_dict(), weights)
+        timed("decoder", start)
+    model.load_state_dict(torch.load(weights, weights_only=True))
     model.generation_config.max_new_tokens = 64
     model.to(torch.bfloat16).save_pretrained(args.output)
     processor.save_pretrained(args.output)
@@ -131,7 +110,7 @@ def evidence(facts: dict[str, Any]) -> str:
         interval = f"{percent(100 * row['low'])} - {percent(100 * row['high'])}"
         cells = [task, percent(100 * row["accuracy"]), interval, str(row["n"])]
         rows.append("| " + " | ".join([*cells, percent(100 * facts["blind"][task]["accuracy"]), chance]) + " |")
-    minutes = {stage: facts[stage] / 60 for stage in ("encoder", "features", "all", "places")}
+    minutes = {stage: facts[stage] / 60 for stage in ("encoder", "features", "decoder")}
     low, high = (value * 256 / SCENE_SIZE for value in OBJECT_PIXELS)
     return f"""\
 **A demonstration, not a product.** It was trained from nothing, on synthetic scenes only (`mfrsvlm.scenes`), to show on
@@ -146,7 +125,7 @@ without the image; *chance* the best guess.
 {chr(10).join(rows)}
 
 Made by `{facts["command"]}` on {facts["hardware"]}: encoder {minutes["encoder"]:.0f} minutes, features
-{minutes["features"]:.0f}, decoder {minutes["all"]:.0f} and {minutes["places"]:.0f}."""
+{minutes["features"]:.0f}, decoder {minutes["decoder"]:.0f}."""
 
 
 if __name__ == "__main__":
