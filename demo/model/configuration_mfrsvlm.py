@@ -1,0 +1,331 @@
+"""Configuration of MF-RSVLM: every number of the architecture, validated. No torch in this module.
+
+The processor and the model share one piece of geometry, the table of sliding windows, which is computed here
+(`window_table`) so that the two can never disagree about how pixels are packed.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+
+
+# A number that may be left out and is then derived from the parts. To a reader of the config it is never None.
+if TYPE_CHECKING:
+    Derived = Any
+else:
+    Derived = int | None
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_mfrsvlm.MFRSVLMConfig",
+    "AutoModel": "modeling_mfrsvlm.MFRSVLMModel",
+    "AutoModelForImageTextToText": "modeling_mfrsvlm.MFRSVLMForConditionalGeneration",
+}
+
+
+@dataclass(frozen=True)
+class WindowScale:
+    """Sliding windows of one size over the square canvas. Sides and strides in pixels and in tokens.
+
+    Windows lie on a regular square grid, `windows_per_side` in each direction, in row-major order.
+    """
+
+    size: int
+    stride: int
+    tokens_per_side: int
+    token_stride: int
+    windows_per_side: int
+
+    @property
+    def num_windows(self) -> int:
+        return self.windows_per_side**2
+
+    @property
+    def num_values(self) -> int:
+        """Values that the windows of this scale take in the packed tensor of one image: windows x 3 x size x size."""
+        return self.num_windows * 3 * self.size**2
+
+    @property
+    def offsets(self) -> list[tuple[int, int]]:
+        """(top, left) pixel of every window on the canvas, in packing order."""
+        starts = [i * self.stride for i in range(self.windows_per_side)]
+        return [(top, left) for top in starts for left in starts]
+
+
+def window_table(
+    image_size: int, patch_size: int, canvas_scale: int, window_sizes: Sequence[int], window_overlap: float
+) -> tuple[WindowScale, ...]:
+    """Lays the windows of every size over the canvas.
+
+    Args:
+        image_size: side of the global view, pixels.
+        patch_size: side of the pixel square that one visual token stands for.
+        canvas_scale: side of the canvas in global views; the canvas has `canvas_scale * image_size` pixels a side.
+        window_sizes: sides of the windows, pixels, one scale each, in the order in which they are packed.
+        window_overlap: share of a window that its neighbour covers again, in [0, 1). The stride is the rest, rounded
+            down to whole tokens and at least one token (0.5 gives the strides of the published model).
+
+    Raises:
+        ValueError: a size is not a positive multiple of `patch_size`, exceeds the canvas, is listed twice, or its
+            stride does not tile the canvas exactly.
+    """
+    if image_size <= 0 or patch_size <= 0 or image_size % patch_size:
+        raise ValueError(f"image_size={image_size} must be a positive multiple of patch_size={patch_size}.")
+    if canvas_scale < 1:
+        raise ValueError(f"canvas_scale={canvas_scale} must be at least 1.")
+    if not 0 <= window_overlap < 1:
+        raise ValueError(f"window_overlap={window_overlap} must lie in [0, 1).")
+    if len(set(window_sizes)) != len(window_sizes):
+        raise ValueError(f"window_sizes={list(window_sizes)} lists a size twice.")
+
+    canvas_size = canvas_scale * image_size
+    scales = []
+    for size in window_sizes:
+        if size <= 0 or size % patch_size:
+            raise ValueError(f"Window size {size} must be a positive multiple of patch_size={patch_size}.")
+        if size > canvas_size:
+            raise ValueError(f"Window size {size} exceeds the canvas of {canvas_size} pixels.")
+        tokens = size // patch_size
+        # The small addend keeps 10 * (1 - 0.9) at 1 although it is 0.99... in floating point.
+        token_stride = max(1, int(tokens * (1 - window_overlap) + 1e-9))
+        stride = token_stride * patch_size
+        if (canvas_size - size) % stride:
+            raise ValueError(
+                f"Windows of {size} pixels at stride {stride} (window_overlap={window_overlap}) do not tile the canvas of "
+                f"{canvas_size} pixels: {canvas_size} - {size} is not a multiple of {stride}. Change one of them."
+            )
+        scales.append(WindowScale(size, stride, tokens, token_stride, (canvas_size - size) // stride + 1))
+    return tuple(scales)
+
+
+@strict
+class MFRSVLMConfig(PreTrainedConfig):
+    r"""
+    Configuration of an MF-RSVLM model. The defaults are a new 7B model: CLIP ViT-L/14-336, windows of 336 and 168
+    pixels on a canvas of 672, and gated injection before decoder layers 4, 8, 12 and 16 (counted from one).
+
+    Args:
+        vision_config: vision encoder; `clip_vision_model` or any backbone of `AutoBackbone` (`resnet`, ...).
+        text_config: decoder; one of `llama`, `mistral`, `qwen2`, `qwen3`.
+        image_token_id: id of the `<image>` placeholder. Defaults to `text_config.vocab_size`: it is masked before the
+            embedding, so nothing is resized.
+        image_size: side of the global view, pixels. Defaults to the encoder's own (336 for a backbone without one).
+        patch_size: side of the square that one visual token stands for, pixels. Defaults to the encoder's own (14 for
+            a backbone without one). The global view gives `(image_size // patch_size) ** 2` visual tokens.
+        vision_feature_layer: which encoder output gives the visual tokens. Index into the hidden states of a ViT (0 is
+            the embedding, -1 the last layer) or into the stages of a backbone (0 is the stem, 1 the first stage).
+        vision_feature_size: channels of the visual features. Defaults to the ViT's width; the stages of a backbone
+            are projected to it (1024 by default).
+        projector_hidden_act: activation between the two layers of the projector.
+        multimodal_projector_bias: whether the layers of the projector have biases.
+        canvas_scale: side of the canvas in global views.
+        window_sizes: sides of the sliding windows, pixels, one scale each. Empty: no windows, global view only.
+        window_overlap: share of a window that its neighbour covers again.
+        window_encoding: `"native"`: windows are encoded at their own size, with interpolated positions; `"resize"`:
+            resized to `image_size` first, and their features pooled (the published model).
+        window_weighting: how overlapping windows are blended: `"hann"` is the symmetric Hann window of the published
+            model, whose edge weights are zero, so that the outermost ring of the canvas carries nothing;
+            `"hann_nonzero"` is the same curve shifted by half a token, positive everywhere.
+        window_chunk_size: windows encoded in one pass of the encoder, which bounds peak memory. `None`: all at once
+            (under ZeRO-3 or FSDP every rank must make the same number of passes).
+        detail_feature_layers: the depths: encoder outputs that the windows are read at, numbered as
+            `vision_feature_layer`, in ascending order.
+        injection_layers: 0-based indices of the decoder layers that details are injected before.
+        injection_type: `"gated"`: a router weighs the detail stacks and a gate mixes them into the visual positions;
+            `"cross_attention"`: every position attends to the detail tokens of the images before it.
+        injection_init: initial residual scale of a gated injector.
+        routing: of `"gated"`: `"stack"` weighs whole stacks, `"token"` lets every visual token weigh them for itself.
+        routing_scope: of `"stack"` routing: whether the weights are shared by all images of a `"sample"` (the
+            published model) or computed for every `"image"`.
+        routing_size: width of the queries and keys of `"token"` routing.
+        cross_attention_size: width of the keys and values of `"cross_attention"`, all heads together.
+        cross_attention_heads: attention heads of `"cross_attention"`.
+    """
+
+    model_type = "mfrsvlm"
+    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="clip_vision_model",
+            init_kwargs={
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "image_size": 336,
+                "patch_size": 14,
+                "projection_dim": 768,
+            },
+        ),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+    }
+
+    vision_config: Any = None
+    text_config: Any = None
+    image_token_id: Derived = None
+    tie_word_embeddings: bool = False
+
+    # Visual tokens
+    image_size: Derived = None
+    patch_size: Derived = None
+    vision_feature_layer: int = -1
+    vision_feature_size: Derived = None
+    projector_hidden_act: str = "gelu"
+    multimodal_projector_bias: bool = True
+
+    # Canvas, windows, detail stacks
+    canvas_scale: int = 2
+    window_sizes: list[int] | tuple[int, ...] = (336, 168)
+    window_overlap: float | int = 0.5
+    window_encoding: Literal["native", "resize"] = "native"
+    window_weighting: Literal["hann", "hann_nonzero"] = "hann_nonzero"
+    window_chunk_size: int | None = 16
+    detail_feature_layers: list[int] | tuple[int, ...] = (8, 16, 24)
+
+    # Injection
+    injection_layers: list[int] | tuple[int, ...] = (3, 7, 11, 15)
+    injection_type: Literal["gated", "cross_attention"] = "gated"
+    injection_init: float | int = 0.1
+    routing: Literal["stack", "token"] = "stack"
+    routing_scope: Literal["sample", "image"] = "image"
+    routing_size: int = 128
+    cross_attention_size: int = 512
+    cross_attention_heads: int = 8
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        # `save_pretrained` adds only the class that it saves, but a checkpoint must load through each of these.
+        self.auto_map = {**AUTO_MAP, **(getattr(self, "auto_map", None) or {})}
+        vision_config, text_config = self.vision_config, self.text_config
+        if self.image_token_id is None:
+            self.image_token_id = text_config.vocab_size
+        if self.image_size is None:
+            self.image_size = vision_config.image_size if self.has_vit else 336
+        if self.patch_size is None:
+            self.patch_size = vision_config.patch_size if self.has_vit else 14
+        if self.vision_feature_size is None:
+            self.vision_feature_size = vision_config.hidden_size if self.has_vit else 1024
+        # A decoder that ties its embeddings says so in its own config.
+        if not self.tie_word_embeddings and getattr(text_config, "tie_word_embeddings", False):
+            self.tie_word_embeddings = True
+        if not self.has_vit:
+            # A backbone returns only the stages it is asked for.
+            stages = {*self.detail_feature_layers, self.vision_feature_layer % (self.num_vision_layers + 1)}
+            vision_config.out_indices = sorted(stage for stage in stages if stage <= self.num_vision_layers)
+        self.window_sizes = list(self.window_sizes)
+        self.detail_feature_layers = list(self.detail_feature_layers)
+        self.injection_layers = list(self.injection_layers)
+
+    @property
+    def has_vit(self) -> bool:
+        """Whether the encoder is a ViT read at its hidden states, and not a backbone read at its stages."""
+        return self.vision_config.model_type == "clip_vision_model"
+
+    @property
+    def num_vision_layers(self) -> int:
+        """Number of the last encoder output: transformer layers of a ViT, stages of a backbone."""
+        if self.has_vit:
+            return self.vision_config.num_hidden_layers
+        return len(self.vision_config.stage_names) - 1
+
+    @property
+    def tokens_per_side(self) -> int:
+        return int(self.image_size // self.patch_size)
+
+    @property
+    def image_seq_length(self) -> int:
+        """Visual tokens an image, and tokens of each of its detail stacks."""
+        return self.tokens_per_side**2
+
+    @property
+    def has_details(self) -> bool:
+        return bool(self.window_sizes and self.injection_layers)
+
+    @property
+    def num_detail_stacks(self) -> int:
+        """Scales x depths x phases."""
+        return len(self.window_sizes) * len(self.detail_feature_layers) * self.canvas_scale**2
+
+    @property
+    def windows(self) -> tuple[WindowScale, ...]:
+        """Windows of every scale, in packing order."""
+        return window_table(self.image_size, self.patch_size, self.canvas_scale, self.window_sizes, self.window_overlap)
+
+    def validate_architecture(self) -> None:
+        """Raises `ValueError` naming both sides of every conflict.
+
+        Called by `@strict` after initialisation, which wraps it in a `StrictDataclassClassValidationError`.
+        """
+        if self.has_vit:
+            for name in ("image_size", "patch_size"):
+                ours, encoders = getattr(self, name), getattr(self.vision_config, name)
+                if ours != encoders:
+                    raise ValueError(f"{name}={ours} differs from vision_config.{name}={encoders}.")
+            if self.vision_feature_size != self.vision_config.hidden_size:
+                raise ValueError(
+                    f"vision_feature_size={self.vision_feature_size} differs from "
+                    f"vision_config.hidden_size={self.vision_config.hidden_size}."
+                )
+        windows = self.windows  # validates sizes, overlap and canvas
+        depth = self.num_vision_layers
+        if not -depth - 1 <= self.vision_feature_layer <= depth:
+            raise ValueError(
+                f"vision_feature_layer={self.vision_feature_layer} is out of range: the encoder's outputs are 0 to {depth}."
+            )
+        _check_ascending("detail_feature_layers", self.detail_feature_layers, 0, depth, "the encoder's outputs")
+        _check_ascending(
+            "injection_layers",
+            self.injection_layers,
+            0,
+            self.text_config.num_hidden_layers - 1,
+            "the decoder's layers",
+        )
+        if self.window_sizes and not self.detail_feature_layers:
+            raise ValueError(f"window_sizes={self.window_sizes} need detail_feature_layers to be read at, but it is empty.")
+        if self.injection_layers and not self.window_sizes:
+            raise ValueError(
+                f"injection_layers={self.injection_layers} have nothing to inject, because window_sizes is empty. Empty "
+                "both for a model with the global view only."
+            )
+        for window in windows:
+            tokens, side = window.tokens_per_side, self.tokens_per_side
+            if self.window_encoding == "resize" and side % tokens:
+                raise ValueError(
+                    f'window_encoding="resize" pools {side} tokens a side to {tokens} for windows of {window.size} pixels, '
+                    f'which does not divide. Choose another size, or window_encoding="native".'
+                )
+            if self.window_weighting == "hann" and tokens > 1 and window.token_stride > tokens - 2:
+                raise ValueError(
+                    f'window_weighting="hann" gives the edge tokens of a window no weight, so windows of {tokens} tokens at '
+                    f'stride {window.token_stride} leave gaps. Use "hann_nonzero", or a larger window_overlap than '
+                    f"{self.window_overlap}."
+                )
+        if self.window_chunk_size is not None and self.window_chunk_size < 1:
+            raise ValueError(f"window_chunk_size={self.window_chunk_size} must be at least 1, or None for no chunks.")
+        for name in ("vision_feature_size", "routing_size", "cross_attention_size", "cross_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if not math.isfinite(self.injection_init):
+            raise ValueError(f"injection_init={self.injection_init} must be finite.")
+        if self.cross_attention_size % self.cross_attention_heads:
+            raise ValueError(
+                f"cross_attention_size={self.cross_attention_size} must be a multiple of "
+                f"cross_attention_heads={self.cross_attention_heads}."
+            )
+        if self.image_token_id < 0:
+            raise ValueError(f"image_token_id={self.image_token_id} must not be negative.")
+
+
+def _check_ascending(name: str, values: Sequence[int], low: int, high: int, what: str) -> None:
+    if list(values) != sorted(set(values)):
+        raise ValueError(f"{name}={values} must be ascending without duplicates.")
+    if values and not (low <= values[0] and values[-1] <= high):
+        raise ValueError(f"{name}={values} is out of range: {what} are {low} to {high}.")
+
+
+__all__ = ["MFRSVLMConfig", "WindowScale", "window_table"]
