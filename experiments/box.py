@@ -123,12 +123,14 @@ asked in one wording, and nothing about real images.
 Per cent of correct answers to questions about held-out scenes, generated freely and greedily. Objects are {low:g} to
 {high:g} pixels long on the canvas of 256, half of that in the global view. A box is right if it overlaps the true one by
 half (IoU 0.5); a caption, if every fact in it is; *caption facts* is the F1 of those facts. *Blind* is the same model
-without the image, which it has never been asked without; *chance* the best guess. No better than chance: {", ".join(unlearned) or "nothing"}.
+without the image, which it has never been asked without; *chance* the best guess. No better than chance:
+{", ".join(unlearned) or "nothing"}.
 
 {chr(10).join(rows)}
 
-Made by `{facts["command"]}` on {facts["hardware"]}: encoder {minutes["encoder"]:.0f} minutes, features
-{minutes["features"]:.0f}, decoder {minutes["decoder"]:.0f}."""
+Made by `{facts["command"]}`
+on {facts["hardware"]}: encoder {minutes["encoder"]:.0f} minutes, features {minutes["features"]:.0f}, decoder
+{minutes["decoder"]:.0f}."""
 
 
 if __name__ == "__main__":
