@@ -237,7 +237,7 @@ def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     start = time.perf_counter()
     for encoder in ENCODERS:
         if not (work / f"encoder-{encoder}.pt").exists():
-            crowded = SceneImages(work / "scenes", "train", 4000, crowding=4)
+            crowded = SceneImages(work / "scenes", "train", args.crowded_scenes, crowding=4)
             pretrain(encoder, crowded, work / f"encoder-{encoder}.pt", args.encoder_steps)
     train_start(work, args.start_scenes, args.start_steps)
     counts = {"train": args.train_scenes, "test": args.test_scenes}
@@ -352,6 +352,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=12, help="scenes a step")
     parser.add_argument("--train-scenes", type=int, default=1600)
     parser.add_argument("--test-scenes", type=int, default=400)
+    parser.add_argument("--crowded-scenes", type=int, default=4000, help="of the encoders")
     parser.add_argument("--encoder-steps", type=int, default=1400)
     parser.add_argument("--start-scenes", type=int, default=12000)
     parser.add_argument("--start-steps", type=int, default=1000)

@@ -100,12 +100,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the tables")
     parser.add_argument("--train-scenes", type=int, default=1600)
     parser.add_argument("--test-scenes", type=int, default=400)
+    parser.add_argument("--crowded-scenes", type=int, default=4000, help="of the encoders")
     parser.add_argument("--encoder-steps", type=int, default=1400)
     args = parser.parse_args()
     counts = {"train": args.train_scenes, "test": args.test_scenes}
     for encoder in ENCODERS:
         if not (args.work / f"encoder-{encoder}.pt").exists():
-            crowded = SceneImages(args.work / "scenes", "train", 4000, crowding=4)
+            crowded = SceneImages(args.work / "scenes", "train", args.crowded_scenes, crowding=4)
             pretrain(encoder, crowded, args.work / f"encoder-{encoder}.pt", args.encoder_steps)
     for features in dict.fromkeys(map(whole, SETS.values())):
         if not all(feature_file(features, split, count, args.work).exists() for split, count in counts.items()):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mfrsvlm.experiments import ablation, readout
+from mfrsvlm.experiments import ablation, box, readout
 from mfrsvlm.experiments.accuracy import answer
 from mfrsvlm.experiments.dataset import CANVAS, canvas_and_view, plan
 from mfrsvlm.experiments.decoder import (
@@ -228,3 +228,61 @@ def test_read_out_counts_objects_and_small_ones():
     assert table[:, : len(KINDS)].tolist() == [list(scene.counts.values()) for scene in SCENES]
     small = [sum(item.length < 12 for item in scene.objects) for scene in SCENES]
     assert table[:, len(KINDS) :].sum(1).tolist() == small
+
+
+def run_command(monkeypatch, module, *arguments):
+    monkeypatch.setattr("sys.argv", [module.__name__, *map(str, arguments)])
+    module.main()
+
+
+TINY = ("--crowded-scenes", 2, "--encoder-steps", 1)
+
+
+@pytest.mark.slow
+def test_ablation_command_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+    arms = {name: ablation.Arm(ablation.ARMS[name].features, ablation.ARMS[name].injection) for name in ablation.KEPT}
+    monkeypatch.setattr(ablation, "ARMS", arms)
+    sizes = (
+        "--train-scenes",
+        13,
+        "--test-scenes",
+        4,
+        "--start-scenes",
+        13,
+        "--start-steps",
+        2,
+        "--steps",
+        2,
+        "--workers",
+        1,
+    )
+    command = ("--work", tmp_path / "work", "--output", tmp_path / "out", *sizes, *TINY)
+    run_command(monkeypatch, ablation, *command)
+    assert "[2/2" in capsys.readouterr().out
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert all(f"| {name} | 1 |" in table for name in arms) and (tmp_path / "out" / "plot.png").stat().st_size > 10_000
+    assert len(list((tmp_path / "work" / "models").iterdir())) == 2
+    run_command(monkeypatch, ablation, *command)
+    assert "[1/" not in capsys.readouterr().out
+    assert (tmp_path / "out" / "table.md").read_text() == table
+
+
+@pytest.mark.slow
+def test_read_out_command(tmp_path, monkeypatch):
+    sets = {name: readout.SETS[name] for name in ("global view only", ablation.REFERENCE)}
+    monkeypatch.setattr(readout, "SETS", sets)
+    sizes = ("--train-scenes", 12, "--test-scenes", 4)
+    run_command(monkeypatch, readout, "--work", tmp_path / "work", "--output", tmp_path / "out", *sizes, *TINY)
+    assert (tmp_path / "out" / "readout.md").read_text().count("\n") == 4
+    assert (tmp_path / "out" / "encoders.md").read_text().count("global view") == 2
+
+
+@pytest.mark.slow
+def test_box_command_makes_a_hub_folder(tmp_path, monkeypatch):
+    command = ("--work", tmp_path / "work", "--output", tmp_path / "model", "--scenes", 12, "--test-scenes", 3, "--steps", 1)
+    run_command(monkeypatch, box, *command, *TINY)
+    assert "No better than chance:" in (tmp_path / "model" / "README.md").read_text()
+    with pytest.raises(SystemExit):
+        run_command(monkeypatch, box, *command, *TINY)
+    made = {path.name for path in (tmp_path / "model").iterdir()}
+    assert {"modeling_mfrsvlm.py", "model.safetensors", "processor_config.json", "accuracy.json"} <= made
