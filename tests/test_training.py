@@ -257,6 +257,21 @@ def test_adapter_trains_the_decoder_and_loads_and_merges(start, tmp_path):
     assert torch.allclose(logits_of(loaded, trainer.processing_class, image), expected, atol=1e-4)
 
 
+def test_adapter_of_a_model_with_a_backbone(start, tmp_path):
+    """Its projections of stages are trained whole, one by one."""
+    from peft import PeftModel
+
+    folder = tiny_folder(tmp_path / "resnet", vision="resnet")
+    trainer = main([str(write_config((folder, start[1]), tmp_path, lora=True, lora_r=4, max_steps=2))])
+    trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    assert any("stage_projections.4.modules_to_save" in name for name in trained)
+    expected = logits_of(trainer.model, trainer.processing_class, start[1] / "1.png")
+    adapter = PeftModel.from_pretrained(MFRSVLMForConditionalGeneration.from_pretrained(folder), tmp_path / "run")
+    for model in (adapter, adapter.merge_and_unload()):
+        found = logits_of(model, trainer.processing_class, start[1] / "1.png")
+        assert torch.allclose(found, expected, atol=1e-4)
+
+
 def test_adapter_can_be_merged_at_the_end(start, tmp_path):
     config = write_config(start, tmp_path, lora=True, lora_merge=True, max_steps=2, lora_dropout=0.0)
     trainer = main([str(config)])

@@ -30,7 +30,7 @@ logger = logging.getLogger("mfrsvlm.training.finetune")  # also where this file 
 # Linear layers of the decoder, and of nothing else: neither tower nor injectors.
 DECODER_LINEARS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 # Trained whole beside the adapter, as in every stage of the published training: they are small or new.
-SAVED_WHOLE = {"injectors": "injectors", "multi_modal_projector": "projector", "stage_projections": "projector"}
+SAVED_WHOLE = {"injectors": "injectors", "multi_modal_projector": "projector"}
 
 
 @dataclass
@@ -159,6 +159,8 @@ def add_lora(model: MFRSVLMForConditionalGeneration, options: ModelArguments, fr
     if whole is None:
         present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
         whole = [name for name, part in SAVED_WHOLE.items() if name in present and part not in frozen_parts]
+        if "projector" not in frozen_parts:  # one by one: PEFT refuses a `ModuleDict`
+            whole += [f"stage_projections.{stage}" for stage in getattr(model.model, "stage_projections", ())]
     config = LoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
