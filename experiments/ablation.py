@@ -105,6 +105,14 @@ ARMS = {
 }
 
 
+def pretrain_encoders(work: Path, crowded_scenes: int, steps: int) -> None:
+    """Trains the encoders that have not been."""
+    for encoder in ENCODERS:
+        path = work / f"encoder-{encoder}.pt"
+        if not path.exists():
+            pretrain(encoder, SceneImages(work / "scenes", "train", crowded_scenes, crowding=4), path, steps)
+
+
 def build(arm: Arm, vocabulary: int, work: Path, seed: int) -> MFRSVLMForConditionalGeneration:
     features = arm.features
     torch.manual_seed(seed)
@@ -235,10 +243,7 @@ def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     wanted = [(name, seed) for seed in range(3) for name, arm in ARMS.items() if seed < arm.seeds]
     wanted = [each for each in wanted if each not in finished]
     start = time.perf_counter()
-    for encoder in ENCODERS:
-        if not (work / f"encoder-{encoder}.pt").exists():
-            crowded = SceneImages(work / "scenes", "train", args.crowded_scenes, crowding=4)
-            pretrain(encoder, crowded, work / f"encoder-{encoder}.pt", args.encoder_steps)
+    pretrain_encoders(work, args.crowded_scenes, args.encoder_steps)
     train_start(work, args.start_scenes, args.start_steps)
     counts = {"train": args.train_scenes, "test": args.test_scenes}
     for split, count in counts.items():

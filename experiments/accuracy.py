@@ -3,8 +3,7 @@
     python -m mfrsvlm.experiments.accuracy MODEL --output accuracy.json [--scenes 1000] [--blind]
 
 Every scene is encoded once for all its questions. `--blind` asks the same questions without the image, which shows what
-language alone scores; chance is what the best guesser
-scores who sees no image.
+language alone scores; chance is what the best guesser scores who sees no image.
 """
 
 import argparse

@@ -246,8 +246,6 @@ def train_decoder(
     batch: int = 24,
     peak: float = 1.5e-3,
     seed: int = 0,
-    log: Path | None = None,
-    blind: bool = False,
     rounds: int = 4,
     mix: dict[str, int] = MIX,
 ) -> dict[str, float]:
@@ -257,7 +255,6 @@ def train_decoder(
         features: of the same scenes, see `encode_scenes`.
         steps: optimizer steps, on one cosine cycle with a warm-up of 3 %.
         batch: scenes a step.
-        blind: replaces every feature by zero, which trains the model without an image.
         rounds: different sets of questions prepared for each scene.
         mix: how often each task is asked of a scene.
     """
@@ -282,22 +279,21 @@ def train_decoder(
         chosen, order = np.sort(order[:batch]), order[batch:]
         rows = [pool[index][int(rng.integers(rounds))] for index in chosen]
         packed = pack(rows, prompts.prefix, prompts.tokenizer.pad_token_id)
-        states = torch.from_numpy(np.array(features[chosen])).float() * (0.0 if blind else 1.0)
+        states = torch.from_numpy(np.array(features[chosen])).float()
         for group in optimizer.param_groups:
             group["lr"] = peak * min((step + 1) / (0.03 * steps + 1), 0.5 * (1 + np.cos(np.pi * step / steps)) + 0.01)
         logits, labels, weights = packed_logits(model, packed, states)
-        loss = (F.cross_entropy(logits, labels, reduction="none") * weights).sum() / weights.sum()
+        each = F.cross_entropy(logits, labels, reduction="none")
+        loss = (each * weights).sum() / weights.sum()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         tokens += packed["input_ids"].numel()
-        with torch.no_grad():
-            names = [b.question.task for row in rows for b in row for _ in b.answer]
-            each = F.cross_entropy(logits, labels, reduction="none").tolist()
-            for task in mix:
-                values = [value for value, name in zip(each, names, strict=True) if name == task]
-                running[task] += 0.05 * (sum(values) / max(len(values), 1) - running[task])
+        names = [b.question.task for row in rows for b in row for _ in b.answer]
+        for task in mix:
+            values = [value for value, name in zip(each.tolist(), names, strict=True) if name == task]
+            running[task] += 0.05 * (sum(values) / max(len(values), 1) - running[task])
         if (step + 1) % 50 == 0:
             line = {"step": step + 1, "seconds": round(time.perf_counter() - start)}
             print(json.dumps(line | {task: round(value, 3) for task, value in running.items()}), flush=True)
@@ -313,20 +309,19 @@ def greedy_exact(
     features: np.ndarray,
     seed: int = 0,
     batch: int = 25,
-    blind: bool = False,
     tasks: Sequence[str] = tuple(TASKS),
 ) -> dict[str, list[float]]:
     """1 or 0 for every question of every scene: whether greedy decoding gives the exact answer.
 
     It does if, and only if, every token of the true answer is the most likely one after those before it, so one packed
-    pass over questions with their true answers settles it. For boxes this is a strict measure; see `generate_boxes`.
+    pass over questions with their true answers settles it. For boxes this is a strict measure; see `generate_answers`.
     """
     model.eval()
     scores: dict[str, list[float]] = {task: [] for task in tasks}
     for start in range(0, len(scenes), batch):
         rows = [[prompts.branch(q) for q in ask(scene, tasks, seed)] for scene in scenes[start : start + batch]]
         packed = pack(rows, prompts.prefix, prompts.tokenizer.pad_token_id)
-        states = torch.from_numpy(np.array(features[start : start + batch])).float() * (0.0 if blind else 1.0)
+        states = torch.from_numpy(np.array(features[start : start + batch])).float()
         logits, labels, _ = packed_logits(model, packed, states)
         right = (logits.argmax(-1) == labels).split([len(b.answer) for row in rows for b in row])
         for branch, each in zip((b for row in rows for b in row), right, strict=True):
@@ -341,7 +336,6 @@ def generate_answers(
     questions: Sequence[tuple[int, Question]],
     features: np.ndarray,
     batch: int = 50,
-    blind: bool = False,
 ) -> list[str]:
     """What `generate` says, greedily, to each (scene, question); scenes are rows of `features`."""
     model.eval()
@@ -350,7 +344,7 @@ def generate_answers(
         part = questions[start : start + batch]
         rows = [prompts.prefix + prompts.branch(question).prompt for _, question in part]
         inputs = prompts.tokenizer.pad({"input_ids": rows}, return_tensors="pt")
-        states = torch.from_numpy(np.stack([features[index] for index, _ in part])).float() * (0.0 if blind else 1.0)
+        states = torch.from_numpy(np.stack([features[index] for index, _ in part])).float()
         tokens = model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],

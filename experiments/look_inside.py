@@ -40,7 +40,7 @@ from mfrsvlm.experiments.dataset import OBJECT_PIXELS, SCENE_SIZE, plan
 from mfrsvlm.modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from mfrsvlm.processing_mfrsvlm import MFRSVLMProcessor
 from mfrsvlm.scenes import KINDS, Question, Scene, ask, draw, plan_scene, scene_seed
-from mfrsvlm.scenes.questions import PLURALS
+from mfrsvlm.scenes.questions import PLURALS, possible_kinds
 
 
 # Lengths of the objects in the two groups of scenes whose routing is compared, pixels of a scene of 512.
@@ -216,11 +216,6 @@ def read(
         visual_states=states[0][:, visual[0]].numpy(),
         prompt_states=states[:, :, first].numpy(),
     )
-
-
-def possible_kinds(scene: Scene) -> list[str]:
-    """Kinds that the class of a scene does not rule out."""
-    return [kind for kind in KINDS if kind != "ship" or scene.has_water]
 
 
 def count_questions(scene: Scene) -> list[Question]:

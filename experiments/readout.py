@@ -26,10 +26,11 @@ from mfrsvlm.experiments.ablation import (
     encoder_passes,
     feature_file,
     features_of,
+    pretrain_encoders,
     whole,
 )
 from mfrsvlm.experiments.dataset import CANVAS, SCENE_SIZE, SceneImages
-from mfrsvlm.experiments.encoder import measure_tokens, pretrain
+from mfrsvlm.experiments.encoder import measure_tokens
 from mfrsvlm.experiments.geometry import make_config
 from mfrsvlm.experiments.look_inside import Estimate, probe, r_squared
 from mfrsvlm.scenes import KINDS, Scene
@@ -104,10 +105,7 @@ def main() -> None:
     parser.add_argument("--encoder-steps", type=int, default=1400)
     args = parser.parse_args()
     counts = {"train": args.train_scenes, "test": args.test_scenes}
-    for encoder in ENCODERS:
-        if not (args.work / f"encoder-{encoder}.pt").exists():
-            crowded = SceneImages(args.work / "scenes", "train", args.crowded_scenes, crowding=4)
-            pretrain(encoder, crowded, args.work / f"encoder-{encoder}.pt", args.encoder_steps)
+    pretrain_encoders(args.work, args.crowded_scenes, args.encoder_steps)
     for features in dict.fromkeys(map(whole, SETS.values())):
         if not all(feature_file(features, split, count, args.work).exists() for split, count in counts.items()):
             encode_both(features, counts, args.work)

@@ -37,7 +37,7 @@ def _article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def _possible(scene: Scene) -> list[str]:
+def possible_kinds(scene: Scene) -> list[str]:
     """Kinds that this scene could hold: nobody needs an image to know that there is no ship in a desert."""
     return [kind for kind in KINDS if kind != "ship" or scene.has_water]
 
@@ -52,15 +52,15 @@ def _area(scene: Scene, rng: np.random.Generator) -> Question:
 
 def _presence(scene: Scene, rng: np.random.Generator) -> Question | None:
     wanted = bool(rng.random() < 0.5)
-    kinds = [kind for kind in _possible(scene) if (scene.counts[kind] > 0) == wanted]
-    if all(scene.counts[kind] for kind in _possible(scene)):
+    kinds = [kind for kind in possible_kinds(scene) if (scene.counts[kind] > 0) == wanted]
+    if all(scene.counts[kind] for kind in possible_kinds(scene)):
         return None  # not even where "yes" is wanted: it would tip the balance
     return Question("presence", f"Is there {_article(_one(rng, kinds))} in this scene?", "yes" if wanted else "no")
 
 
 def _count(scene: Scene, rng: np.random.Generator) -> Question | None:
     # Of the present kinds half occur once and the rest are uniform over eight numbers: thin out 0 and 1 to match.
-    kinds = [kind for kind in _possible(scene) if scene.counts[kind] > 1 or rng.random() < 0.12]
+    kinds = [kind for kind in possible_kinds(scene) if scene.counts[kind] > 1 or rng.random() < 0.12]
     if not kinds:
         return None
     kind = _one(rng, kinds)
@@ -69,7 +69,7 @@ def _count(scene: Scene, rng: np.random.Generator) -> Question | None:
 
 def _comparison(scene: Scene, rng: np.random.Generator) -> Question | None:
     counts = scene.counts
-    pairs = [(a, b) for a in _possible(scene) for b in _possible(scene) if counts[a] > counts[b] > 0]
+    pairs = [(a, b) for a in possible_kinds(scene) for b in possible_kinds(scene) if counts[a] > counts[b] > 0]
     if not pairs:
         return None
     more, less = pairs[int(rng.integers(len(pairs)))]
