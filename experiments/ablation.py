@@ -33,6 +33,7 @@ from mfrsvlm.experiments.decoder import (
     greedy_exact,
     make_processor,
     make_tokenizer,
+    start_places,
     train_decoder,
     whiten_projector,
 )
@@ -149,6 +150,7 @@ def train_start(work: Path, scenes: int, steps: int) -> None:
     model = build(arm, len(tokenizer) - 1, work, seed=0)
     features = encode_scenes(model, images, work / f"features-train-{scenes}-global.npy", "image", chunk=16)
     whiten_projector(model, features)
+    start_places(model, features)
     prompts = Prompts(make_processor(model.config, tokenizer))
     train_decoder(model, prompts, images.scenes, features, steps, batch=12, peak=2e-3, mix=MIX, rounds=2)
     torch.save(model.state_dict(), work / "start.pt")
@@ -353,14 +355,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m mfrsvlm.experiments.ablation", description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, encoders, features and finished runs")
     parser.add_argument("--output", type=Path, required=True, help="folder for the table and the plot")
-    parser.add_argument("--steps", type=int, default=100, help="of every arm")
+    parser.add_argument("--steps", type=int, default=200, help="of every arm")
     parser.add_argument("--batch", type=int, default=12, help="scenes a step")
     parser.add_argument("--train-scenes", type=int, default=1600)
     parser.add_argument("--test-scenes", type=int, default=400)
     parser.add_argument("--crowded-scenes", type=int, default=4000, help="of the encoders")
     parser.add_argument("--encoder-steps", type=int, default=1400)
     parser.add_argument("--start-scenes", type=int, default=12000)
-    parser.add_argument("--start-steps", type=int, default=1000)
+    parser.add_argument("--start-steps", type=int, default=600)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     rows = run_all(args)

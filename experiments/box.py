@@ -22,6 +22,7 @@ from mfrsvlm.experiments.decoder import (
     encode_scenes,
     make_processor,
     make_tokenizer,
+    start_places,
     train_decoder,
     whiten_projector,
 )
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=12000, help="training scenes")
     parser.add_argument("--crowded-scenes", type=int, default=4000, help="of the encoder")
     parser.add_argument("--encoder-steps", type=int, default=3000)
-    parser.add_argument("--steps", type=int, default=2200, help="of the decoder")
+    parser.add_argument("--steps", type=int, default=3600, help="of the decoder")
     parser.add_argument("--batch", type=int, default=12, help="scenes a step of the decoder")
     parser.add_argument("--test-scenes", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
@@ -77,6 +78,7 @@ def main() -> None:
     if not weights.exists():
         start = time.perf_counter()
         whiten_projector(model, features, args.seed)
+        start_places(model, features)
         train_decoder(model, Prompts(processor), images.scenes, features, args.steps, args.batch, seed=args.seed)
         torch.save(model.state_dict(), weights)
         timed("decoder", start)

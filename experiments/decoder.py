@@ -6,9 +6,10 @@ same computation as its own prompt.
 """
 
 import json
+import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from mfrsvlm.experiments.dataset import SceneImages, to_pixels
+from mfrsvlm.experiments.guidance import Guidance
 from mfrsvlm.modeling_mfrsvlm import MFRSVLMForConditionalGeneration, MFRSVLMImageFeatures
 from mfrsvlm.processing_mfrsvlm import CHAT_TEMPLATE, MFRSVLMImageProcessor, MFRSVLMProcessor, cut_windows
-from mfrsvlm.scenes import TASKS, Question, Scene, ask
+from mfrsvlm.scenes import KINDS, TASKS, Question, Scene, ask
+from mfrsvlm.scenes.questions import PLURALS
 
 
 # How often a task is asked of a scene; position and grounding are learned last.
@@ -38,6 +41,10 @@ MIX = {
 }
 # Weight of a task's answer in the loss. An answer counts once, however many tokens it has, but for boxes and captions.
 ANSWER_WEIGHT = {"grounding": 4.0, "caption": 3.0}
+# Weights of the losses of `guidance`, beside that of the answers.
+GUIDANCE_WEIGHT = {"attention": 0.25, "counted": 0.5, "placed": 0.5, "boxed": 0.5}
+NOUNS = {noun: number for number, kind in enumerate(KINDS) for noun in (kind, PLURALS[kind])}
+NOUN = re.compile(rf"\b({'|'.join(sorted(NOUNS, key=len, reverse=True))})\b")
 
 
 def make_tokenizer(scenes: Sequence[Scene]) -> PreTrainedTokenizerFast:
@@ -83,7 +90,11 @@ def make_processor(config: Any, tokenizer: Any, canvas_source: str = "image") ->
 def encode_scenes(
     model: MFRSVLMForConditionalGeneration, images: SceneImages, output: Path, canvas_source: str, chunk: int = 4
 ) -> np.ndarray:
-    """Visual tokens and detail stacks of every scene before the projector: (scenes, 1 + K, T, C) float16, kept in a file."""
+    """Visual tokens and detail stacks of every scene, neither projected nor told their place.
+
+    Returns:
+        (scenes, 1 + K, T, C) float16, kept in a file.
+    """
     config = model.config
     if output.exists():
         return np.load(output, mmap_mode="r")
@@ -93,6 +104,7 @@ def encode_scenes(
     shape = (len(images), 1 + stacks, config.image_seq_length, config.vision_feature_size)
     features = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
     projector, model.model.multi_modal_projector = model.model.multi_modal_projector, nn.Identity()
+    places, model.config.visual_position_embeddings = model.config.visual_position_embeddings, False
     model.eval()
     with torch.inference_mode():
         for start in range(0, len(images), chunk):
@@ -110,6 +122,7 @@ def encode_scenes(
             tokens += [torch.stack(stack) for stack in outputs.deepstack_features or []]
             features[start : start + chunk] = torch.stack(tokens, dim=1).half().numpy()
     model.model.multi_modal_projector = projector
+    model.config.visual_position_embeddings = places
     features.flush()
     partial.rename(output)
     return np.load(output, mmap_mode="r")
@@ -119,7 +132,23 @@ def project(model: MFRSVLMForConditionalGeneration, features: torch.Tensor) -> M
     """Cached features (n, 1 + K, T, C) to what `get_image_features` returns, with gradients into the projector."""
     projected = model.model.multi_modal_projector(features)
     details = [list(stack) for stack in projected[:, 1:].unbind(1)] if features.shape[1] > 1 else None
-    return MFRSVLMImageFeatures(pooler_output=list(projected[:, 0]), deepstack_features=details)
+    visual = projected[:, 0]
+    if model.config.visual_position_embeddings:
+        visual = visual + model.model.visual_position_embedding.weight
+    return MFRSVLMImageFeatures(pooler_output=list(visual), deepstack_features=details)
+
+
+@torch.no_grad()
+def start_places(model: MFRSVLMForConditionalGeneration, features: np.ndarray) -> None:
+    """Starts the position embeddings from sines and cosines of row and column, as large as the visual tokens."""
+    table = model.model.visual_position_embedding.weight
+    side, width = model.config.tokens_per_side, table.shape[1]
+    frequencies = 100.0 ** -torch.linspace(0, 1, width // 4)
+    angles = torch.arange(side)[:, None] * frequencies
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D / 2)
+    rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
+    visual = model.model.multi_modal_projector(torch.from_numpy(np.array(features[:50, 0])).float())
+    table.copy_(torch.cat([rows, columns], dim=-1).flatten(0, 1) * 2**0.5 * visual.std())
 
 
 @torch.no_grad()
@@ -145,11 +174,12 @@ def whiten_projector(model: MFRSVLMForConditionalGeneration, features: np.ndarra
 
 @dataclass
 class Branch:
-    """A question and its answer as ids, without what all prompts share."""
+    """A question and its answer as ids, without what all prompts share; nouns are (last token, index of the kind)."""
 
     question: Question
     prompt: list[int]
     answer: list[int]
+    nouns: list[tuple[int, int]] = field(default_factory=list)
 
 
 class Prompts:
@@ -167,20 +197,31 @@ class Prompts:
         self.shared_length = len(shared)
         self.prefix = [*shared[:where], *[processor.image_token_id] * tokens, *shared[where + 1 :]]
         self.prompts: dict[str, list[int]] = {}
+        self.nouns: dict[str, list[tuple[int, int]]] = {}
         self.answers: dict[str, list[int]] = {}
 
-    def _prompt_ids(self, text: str) -> list[int]:
+    def _prompt(self, text: str) -> str:
         content = [{"type": "image"}, {"type": "text", "text": text}]
-        prompt = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        return self.tokenizer(prompt).input_ids
+        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+    def _prompt_ids(self, text: str) -> list[int]:
+        return self.tokenizer(self._prompt(text)).input_ids
+
+    def _find_nouns(self, text: str) -> list[tuple[int, int]]:
+        prompt = self._prompt(text)
+        ends = [end for _, end in self.tokenizer(prompt, return_offsets_mapping=True).offset_mapping]
+        found = NOUN.finditer(prompt, prompt.index(text))
+        at = [(next(i for i, end in enumerate(ends) if end >= noun.end()), NOUNS[noun.group()]) for noun in found]
+        return [(token - self.shared_length, kind) for token, kind in at]
 
     def branch(self, question: Question) -> Branch:
         if question.text not in self.prompts:
             self.prompts[question.text] = self._prompt_ids(question.text)[self.shared_length :]
+            self.nouns[question.text] = self._find_nouns(question.text)
         if question.answer not in self.answers:
             ids = self.tokenizer(f" {question.answer}", add_special_tokens=False).input_ids
             self.answers[question.answer] = [*ids, self.tokenizer.eos_token_id]
-        return Branch(question, self.prompts[question.text], self.answers[question.answer])
+        return Branch(question, self.prompts[question.text], self.answers[question.answer], self.nouns[question.text])
 
 
 def pack(branches: list[list[Branch]], prefix: list[int], pad: int) -> dict[str, torch.Tensor]:
@@ -222,6 +263,17 @@ def pack(branches: list[list[Branch]], prefix: list[int], pad: int) -> dict[str,
     }
 
 
+def find_nouns(branches: list[list[Branch]], prefix: int, scenes: Sequence[int]) -> torch.Tensor:
+    """(n, 4): row of the batch, position, index of the scene, index of the kind, of every noun in packed branches."""
+    found = []
+    for sample, (row, scene) in enumerate(zip(branches, scenes, strict=True)):
+        at = prefix
+        for branch in row:
+            found += [(sample, at + token, scene, kind) for token, kind in branch.nouns]
+            at += len(branch.prompt) + len(branch.answer)
+    return torch.tensor(found)
+
+
 def packed_logits(
     model: MFRSVLMForConditionalGeneration, batch: dict[str, torch.Tensor], features: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -249,7 +301,7 @@ def train_decoder(
     rounds: int = 4,
     mix: dict[str, int] = MIX,
 ) -> dict[str, float]:
-    """Trains everything but the vision tower. Returns seconds and decoder tokens.
+    """Trains everything but the vision tower, guided by what is known of the scenes. Returns seconds and decoder tokens.
 
     Args:
         features: of the same scenes, see `encode_scenes`.
@@ -264,14 +316,15 @@ def train_decoder(
     pool = [[[prompts.branch(q) for q in ask(scene, tasks, seed=r)] for r in range(rounds)] for scene in scenes]
     for name, parameter in model.named_parameters():
         parameter.requires_grad = "vision_tower" not in name and "stage_projections" not in name
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    guidance = Guidance(model, scenes, prompts.prefix.index(prompts.processor.image_token_id), len(prompts.prefix))
+    trained = [parameter for parameter in [*model.parameters(), *guidance.parameters()] if parameter.requires_grad]
     decayed = [parameter for parameter in trained if parameter.ndim > 1]
     rest = [parameter for parameter in trained if parameter.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=peak
     )
     model.train()
-    start, tokens, running = time.perf_counter(), 0, dict.fromkeys(mix, 0.0)
+    start, tokens, running = time.perf_counter(), 0, dict.fromkeys([*mix, *GUIDANCE_WEIGHT], 0.0)
     order = np.empty(0, dtype=int)
     for step in range(steps):
         if len(order) < batch:
@@ -285,6 +338,8 @@ def train_decoder(
         logits, labels, weights = packed_logits(model, packed, states)
         each = F.cross_entropy(logits, labels, reduction="none")
         loss = (each * weights).sum() / weights.sum()
+        guided = guidance(find_nouns(rows, len(prompts.prefix), chosen))
+        loss = loss + sum(GUIDANCE_WEIGHT[name] * value for name, value in guided.items())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -294,9 +349,12 @@ def train_decoder(
         for task in mix:
             values = [value for value, name in zip(each.tolist(), names, strict=True) if name == task]
             running[task] += 0.05 * (sum(values) / max(len(values), 1) - running[task])
+        for name, value in guided.items():
+            running[name] += 0.05 * (value.item() - running[name])
         if (step + 1) % 50 == 0:
             line = {"step": step + 1, "seconds": round(time.perf_counter() - start)}
             print(json.dumps(line | {task: round(value, 3) for task, value in running.items()}), flush=True)
+    guidance.stop()
     model.eval()
     return {"seconds": time.perf_counter() - start, "decoder_tokens": tokens}
 

@@ -21,11 +21,13 @@ def make_config(vocab_size: int, encoder: str = "resnet", width: int = 192, **ov
         **overrides: fields of `MFRSVLMConfig`.
     """
     vision_config: Any
+    fields: dict[str, Any] = {}
     if encoder == "resnet":
         vision_config = ResNetConfig(
             embedding_size=32, hidden_sizes=[32, 64, 128], depths=[1, 1, 2], layer_type="basic", num_channels=3
         )
         depths = [2, 3]
+        fields["visual_position_embeddings"] = True
     elif encoder == "vit":
         vision_config = CLIPVisionConfig(
             hidden_size=128,
@@ -52,7 +54,7 @@ def make_config(vocab_size: int, encoder: str = "resnet", width: int = 192, **ov
         eos_token_id=1,
         pad_token_id=2,
     )
-    fields: dict[str, Any] = {
+    fields |= {
         "image_size": IMAGE_SIZE,
         "patch_size": PATCH_SIZE,
         "vision_feature_size": 128,

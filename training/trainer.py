@@ -22,7 +22,7 @@ from .data import ConversationDataset
 # Where each part's parameters lie. Names may have a prefix and inner names of PEFT, so these are searched for.
 PARTS = {
     "vision_tower": re.compile(r"\bvision_tower\."),
-    "projector": re.compile(r"\b(multi_modal_projector|stage_projections)\."),
+    "projector": re.compile(r"\b(multi_modal_projector|visual_position_embedding|stage_projections)\."),
     "injectors": re.compile(r"\blanguage_model\.injectors\."),
     "decoder": re.compile(r"\blanguage_model\.(?!injectors\.)|\blm_head\."),
 }
@@ -109,7 +109,7 @@ class ModalityLengthSampler(Sampler[int]):
 class MFRSVLMTrainingArguments(TrainingArguments):
     """Arguments of the `Trainer`, and freezing and learning rates of the parts.
 
-    The parts are the vision tower, the projector (with the stage projections of a backbone), the injectors, and the
+    The parts are the vision tower, the projector (with the stage projections and position embeddings of a backbone), the injectors, and the
     decoder (with its embeddings and the language modelling head).
     """
 
