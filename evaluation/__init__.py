@@ -1,0 +1,1 @@
+"""Measures a model on published benchmarks and on scenes of our own: loaders, prompts, metrics and reports."""
