@@ -54,6 +54,16 @@ def test_every_benchmark_has_a_stand_in() -> None:
     assert MAKERS.keys() == BENCHMARKS.keys()
 
 
+def test_the_page_for_users_names_every_benchmark_and_its_counts() -> None:
+    rows = (Path(__file__).parents[1] / "docs" / "benchmarks.md").read_text().split("\n")
+    for name, info in BENCHMARKS.items():
+        (row,) = [row for row in rows if row.startswith(f"| `{name}` |")]
+        counts = [f"{count:,}" for count in info.splits.values() if count]
+        assert all(count in row for count in counts), row
+        assert counts or name == "scenes" or "not checked" in row
+        assert info.default_split is None or f"**{info.default_split}**" in row
+
+
 @pytest.mark.parametrize("name", MAKERS)
 def test_samples_are_complete(name: str, root: Path) -> None:
     MAKERS[name](root)
@@ -644,6 +654,12 @@ def test_scenes_are_drawn_when_there_is_no_folder() -> None:
         assert sample.boxes == tuple(question.boxes)
     last = benchmark.samples[-1]
     assert np.array_equal(np.asarray(benchmark.read_image(last.images[0])), np.asarray(draw(plan.scene(3))))
+
+
+@pytest.mark.slow
+def test_the_scenes_of_the_test_split() -> None:
+    benchmark = load_benchmark("scenes", None)
+    assert len(benchmark.samples) == 6784 and len({sample.images for sample in benchmark.samples}) == 1000
 
 
 def test_scenes_on_disk_are_the_scenes_that_were_drawn(root: Path) -> None:

@@ -153,7 +153,7 @@ SIRI_WHU = ClassFolders(
         "agriculture", "commercial", "harbor", "idle land", "industrial", "meadow", "overpass", "park", "pond",
         "residential", "river", "water",
     ),
-    inside=("12class_tif", "SIRI-WHU"),
+    inside=("12class_tif", "Google dataset of SIRI-WHU_earth_im_tiff/12class_tif"),
 )  # fmt: skip
 EUROSAT = ClassFolders(
     (

@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ class BenchmarkInfo:
         source: where it is published.
         own_splits: further splits may be listed in `ROOT/SPLIT.txt`.
         needs_root: `False` if it can be loaded without files.
+        without_metric: published splits that no metric here can score, and what they ask for.
     """
 
     loader: Callable[..., Benchmark]
@@ -35,6 +36,7 @@ class BenchmarkInfo:
     source: str
     own_splits: bool = False
     needs_root: bool = True
+    without_metric: Mapping[str, str] = field(default_factory=dict)
 
 
 def load_benchmark(
@@ -64,6 +66,8 @@ def load_benchmark(
     split = split or info.default_split
     if split is None:
         raise BenchmarkError(f"{name} has no default split; choose one of {', '.join(info.splits)}.")
+    if split in info.without_metric:
+        raise BenchmarkError(f"{name}: {split} asks for {info.without_metric[split]}; no metric here scores that.")
     if split not in info.splits and not info.own_splits:
         raise BenchmarkError(f"{name} has no split {split!r}; its splits are {', '.join(info.splits)}.")
     if root is None and info.needs_root:
@@ -149,10 +153,11 @@ BENCHMARKS: dict[str, BenchmarkInfo] = {
     ),
     "vhm_eval": BenchmarkInfo(
         vhm_eval.load_vhm_eval,
-        dict.fromkeys((*vhm_eval.LISTS, *vhm_eval.WITHOUT_METRIC)),
+        dict.fromkeys(vhm_eval.LISTS),
         None,
         ("classification", "vqa", "grounding", "counting"),
         "https://huggingface.co/datasets/FitzPC/VHM_eval_dataset",
+        without_metric=vhm_eval.WITHOUT_METRIC,
     ),
     "scenes": BenchmarkInfo(
         synthetic_scenes.load_scenes,

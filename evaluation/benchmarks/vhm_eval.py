@@ -35,7 +35,7 @@ LISTS = {
     "relpos_false_dota-test_popula_mc": ("vqa", "relative position, false premise"),
     "relpos_false_dota-test_random_mc": ("vqa", "relative position, false premise"),
 }
-# Lists of RSEvalKit that none of our metrics can score.
+# Lists of RSEvalKit that no metric here can score, and what they ask for.
 WITHOUT_METRIC = {
     "gsd_dota_fbp": "metres a pixel, scored by mean absolute error",
     "obj_meas_dota_test": "lengths in metres, scored by mean absolute error",
@@ -60,12 +60,10 @@ def load_vhm_eval(name: str, root: Path, split: str, check_counts: bool) -> Benc
     read from the lines of the question that begin with a letter.
 
     Raises:
-        BenchmarkError: see `reading`; or a list that has no metric here, a conversation that is not one question and one
-            answer, a count that is no whole number, or a box that is not four numbers.
+        BenchmarkError: see `reading`; or a conversation that is not one question and one answer, a count that is no whole
+            number, or a box that is not four numbers.
     """
     base = root / "datasets_eval" if (root / "datasets_eval").is_dir() else root
-    if split in WITHOUT_METRIC:
-        raise BenchmarkError(f"{name}: {split} asks for {WITHOUT_METRIC[split]}; no metric here scores that.")
     path = find(base, (f"{split}.json",), "list")
     task, group = LISTS[split]
     samples = []
