@@ -51,7 +51,7 @@ def load_class_folders(layout: ClassFolders, name: str, root: Path, split: str, 
         BenchmarkError: a class has no images, a folder is of no known class, or the list names an image twice or one that
             is not there.
     """
-    base = next((root / inner for inner in ("", *layout.inside) if _class_folders(root / inner, layout)), None)
+    base = next((root / inner for inner in ("", *layout.inside) if _holds_classes(root / inner, layout)), None)
     if base is None:
         looked = " or ".join(str(root / inner) for inner in ("", *layout.inside))
         raise BenchmarkError(
@@ -113,7 +113,7 @@ def _listed(samples: list[Sample], path: Path, name: str) -> list[Sample]:
     return [by_path[line] for line in lines]
 
 
-def _class_folders(folder: Path, layout: ClassFolders) -> bool:
+def _holds_classes(folder: Path, layout: ClassFolders) -> bool:
     return folder.is_dir() and any(path.is_dir() and class_name(path.name, layout) for path in folder.iterdir())
 
 
