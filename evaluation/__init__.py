@@ -1,1 +1,1 @@
-"""Measures vision-language models on remote sensing benchmarks."""
+"""Measures a model on published benchmarks and on scenes of our own: loaders, prompts, metrics and reports."""

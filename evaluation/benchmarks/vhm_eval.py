@@ -1,0 +1,111 @@
+"""The lists that RSEvalKit evaluates VHM with: a JSON file for each task, conversations of one question and one answer."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .reading import find, read_json, read_size, require_images, take, take_box, take_text
+from .sample import Benchmark, BenchmarkError, Sample
+
+
+# The name of a file without its suffix is a split: its task, and the group where all samples share one.
+LISTS = {
+    "cls_AID": ("classification", ""),
+    "cls_METER_ML": ("classification", ""),
+    "cls_NWPU_RESISC45": ("classification", ""),
+    "cls_SIRI_WHU": ("classification", ""),
+    "cls_WHU_RS19": ("classification", ""),
+    "RSVQA_HR-comp_RSVQA": ("vqa", "comp"),
+    "RSVQA_HR-presence_RSVQA": ("vqa", "presence"),
+    "RSVQA_LR-comp_RSVQA": ("vqa", "comp"),
+    "RSVQA_LR-presence_RSVQA": ("vqa", "presence"),
+    "RSVQA_LR-rural_urban_RSVQA": ("vqa", "rural_urban"),
+    "VG_DOIR_RSVG_test": ("grounding", ""),
+    "counting_dota-test_open": ("counting", ""),
+    "presence_mo_dota": ("vqa", "presence"),
+    "color_dota-test_fair1m-val_open": ("vqa", "color"),
+    "imgType_mcq": ("vqa", "image type"),
+    "abspos_dota-test_mc": ("vqa", "position"),
+    "abspos_false_dota-test_adversarial_mc": ("vqa", "position, false premise"),
+    "abspos_false_dota-test_popular_mc": ("vqa", "position, false premise"),
+    "abspos_false_dota-test_random_mc": ("vqa", "position, false premise"),
+    "relpos_dota-test_mc": ("vqa", "relative position"),
+    "relpos_false_dota-test_adversarial_mc": ("vqa", "relative position, false premise"),
+    "relpos_false_dota-test_popula_mc": ("vqa", "relative position, false premise"),
+    "relpos_false_dota-test_random_mc": ("vqa", "relative position, false premise"),
+}
+# Lists of RSEvalKit that no metric here can score, and what they ask for.
+WITHOUT_METRIC = {
+    "gsd_dota_fbp": "metres a pixel, scored by mean absolute error",
+    "obj_meas_dota_test": "lengths in metres, scored by mean absolute error",
+    "mlc_fbp_test": "several labels at once",
+    "mlc_gid_test": "several labels at once",
+    "bfv_crowdai_val": "outlines of buildings",
+    "color_false_dota-test_adversarial_open": "free answers that RSEvalKit does not score either",
+    "color_false_dota-test_popular_open": "free answers that RSEvalKit does not score either",
+    "color_false_dota-test_random_open": "free answers that RSEvalKit does not score either",
+    "color_false_pan_dota-test": "free answers that RSEvalKit does not score either",
+}
+MULTIPLE_CHOICE = ("_mc", "_mcq")  # ends of the names of such lists
+
+_OPTION = re.compile(r"^\s*\(?([A-E])[.):]\s*(.+?)\s*$", re.MULTILINE)
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+
+
+def load_vhm_eval(name: str, root: Path, split: str, check_counts: bool) -> Benchmark:
+    """One sample for each conversation of the list `split`. The question is as written, without its image marker.
+
+    Classes are the answers that occur, since the lists name them only within the question. Options of a multiple choice are
+    read from the lines of the question that begin with a letter.
+
+    Raises:
+        BenchmarkError: see `reading`; or a conversation that is not one question and one answer, a count that is no whole
+            number, or a box that is not four numbers.
+    """
+    base = root / "datasets_eval" if (root / "datasets_eval").is_dir() else root
+    path = find(base, (f"{split}.json",), "list")
+    task, group = LISTS[split]
+    samples = []
+    for number, row in enumerate(read_json(path, list)):
+        file = Path(take_text(row, "image_path", path, number)) / take_text(row, "image", path, number)
+        question, answer = _conversation(row, path, number)
+        samples.append(
+            Sample(
+                id=str(number),
+                images=((base.relative_to(root) / file).as_posix(),),
+                task=task,
+                question=question,
+                references=() if task == "grounding" else (_reference(answer, task, path, number),),
+                group=group or (answer if task == "classification" else ""),
+                boxes=(take_box(_NUMBER.findall(answer), (4,), path, number),) if task == "grounding" else (),
+                choices=_choices(question) if split.endswith(MULTIPLE_CHOICE) else (),
+            )
+        )
+    if task == "grounding":
+        require_images(root, (sample.images[0] for sample in samples))
+        samples = [replace(sample, image_size=read_size(root / sample.images[0])) for sample in samples]
+    class_names = sorted({sample.references[0] for sample in samples}) if task == "classification" else []
+    return Benchmark(name, split, root, samples, class_names)
+
+
+def _conversation(row: Any, path: Path, number: int) -> tuple[str, str]:
+    turns = take(row, "conversations", list, path, number)
+    said = [turn.get("from") if isinstance(turn, dict) else None for turn in turns]
+    if said != ["human", "gpt"]:
+        raise BenchmarkError(f"{path}, row {number}: expected one question (human) and one answer (gpt), got {said}.")
+    question = take_text(turns[0], "value", path, number).replace("<image>", "").strip()
+    return question, take_text(turns[1], "value", path, number, numbers=True)
+
+
+def _reference(answer: str, task: str, path: Path, number: int) -> str:
+    if task == "counting" and not answer.isdecimal():
+        raise BenchmarkError(f"{path}, row {number}: the count {answer!r} is no whole number.")
+    return answer
+
+
+def _choices(question: str) -> tuple[str, ...]:
+    """Options on lines that begin with A, B and so on, in order; () if there are not at least two."""
+    found = _OPTION.findall(question)
+    letters = "".join(letter for letter, _ in found)
+    return tuple(text for _, text in found) if len(found) > 1 and "ABCDE".startswith(letters) else ()

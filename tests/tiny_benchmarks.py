@@ -1,0 +1,227 @@
+"""Stand-ins for the published benchmarks: a few made-up rows and tiny images in the layout of each."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mfrsvlm.evaluation.benchmarks.class_folders import (
+    AID,
+    EUROSAT,
+    METER_ML,
+    NWPU_RESISC45,
+    SIRI_WHU,
+    UC_MERCED,
+    WHU_RS19,
+    ClassFolders,
+)
+from mfrsvlm.scenes.dataset import DatasetPlan, write_dataset
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def edit_json(path: Path, change: Callable[[Any], Any]) -> None:
+    """Changes the content of a file in place."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def write_image(path: Path, size: tuple[int, int] = (8, 8), colour: tuple[int, int, int] = (90, 120, 60)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def make_rsvqa(root: Path, stem: str, images: str, kinds: tuple[str, ...], whole: tuple[str, str] | None = None) -> None:
+    """Four questions about two images; a fifth row of each file is of another split.
+
+    Args:
+        whole: names of the files of all questions and answers; the text then stands there and not in the files of the split.
+    """
+    answers = {"presence": "yes", "count": "3", "comp": "no", "rural_urban": "urban", "area": "17m2"}
+    questions = [
+        {"id": 10 + i, "img_id": 5 + i // 2, "type": kind, "question": f"A question of {kind}?", "answers_ids": [70 - i]}
+        for i, kind in enumerate(kinds)
+    ]
+    replies = [{"id": 70 - i, "question_id": 10 + i, "answer": answers[kind]} for i, kind in enumerate(kinds)]
+    other = ({"id": 99, "img_id": 9, "type": "comp", "question": "Of another split?"}, {"id": 98, "answer": "no"})
+    rows = {"questions": [*questions, other[0]], "answers": [*replies, other[1] | {"question_id": 99}]}
+    for key, listed in rows.items():
+        active = [row | {"active": row["id"] not in (98, 99)} for row in listed]
+        if whole:
+            write_json(root / whole[key == "answers"], {key: [row | {"active": True} for row in listed]})
+            active = [{"id": row["id"], "active": row["active"]} for row in active]
+        else:
+            active[-1] = {"id": active[-1]["id"], "active": False}
+        write_json(root / f"{stem}_{key}.json", {key: active})
+    write_json(root / f"{stem}_images.json", {"images": [{"id": i, "active": i < 7} for i in range(5, 10)]})
+    for image in (5, 6):
+        write_image(root / images / f"{image}.tif")
+
+
+def make_rsvqa_lr(root: Path) -> None:
+    make_rsvqa(root, "LR_split_test", "Images_LR", ("presence", "count", "comp", "rural_urban"))
+
+
+def make_rsvqa_hr(root: Path) -> None:
+    kinds = ("presence", "count", "comp", "area")
+    make_rsvqa(root, "USGS_split_test", "Data", kinds)
+    make_rsvqa(root, "USGS_split_test_phili", "Data", kinds[:2])
+
+
+def make_folders(layout: ClassFolders, inside: str, spell: Callable[[str], str], suffix: str) -> Callable[[Path], None]:
+    def make(root: Path) -> None:
+        for label in layout.classes:
+            for number in (1, 2):
+                write_image(root / inside / spell(label) / f"{spell(label)}_{number}{suffix}")
+
+    return make
+
+
+def camel(label: str) -> str:
+    return "".join(word.capitalize() for word in label.split())
+
+
+def make_karpathy(captions: str, images: str, suffix: str) -> Callable[[Path], None]:
+    def make(root: Path) -> None:
+        rows = []
+        for number, split in enumerate(("train", "test", "test")):
+            file = f"airport_{number}{suffix}"
+            write_image(root / images / file)
+            sentences = [{"tokens": ["many"], "raw": f"Many planes, seen {n} times . "} for n in range(5)]
+            rows.append({"filename": file, "imgid": number, "split": split, "sentences": sentences})
+        write_json(root / captions, {"images": rows, "dataset": "stand-in"})
+
+    return make
+
+
+def make_nwpu_captions(root: Path) -> None:
+    content: dict[str, list[dict[str, Any]]] = {}
+    for label in ("airplane", "river"):
+        for number, split in enumerate(("train", "val", "test")):
+            file = f"{label}_{number:03d}.jpg"
+            write_image(root / "NWPU_images" / label / file)
+            row = {"filename": file, "imgid": number, "split": split}
+            row |= {key: f"A {label}, {key}." for key in ("raw", "raw_1", "raw_2", "raw_3", "raw_4")}
+            content.setdefault(label, []).append(row)
+    write_json(root / "dataset_nwpu.json", content)
+
+
+def make_vrsbench(root: Path) -> None:
+    """The evaluation files: one image of 200 x 100 pixels, one of 8 x 8."""
+    write_image(root / "Images_val" / "P0003_0002.png", (200, 100))
+    write_image(root / "Images_val" / "P0007_0001.png")
+    images = ("P0003_0002.png", "P0007_0001.png")
+    base = [{"image_id": image, "question_id": number, "dataset": "RSBench"} for number, image in enumerate(images)]
+    caption = {"question": "Describe the image in detail", "ground_truth": "A harbor with ships.", "type": "caption"}
+    write_json(root / "VRSBench_EVAL_Cap.json", [row | caption for row in base])
+    asked = {"question": "How many ships are there?", "ground_truth": "2", "type": "object quantity"}
+    write_json(root / "VRSBench_EVAL_vqa.json", [row | asked for row in base])
+    box = {"question": "The ship on the left.", "ground_truth": "{<25><40><33><60>}", "type": "ref", "unique": True}
+    write_json(root / "VRSBench_EVAL_referring.json", [base[0] | box, base[1] | box | {"unique": False}])
+
+
+def make_vrsbench_annotations(root: Path) -> None:
+    """The same truth as `make_vrsbench`, as annotations of single images."""
+    for image, size, unique in (("P0003_0002", (200, 100), True), ("P0007_0001", (8, 8), False)):
+        write_image(root / "Images_val" / f"{image}.png", size)
+        annotation = {
+            "image": f"{image}.png",
+            "caption": "A harbor with ships.",
+            "qa_pairs": [{"ques_id": 0, "question": "How many ships are there?", "answer": 2, "type": "Object quantity"}],
+            "objects": [
+                {
+                    "obj_id": 0,
+                    "referring_sentence": "The ship on the left.",
+                    "obj_corner": [0.33, 0.401, 0.332, 0.605, 0.251, 0.605, 0.251, 0.401],
+                    "obj_cls": "ship",
+                    "is_unique": unique,
+                }
+            ],
+        }
+        write_json(root / "Annotations_val" / f"{image}.json", annotation)
+        write_json(root / "Annotations_val" / f"{image}_input.json", {"what": "the annotation was made from"})
+
+
+def make_dior_rsvg(root: Path) -> None:
+    """Three objects in two files; 0 and 2 are of the test split."""
+    for stem, names in (("00001", ("ship", "dam")), ("00002", ("airport",))):
+        objects = "".join(
+            f"<object><name>{name}</name><pose>Unspecified</pose><bndbox><xmin>{10 * n}</xmin><ymin>2</ymin><xmax>60</xmax>"
+            f"<ymax>8</ymax></bndbox><description>A large {name}</description></object>"
+            for n, name in enumerate(names)
+        )
+        (root / "Annotations").mkdir(parents=True, exist_ok=True)
+        (root / "Annotations" / f"{stem}.xml").write_text(
+            f"<annotation><filename>{stem}.jpg</filename><size><width>80</width><height>40</height><depth>3</depth></size>"
+            f"{objects}</annotation>"
+        )
+        write_image(root / "JPEGImages" / f"{stem}.jpg", (80, 40))
+    for split, lines in (("train", "1\n"), ("val", "1\n"), ("test", "0\n2\n")):
+        (root / f"{split}.txt").write_text(lines)
+
+
+def make_vhm_eval(root: Path) -> None:
+    """One list of every task, each with two conversations about one image."""
+    position = "Where is the ship?\nA. top left\nB. bottom right\nAnswer with the letter."
+    lists = {
+        "cls_AID": [("Which of airport, bare land?", "airport"), ("Which of airport, bare land?", "bare land")],
+        "RSVQA_LR-rural_urban_RSVQA": [("Is it rural or urban?", "rural"), ("Is it rural or urban?", "urban")],
+        "VG_DOIR_RSVG_test": [("Where is the ship?", "[10, 2, 60, 8]"), ("Where is the dam?", "[1,2,3,4]")],
+        "counting_dota-test_open": [("How many ships?", "12"), ("How many planes?", 7)],
+        "abspos_dota-test_mc": [(position, "A"), (position, "B")],
+    }
+    for stem, asked in lists.items():
+        rows = [
+            {
+                "image": f"{number}.png",
+                "image_path": stem,
+                "conversations": [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}],
+            }
+            for number, (question, answer) in enumerate(asked)
+        ]
+        write_json(root / f"{stem}.json", rows)
+        for number in range(len(asked)):
+            write_image(root / stem / f"{number}.png", (80, 40))
+
+
+def make_scenes(root: Path) -> None:
+    write_dataset(root / "scenes", DatasetPlan("test", 3, 128, (2.0, 4.0), changes=1))
+    for path in (root / "scenes").iterdir():
+        path.rename(root / path.name)
+
+
+# Benchmark -> what writes its stand-in into an existing folder.
+MAKERS: dict[str, Callable[[Path], None]] = {
+    "rsvqa_lr": make_rsvqa_lr,
+    "rsvqa_hr": make_rsvqa_hr,
+    "aid": make_folders(AID, "", camel, ".jpg"),
+    "nwpu_resisc45": make_folders(NWPU_RESISC45, "NWPU-RESISC45", lambda label: label.replace(" ", "_"), ".jpg"),
+    "whu_rs19": make_folders(WHU_RS19, "", camel, ".jpg"),
+    "siri_whu": make_folders(SIRI_WHU, "12class_tif", lambda label: label.replace(" ", "_"), ".tif"),
+    "eurosat": make_folders(EUROSAT, "2750", camel, ".jpg"),
+    "uc_merced": make_folders(UC_MERCED, "UCMerced_LandUse/Images", lambda label: label.replace(" ", ""), ".tif"),
+    "meter_ml": make_folders(METER_ML, "", lambda label: label.replace(" ", "_"), ".png"),
+    "rsicd": make_karpathy("dataset_rsicd.json", "RSICD_images", ".jpg"),
+    "sydney_captions": make_karpathy("dataset.json", "imgs", ".tif"),
+    "ucm_captions": make_karpathy("dataset.json", "imgs", ".tif"),
+    "rsitmd": make_karpathy("dataset_RSITMD.json", "images", ".tif"),
+    "nwpu_captions": make_nwpu_captions,
+    "vrsbench_captions": make_vrsbench,
+    "vrsbench_vqa": make_vrsbench,
+    "vrsbench_referring": make_vrsbench,
+    "dior_rsvg": make_dior_rsvg,
+    "vhm_eval": make_vhm_eval,
+    "scenes": make_scenes,
+}
+# Samples in the default split of each stand-in.
+COUNTS = {
+    "rsvqa_lr": 4, "rsvqa_hr": 4, "aid": 60, "nwpu_resisc45": 90, "whu_rs19": 38, "siri_whu": 24, "eurosat": 20,
+    "uc_merced": 42, "meter_ml": 14, "rsicd": 2, "sydney_captions": 2, "ucm_captions": 2, "rsitmd": 2, "nwpu_captions": 2,
+    "vrsbench_captions": 2, "vrsbench_vqa": 2, "vrsbench_referring": 2, "dior_rsvg": 2, "vhm_eval": 2,
+}  # fmt: skip
