@@ -1,0 +1,1 @@
+"""Measures vision-language models on remote sensing benchmarks."""
