@@ -4,6 +4,7 @@ The wording is fixed, so that a change of score is a change of the model and not
 lot where that is possible: yes and no, larger and smaller, left and right, and the counts 0 to 9.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +16,8 @@ from .drawing import KINDS, Scene
 PLURALS = {"ship": "ships", "aircraft": "aircraft", "car": "cars", "tank": "tanks", "building": "buildings"}
 # Boxes are written as on the published grounding data: [x_min, y_min, x_max, y_max], 0 to 1000 over the image's sides.
 BOX_SCALE = 1000
+
+_KIND = re.compile(rf"\b(an? )?({'|'.join(sorted([*PLURALS, *PLURALS.values()], key=len, reverse=True))})\b")
 
 Box = tuple[float, float, float, float]
 
@@ -150,6 +153,11 @@ def ask(scene: Scene, tasks: Sequence[str] = tuple(TASKS), seed: int = 0) -> lis
         if question is not None:
             asked.setdefault(question.text, question)
     return list(asked.values())
+
+
+def template(question: str) -> str:
+    """The question without the kinds of objects that it names."""
+    return _KIND.sub("_", question)
 
 
 def ask_change(kind: str, change: int) -> Question:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..processing_mfrsvlm import parse_boxes
 from .drawing import CLASSES, KINDS
-from .questions import BOX_SCALE, PLURALS, Box, Question
+from .questions import BOX_SCALE, PLURALS, Box, Question, template
 
 
 # Overlap from which a box counts as right.
@@ -19,7 +19,6 @@ IOU_THRESHOLD = 0.5
 
 _NOUNS = {noun: kind for kind in KINDS for noun in (kind, PLURALS[kind])}
 _COUNT_FACT = re.compile(rf"\b([0-9]{{1,6}}) ({'|'.join(sorted(_NOUNS, key=len, reverse=True))})\b")
-_KIND = re.compile(rf"\b(an? )?({'|'.join(sorted(_NOUNS, key=len, reverse=True))})\b")
 _CLASS_FACT = re.compile(rf"\b({'|'.join(CLASSES)}) scene\b")
 
 
@@ -69,7 +68,7 @@ def chance(questions: Sequence[Question]) -> float:
     """
     answers: dict[str, Counter[str]] = {}
     for question in questions:
-        answers.setdefault(_KIND.sub("_", question.text), Counter())[question.answer] += 1
+        answers.setdefault(template(question.text), Counter())[question.answer] += 1
     return sum(max(counts.values()) for counts in answers.values()) / len(questions)
 
 

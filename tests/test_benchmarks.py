@@ -27,7 +27,7 @@ from mfrsvlm.scenes import ask, draw
 from mfrsvlm.scenes.dataset import DatasetPlan
 
 
-SPLIT = {"vhm_eval": "cls_AID"}  # where a split has to be named
+SPLIT = {"vhm-eval": "cls_AID"}  # where a split has to be named
 COUNTED = [name for name, info in BENCHMARKS.items() if info.default_split and info.splits[info.default_split]]
 # Their images are listed in a file; those of the others are what the folders hold.
 LISTED = [name for name, info in BENCHMARKS.items() if not info.own_splits]
@@ -98,7 +98,7 @@ def test_loading_twice_gives_the_same(name: str, root: Path) -> None:
 @pytest.mark.parametrize("name", COUNTED)
 def test_a_count_that_is_not_the_published_one(name: str, root: Path) -> None:
     MAKERS[name](root)
-    expected = 38320 if name == "dior_rsvg" else BENCHMARKS[name].splits[BENCHMARKS[name].default_split]
+    expected = 38320 if name == "dior-rsvg" else BENCHMARKS[name].splits[BENCHMARKS[name].default_split]
     with pytest.raises(BenchmarkError, match=rf"not the published {expected}\b.*check_counts=False"):
         load_benchmark(name, root)
 
@@ -134,7 +134,7 @@ def test_a_truncated_file_is_an_error_that_names_it(name: str, root: Path) -> No
         texts = [
             path for path in texts if path.stem.endswith({"capt": "Cap", "vqa": "vqa", "refe": "referring"}[name[9:13]])
         ]
-    if name == "vhm_eval":
+    if name == "vhm-eval":
         texts = [root / "cls_AID.json"]
     for path in texts:
         whole = path.read_bytes()
@@ -166,19 +166,19 @@ def test_a_broken_image_is_an_error_that_names_it_and_its_sample(name: str, root
 
 
 def test_unknown_names_and_splits(root: Path) -> None:
-    with pytest.raises(BenchmarkError, match=r"no benchmark 'rsvqa'\. Known are rsvqa_lr, rsvqa_hr"):
+    with pytest.raises(BenchmarkError, match=r"no benchmark 'rsvqa'\. Known are rsvqa-lr, rsvqa-hr"):
         load_benchmark("rsvqa", root)
-    with pytest.raises(BenchmarkError, match="rsvqa_hr has no split 'phili'; its splits are train, val, test, test_phili"):
-        load_benchmark("rsvqa_hr", root, "phili")
-    with pytest.raises(BenchmarkError, match="vhm_eval has no default split; choose one of cls_AID"):
-        load_benchmark("vhm_eval", root)
+    with pytest.raises(BenchmarkError, match="rsvqa-hr has no split 'phili'; its splits are train, val, test, test_phili"):
+        load_benchmark("rsvqa-hr", root, "phili")
+    with pytest.raises(BenchmarkError, match="vhm-eval has no default split; choose one of cls_AID"):
+        load_benchmark("vhm-eval", root)
 
 
 def test_no_folder(root: Path) -> None:
     with pytest.raises(BenchmarkError, match=r"needs the folder of its files.*zenodo"):
-        load_benchmark("rsvqa_lr", None)
+        load_benchmark("rsvqa-lr", None)
     with pytest.raises(BenchmarkError, match=r"absent is no folder.*zenodo"):
-        load_benchmark("rsvqa_lr", root / "absent")
+        load_benchmark("rsvqa-lr", root / "absent")
 
 
 # Images
@@ -234,8 +234,8 @@ def write_tiff(path: Path, bands: int, bits: int) -> None:
 
 
 def test_rsvqa_joins_questions_with_their_answers(root: Path) -> None:
-    MAKERS["rsvqa_lr"](root)
-    samples = load("rsvqa_lr", root).samples
+    MAKERS["rsvqa-lr"](root)
+    samples = load("rsvqa-lr", root).samples
     assert [(s.id, s.images[0], s.group, s.references) for s in samples] == [
         ("10", "Images_LR/5.tif", "presence", ("yes",)),
         ("11", "Images_LR/5.tif", "count", ("3",)),
@@ -248,8 +248,8 @@ def test_rsvqa_joins_questions_with_their_answers(root: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "stem", "images", "whole"),
     [
-        ("rsvqa_lr", "LR_split_test", "Images_LR", ("all_questions.json", "all_answers.json")),
-        ("rsvqa_hr", "USGS_split_test", "Data", ("USGSquestions.json", "USGSanswers.json")),
+        ("rsvqa-lr", "LR_split_test", "Images_LR", ("all_questions.json", "all_answers.json")),
+        ("rsvqa-hr", "USGS_split_test", "Data", ("USGSquestions.json", "USGSanswers.json")),
     ],
 )
 def test_rsvqa_takes_text_from_the_files_of_all_splits(name, stem, images, whole, tmp_path: Path) -> None:
@@ -268,19 +268,19 @@ def test_rsvqa_takes_text_from_the_files_of_all_splits(name, stem, images, whole
 
 
 def test_rsvqa_hr_has_two_test_sets(root: Path) -> None:
-    MAKERS["rsvqa_hr"](root)
-    assert len(load("rsvqa_hr", root).samples) == 4
-    assert len(load("rsvqa_hr", root, "test_phili").samples) == 2
-    assert BENCHMARKS["rsvqa_hr"].splits["test_phili"] == 105647
+    MAKERS["rsvqa-hr"](root)
+    assert len(load("rsvqa-hr", root).samples) == 4
+    assert len(load("rsvqa-hr", root, "test_phili").samples) == 2
+    assert BENCHMARKS["rsvqa-hr"].splits["test_phili"] == 105647
 
 
 def test_rsvqa_takes_converted_images_and_does_without_the_list_of_images(root: Path) -> None:
-    MAKERS["rsvqa_hr"](root)
+    MAKERS["rsvqa-hr"](root)
     for path in image_files(root):
         write_image(path.with_suffix(".png"))
         path.unlink()
     (root / "USGS_split_test_images.json").unlink()
-    assert load("rsvqa_hr", root).samples[0].images == ("Data/5.png",)
+    assert load("rsvqa-hr", root).samples[0].images == ("Data/5.png",)
 
 
 @pytest.mark.parametrize(
@@ -304,17 +304,17 @@ def test_rsvqa_takes_converted_images_and_does_without_the_list_of_images(root: 
     ],
 )
 def test_rsvqa_rows_that_are_wrong(file: str, change, message: str, root: Path) -> None:
-    MAKERS["rsvqa_lr"](root)
+    MAKERS["rsvqa-lr"](root)
     edit_json(root / f"LR_split_test_{file}.json", change)
     with pytest.raises(BenchmarkError, match=message):
-        load("rsvqa_lr", root)
+        load("rsvqa-lr", root)
 
 
 def test_a_file_that_is_not_utf8(root: Path) -> None:
-    MAKERS["rsvqa_lr"](root)
+    MAKERS["rsvqa-lr"](root)
     (root / "LR_split_test_questions.json").write_bytes(b'{"questions": "\xff"}')
     with pytest.raises(BenchmarkError, match=r"LR_split_test_questions\.json cannot be read as UTF-8"):
-        load("rsvqa_lr", root)
+        load("rsvqa-lr", root)
 
 
 # Folders of classes
@@ -331,7 +331,7 @@ def test_class_names_are_readable_whatever_the_folder_is_called() -> None:
 
 @pytest.mark.parametrize(
     ("name", "classes"),
-    [("aid", 30), ("nwpu_resisc45", 45), ("whu_rs19", 19), ("siri_whu", 12), ("eurosat", 10), ("uc_merced", 21)],
+    [("aid", 30), ("nwpu-resisc45", 45), ("whu-rs19", 19), ("siri-whu", 12), ("eurosat", 10), ("uc-merced", 21)],
 )
 def test_folders_give_all_classes_of_the_benchmark(name: str, classes: int, root: Path) -> None:
     MAKERS[name](root)
@@ -375,12 +375,12 @@ def test_a_list_makes_a_split(root: Path) -> None:
 
 
 def test_a_bare_name_in_two_folders_is_not_guessed(root: Path) -> None:
-    MAKERS["siri_whu"](root)
+    MAKERS["siri-whu"](root)
     write_image(root / "12class_tif" / "river" / "0001.tif")
     write_image(root / "12class_tif" / "pond" / "0001.tif")
     (root / "val.txt").write_text("0001.tif\n")
     with pytest.raises(BenchmarkError, match="whose bare name is in several folders"):
-        load("siri_whu", root, "val")
+        load("siri-whu", root, "val")
 
 
 def test_folders_that_are_wrong(root: Path) -> None:
@@ -400,16 +400,16 @@ def test_folders_that_are_wrong(root: Path) -> None:
 
 
 def test_meter_ml_may_come_without_negatives(root: Path) -> None:
-    MAKERS["meter_ml"](root)
-    assert "negative" in load("meter_ml", root).class_names
+    MAKERS["meter-ml"](root)
+    assert "negative" in load("meter-ml", root).class_names
     shutil.rmtree(root / "negative")
-    assert "negative" not in load("meter_ml", root).class_names
+    assert "negative" not in load("meter-ml", root).class_names
 
 
 # Captions
 
 
-@pytest.mark.parametrize("name", ["rsicd", "sydney_captions", "ucm_captions", "rsitmd"])
+@pytest.mark.parametrize("name", ["rsicd", "sydney-captions", "ucm-captions", "rsitmd"])
 def test_captions_of_the_split(name: str, root: Path) -> None:
     MAKERS[name](root)
     samples = load(name, root).samples
@@ -419,8 +419,8 @@ def test_captions_of_the_split(name: str, root: Path) -> None:
 
 
 def test_nwpu_captions(root: Path) -> None:
-    MAKERS["nwpu_captions"](root)
-    samples = load("nwpu_captions", root).samples
+    MAKERS["nwpu-captions"](root)
+    samples = load("nwpu-captions", root).samples
     assert [(sample.id, sample.images[0], sample.group) for sample in samples] == [
         ("airplane_002.jpg", "NWPU_images/airplane/airplane_002.jpg", "airplane"),
         ("river_002.jpg", "NWPU_images/river/river_002.jpg", "river"),
@@ -430,7 +430,7 @@ def test_nwpu_captions(root: Path) -> None:
         path.rename(root / "NWPU_images" / path.name)
     for folder in ("airplane", "river"):
         (root / "NWPU_images" / folder).rmdir()
-    assert load("nwpu_captions", root).samples[0].images == ("NWPU_images/airplane_002.jpg",)
+    assert load("nwpu-captions", root).samples[0].images == ("NWPU_images/airplane_002.jpg",)
 
 
 def test_blank_captions_are_left_out_with_a_warning(root: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -463,16 +463,16 @@ def test_captions_that_are_wrong(change, message: str, root: Path) -> None:
 
 
 def test_nwpu_captions_that_are_wrong(root: Path) -> None:
-    MAKERS["nwpu_captions"](root)
+    MAKERS["nwpu-captions"](root)
     edit_json(root / "dataset_nwpu.json", lambda content: content["river"][2].pop("raw_3"))
     with pytest.raises(BenchmarkError, match="row 2 of river: 'raw_3' is missing"):
-        load("nwpu_captions", root)
+        load("nwpu-captions", root)
 
 
 # VRSBench
 
 
-@pytest.mark.parametrize("name", ["vrsbench_captions", "vrsbench_vqa", "vrsbench_referring"])
+@pytest.mark.parametrize("name", ["vrsbench-captions", "vrsbench-vqa", "vrsbench-referring"])
 def test_both_layouts_of_vrsbench_give_the_same(name: str, tmp_path: Path) -> None:
     (tmp_path / "files").mkdir()
     MAKERS[name](tmp_path / "files")
@@ -484,16 +484,16 @@ def test_both_layouts_of_vrsbench_give_the_same(name: str, tmp_path: Path) -> No
 
 
 def test_vrsbench_boxes_are_in_pixels(root: Path) -> None:
-    MAKERS["vrsbench_referring"](root)
-    first, second = load("vrsbench_referring", root).samples
+    MAKERS["vrsbench-referring"](root)
+    first, second = load("vrsbench-referring", root).samples
     assert first.boxes == ((50.0, 40.0, 66.0, 60.0),) and first.image_size == (200, 100)
     assert (first.question, first.group, second.group) == ("The ship on the left.", "unique", "non unique")
 
 
 def test_a_vrsbench_box_without_area_is_kept(root: Path) -> None:
-    MAKERS["vrsbench_referring"](root)
+    MAKERS["vrsbench-referring"](root)
     edit_json(root / "VRSBench_EVAL_referring.json", lambda c: c[0].update(ground_truth="{<92><0><96><0>}"))
-    assert load("vrsbench_referring", root).samples[0].boxes == ((184.0, 0.0, 192.0, 0.0),)
+    assert load("vrsbench-referring", root).samples[0].boxes == ((184.0, 0.0, 192.0, 0.0),)
 
 
 @pytest.mark.parametrize(
@@ -514,7 +514,7 @@ def test_a_vrsbench_box_without_area_is_kept(root: Path) -> None:
     ],
 )
 def test_vrsbench_rows_that_are_wrong(task: str, change, message: str, root: Path) -> None:
-    name = {"referring": "vrsbench_referring", "vqa": "vrsbench_vqa", "Cap": "vrsbench_captions"}[task]
+    name = {"referring": "vrsbench-referring", "vqa": "vrsbench-vqa", "Cap": "vrsbench-captions"}[task]
     MAKERS[name](root)
     edit_json(root / f"VRSBench_EVAL_{task}.json", lambda content: change(content[1]))
     with pytest.raises(BenchmarkError, match=message):
@@ -536,19 +536,19 @@ def test_vrsbench_corners_that_are_wrong(corner: Any, message: str, root: Path) 
     path = root / "Annotations_val" / "P0003_0002.json"
     edit_json(path, lambda content: content["objects"][0].update(obj_corner=corner))
     with pytest.raises(BenchmarkError, match=rf"P0003_0002\.json, row 0: .*{message}"):
-        load("vrsbench_referring", root)
+        load("vrsbench-referring", root)
 
 
 # DIOR-RSVG
 
 
 def test_dior_rsvg_counts_objects_over_files(root: Path) -> None:
-    MAKERS["dior_rsvg"](root)
-    first, second = load("dior_rsvg", root).samples
+    MAKERS["dior-rsvg"](root)
+    first, second = load("dior-rsvg", root).samples
     assert (first.id, first.question, first.group) == ("00001-0", "A large ship", "ship")
     assert (first.boxes, first.image_size) == (((0.0, 2.0, 60.0, 8.0),), (80, 40))
     assert (second.id, second.images) == ("00002-0", ("JPEGImages/00002.jpg",))
-    assert [sample.id for sample in load("dior_rsvg", root, "val").samples] == ["00001-1"]
+    assert [sample.id for sample in load("dior-rsvg", root, "val").samples] == ["00001-1"]
 
 
 @pytest.mark.parametrize(
@@ -561,10 +561,10 @@ def test_dior_rsvg_counts_objects_over_files(root: Path) -> None:
     ],
 )
 def test_dior_rsvg_lists_that_are_wrong(lines: str, message: str, root: Path) -> None:
-    MAKERS["dior_rsvg"](root)
+    MAKERS["dior-rsvg"](root)
     (root / "test.txt").write_text(lines)
     with pytest.raises(BenchmarkError, match=message):
-        load("dior_rsvg", root)
+        load("dior-rsvg", root)
 
 
 @pytest.mark.parametrize(
@@ -577,40 +577,40 @@ def test_dior_rsvg_lists_that_are_wrong(lines: str, message: str, root: Path) ->
     ],
 )
 def test_dior_rsvg_annotations_that_are_wrong(old: str, new: str, message: str, root: Path) -> None:
-    MAKERS["dior_rsvg"](root)
+    MAKERS["dior-rsvg"](root)
     path = root / "Annotations" / "00001.xml"
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(BenchmarkError, match=rf"00001\.xml.*{message}"):
-        load("dior_rsvg", root)
+        load("dior-rsvg", root)
 
 
 # VHM
 
 
 def test_vhm_lists(root: Path) -> None:
-    MAKERS["vhm_eval"](root)
-    scenes = load("vhm_eval", root, "cls_AID")
+    MAKERS["vhm-eval"](root)
+    scenes = load("vhm-eval", root, "cls_AID")
     assert scenes.class_names == ["airport", "bare land"]
     assert scenes.samples[1].references == ("bare land",) and scenes.samples[1].images == ("cls_AID/1.png",)
-    counts = load("vhm_eval", root, "counting_dota-test_open").samples
+    counts = load("vhm-eval", root, "counting_dota-test_open").samples
     assert [sample.references for sample in counts] == [("12",), ("7",)]
-    position = load("vhm_eval", root, "abspos_dota-test_mc").samples[0]
+    position = load("vhm-eval", root, "abspos_dota-test_mc").samples[0]
     assert position.choices == ("top left", "bottom right") and position.references == ("A",)
-    ship = load("vhm_eval", root, "VG_DOIR_RSVG_test").samples[0]
+    ship = load("vhm-eval", root, "VG_DOIR_RSVG_test").samples[0]
     assert ship.boxes == ((10.0, 2.0, 60.0, 8.0),) and ship.image_size == (80, 40)
 
 
 def test_vhm_lists_may_lie_in_the_folder_of_the_archive(root: Path) -> None:
     (root / "datasets_eval").mkdir()
-    MAKERS["vhm_eval"](root / "datasets_eval")
-    assert load("vhm_eval", root).samples[0].images == ("datasets_eval/cls_AID/0.png",)
+    MAKERS["vhm-eval"](root / "datasets_eval")
+    assert load("vhm-eval", root).samples[0].images == ("datasets_eval/cls_AID/0.png",)
 
 
 def test_vhm_lists_that_nothing_here_can_score(root: Path) -> None:
     assert not LISTS.keys() & WITHOUT_METRIC.keys()
     for split in WITHOUT_METRIC:
         with pytest.raises(BenchmarkError, match=f"{split} asks for .*no metric here scores that"):
-            load("vhm_eval", root, split)
+            load("vhm-eval", root, split)
 
 
 @pytest.mark.parametrize(
@@ -624,16 +624,16 @@ def test_vhm_lists_that_nothing_here_can_score(root: Path) -> None:
     ],
 )
 def test_vhm_rows_that_are_wrong(split: str, change, message: str, root: Path) -> None:
-    MAKERS["vhm_eval"](root)
+    MAKERS["vhm-eval"](root)
     edit_json(root / f"{split}.json", lambda content: change(content[1]))
     with pytest.raises(BenchmarkError, match=message):
-        load("vhm_eval", root, split)
+        load("vhm-eval", root, split)
 
 
 def test_a_list_where_an_object_is_expected(root: Path) -> None:
     write_json(root / "cls_AID.json", {"rows": []})
     with pytest.raises(BenchmarkError, match=r"cls_AID\.json holds a dict where a list is expected"):
-        load("vhm_eval", root)
+        load("vhm-eval", root)
 
 
 # Synthetic scenes

@@ -44,6 +44,7 @@ def load_benchmark(
     root: str | os.PathLike[str] | None,
     split: str | None = None,
     check_counts: bool = True,
+    check_images: bool = True,
     **options: Any,
 ) -> Benchmark:
     """Loads one split of a benchmark from disk, and checks that it is whole.
@@ -52,7 +53,8 @@ def load_benchmark(
         name: a key of `BENCHMARKS`.
         root: folder of its files (see docs/benchmarks.md); `None` only for `scenes`, which are then drawn.
         split: the official test split by default.
-        check_counts: `False` for a deliberate subset. Images must be there in any case.
+        check_counts: `False` for a deliberate subset.
+        check_images: `False` if missing images are no error yet.
         options: of the loader; `count` of `scenes`.
 
     Raises:
@@ -89,7 +91,7 @@ def load_benchmark(
             f"{name}: split {split!r} under {root} holds {found} samples, not the published {expected}. Figures would not "
             "be comparable with published ones. Complete the files, or set check_counts=False for a deliberate subset."
         )
-    if benchmark.root is not None:
+    if benchmark.root is not None and check_images:
         require_images(benchmark.root, (image for sample in benchmark.samples for image in sample.images))
     return benchmark
 
@@ -109,14 +111,14 @@ _VRSBENCH = "https://huggingface.co/datasets/xiang709/VRSBench"
 
 # docs/benchmarks.md says where each number comes from.
 BENCHMARKS: dict[str, BenchmarkInfo] = {
-    "rsvqa_lr": BenchmarkInfo(
+    "rsvqa-lr": BenchmarkInfo(
         partial(rsvqa.load_rsvqa, rsvqa.LOW_RESOLUTION),
         {"train": 57223, "val": 10005, "test": 10004},
         "test",
         ("vqa",),
         "https://zenodo.org/records/6344334",
     ),
-    "rsvqa_hr": BenchmarkInfo(
+    "rsvqa-hr": BenchmarkInfo(
         partial(rsvqa.load_rsvqa, rsvqa.HIGH_RESOLUTION),
         {"train": 625340, "val": 102843, "test": 222684, "test_phili": 105647},
         "test",
@@ -124,34 +126,34 @@ BENCHMARKS: dict[str, BenchmarkInfo] = {
         "https://zenodo.org/records/6344367",
     ),
     "aid": _folders(class_folders.AID, 10000, "https://captain-whu.github.io/AID/"),
-    "nwpu_resisc45": _folders(class_folders.NWPU_RESISC45, 31500, "https://gcheng-nwpu.github.io/#Datasets"),
-    "whu_rs19": _folders(class_folders.WHU_RS19, 1005, "https://captain-whu.github.io/BED4RS/"),
-    "siri_whu": _folders(class_folders.SIRI_WHU, 2400, "http://www.lmars.whu.edu.cn/prof_web/zhongyanfei/e-code.html"),
+    "nwpu-resisc45": _folders(class_folders.NWPU_RESISC45, 31500, "https://gcheng-nwpu.github.io/#Datasets"),
+    "whu-rs19": _folders(class_folders.WHU_RS19, 1005, "https://captain-whu.github.io/BED4RS/"),
+    "siri-whu": _folders(class_folders.SIRI_WHU, 2400, "http://www.lmars.whu.edu.cn/prof_web/zhongyanfei/e-code.html"),
     "eurosat": _folders(class_folders.EUROSAT, 27000, "https://github.com/phelber/EuroSAT"),
-    "uc_merced": _folders(class_folders.UC_MERCED, 2100, "http://weegee.vision.ucmerced.edu/datasets/landuse.html"),
-    "meter_ml": _folders(class_folders.METER_ML, None, "https://stanfordmlgroup.github.io/projects/meter-ml"),
+    "uc-merced": _folders(class_folders.UC_MERCED, 2100, "http://weegee.vision.ucmerced.edu/datasets/landuse.html"),
+    "meter-ml": _folders(class_folders.METER_ML, None, "https://stanfordmlgroup.github.io/projects/meter-ml"),
     "rsicd": _captions(karpathy_captions.RSICD, {"train": 8734, "val": 1094, "test": 1093}, _RSICD),
-    "sydney_captions": _captions(karpathy_captions.SYDNEY, {"train": None, "val": None, "test": 58}, _RSICD),
-    "ucm_captions": _captions(karpathy_captions.UCM, {"train": None, "val": None, "test": 210}, _RSICD),
+    "sydney-captions": _captions(karpathy_captions.SYDNEY, {"train": None, "val": None, "test": 58}, _RSICD),
+    "ucm-captions": _captions(karpathy_captions.UCM, {"train": None, "val": None, "test": 210}, _RSICD),
     "rsitmd": _captions(karpathy_captions.RSITMD, {"train": None, "test": None}, "https://github.com/xiaoyuan1996/AMFMN"),
-    "nwpu_captions": BenchmarkInfo(
+    "nwpu-captions": BenchmarkInfo(
         nwpu_captions.load_nwpu_captions,
         {"train": None, "val": None, "test": None},
         "test",
         ("captioning",),
         "https://github.com/HaiyanHuang98/NWPU-Captions",
     ),
-    "vrsbench_captions": BenchmarkInfo(vrsbench.load_captions, {"val": 9350}, "val", ("captioning",), _VRSBENCH),
-    "vrsbench_vqa": BenchmarkInfo(vrsbench.load_questions, {"val": 37409}, "val", ("vqa",), _VRSBENCH),
-    "vrsbench_referring": BenchmarkInfo(vrsbench.load_referring, {"val": 16159}, "val", ("grounding",), _VRSBENCH),
-    "dior_rsvg": BenchmarkInfo(
+    "vrsbench-captions": BenchmarkInfo(vrsbench.load_captions, {"val": 9350}, "val", ("captioning",), _VRSBENCH),
+    "vrsbench-vqa": BenchmarkInfo(vrsbench.load_questions, {"val": 37409}, "val", ("vqa",), _VRSBENCH),
+    "vrsbench-referring": BenchmarkInfo(vrsbench.load_referring, {"val": 16159}, "val", ("grounding",), _VRSBENCH),
+    "dior-rsvg": BenchmarkInfo(
         dior_rsvg.load_dior_rsvg,
         {"train": 26991, "val": 3829, "test": 7500},
         "test",
         ("grounding",),
         "https://github.com/ZhanYang-nwpu/RSVG-pytorch",
     ),
-    "vhm_eval": BenchmarkInfo(
+    "vhm-eval": BenchmarkInfo(
         vhm_eval.load_vhm_eval,
         dict.fromkeys(vhm_eval.LISTS),
         None,

@@ -28,6 +28,7 @@ class Sample:
         question: the question, the referring expression, or "" where the benchmark asks nothing in words.
         references: the class; the answers; the captions; the number in digits; () for grounding.
         group: the type of the question, or the class; figures are split by it.
+        template: the question without its nouns, where questions were made from templates: chance is taken for each.
         boxes: grounding only: [x1, y1, x2, y2], or the four corners of an oriented box in order, in pixels of the image as
             stored. As published: a few boxes of published benchmarks have no area.
         choices: options of a multiple-choice question, in order, without their letters.
@@ -40,6 +41,7 @@ class Sample:
     question: str
     references: tuple[str, ...]
     group: str = ""
+    template: str = ""
     boxes: tuple[tuple[float, ...], ...] = ()
     choices: tuple[str, ...] = ()
     image_size: tuple[int, int] | None = None
@@ -51,6 +53,7 @@ class Benchmark:
 
     Attributes:
         root: folder that names of images start from; `None` if there are no files.
+        complete_prompts: whether the questions say all that a model needs to know about the form of the answer.
         class_names: all classes that may be the answer, readable; empty where there are none.
         open_image: gives an image by its name where images are no files.
     """
@@ -61,6 +64,7 @@ class Benchmark:
     samples: list[Sample]
     class_names: list[str] = field(default_factory=list)
     open_image: Callable[[str], Image.Image] | None = None
+    complete_prompts: bool = False
 
     def read_image(self, name: str) -> Image.Image:
         """An image of a sample as RGB, upright as stored.

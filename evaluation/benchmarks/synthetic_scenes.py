@@ -8,6 +8,7 @@ from PIL import Image
 
 from ...scenes import CLASSES, Question, ask, draw
 from ...scenes.dataset import DatasetPlan
+from ...scenes.questions import template
 from .reading import read_text, take, take_box, take_text
 from .sample import Benchmark, BenchmarkError, Sample
 
@@ -28,14 +29,14 @@ def load_scenes(name: str, root: Path | None, split: str, check_counts: bool, co
         BenchmarkError: see `reading`.
     """
     if root is not None:
-        return Benchmark(name, split, root, _read(root / f"{split}.jsonl"), list(CLASSES))
+        return Benchmark(name, split, root, _read(root / f"{split}.jsonl"), list(CLASSES), complete_prompts=True)
     plan = DatasetPlan(split, count)
     samples = []
     for index in range(count):
         image = f"{split}-{index:07d}"
         for number, question in enumerate(ask(plan.scene(index), plan.tasks)):
             samples.append(_sample(f"{image}-{number}", (image,), question, plan.size))
-    return Benchmark(name, split, None, samples, list(CLASSES), functools.partial(_draw, plan))
+    return Benchmark(name, split, None, samples, list(CLASSES), functools.partial(_draw, plan), complete_prompts=True)
 
 
 def _draw(plan: DatasetPlan, image: str) -> Image.Image:
@@ -76,6 +77,7 @@ def _sample(sample_id: str, images: tuple[str, ...], question: Question, size: i
         question=question.text,
         references=() if grounding else (question.answer,),
         group=question.answer if question.task == "classification" else question.task,
+        template=template(question.text),
         boxes=tuple(question.boxes) if grounding else (),
         image_size=(size, size) if grounding else None,
     )

@@ -86,7 +86,7 @@ def load_vhm_eval(name: str, root: Path, split: str, check_counts: bool) -> Benc
         require_images(root, (sample.images[0] for sample in samples))
         samples = [replace(sample, image_size=read_size(root / sample.images[0])) for sample in samples]
     class_names = sorted({sample.references[0] for sample in samples}) if task == "classification" else []
-    return Benchmark(name, split, root, samples, class_names)
+    return Benchmark(name, split, root, samples, class_names, complete_prompts=True)
 
 
 def _conversation(row: Any, path: Path, number: int) -> tuple[str, str]:
