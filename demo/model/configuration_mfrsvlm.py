@@ -122,6 +122,8 @@ class MFRSVLMConfig(PreTrainedConfig):
             are projected to it (1024 by default).
         projector_hidden_act: activation between the two layers of the projector.
         multimodal_projector_bias: whether the layers of the projector have biases.
+        visual_position_embeddings: whether a learned embedding tells every visual token where it lies in the global view,
+            after the projector. For backbones: unlike the tokens of a ViT, their features hardly say it.
         canvas_scale: side of the canvas in global views.
         window_sizes: sides of the sliding windows, pixels, one scale each. Empty: no windows, global view only.
         window_overlap: share of a window that its neighbour covers again.
@@ -177,6 +179,7 @@ class MFRSVLMConfig(PreTrainedConfig):
     vision_feature_size: Derived = None
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = True
+    visual_position_embeddings: bool = False
 
     # Canvas, windows, detail stacks
     canvas_scale: int = 2

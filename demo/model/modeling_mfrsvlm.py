@@ -622,6 +622,8 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
                 }
             )
         self.multi_modal_projector = MFRSVLMMultiModalProjector(config)
+        if config.visual_position_embeddings:
+            self.visual_position_embedding = nn.Embedding(config.image_seq_length, config.text_config.hidden_size)
         decoder_class = DECODERS.get(config.text_config.model_type)
         if decoder_class is None:
             raise ValueError(
@@ -730,9 +732,12 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             stacks = self._detail_stacks(pixel_values_local.to(dtype), window_chunk_size)
             details = [list(self.multi_modal_projector(stack)) for stack in stacks]
 
+        visual = self.multi_modal_projector(visual)  # (N, T, D)
+        if config.visual_position_embeddings:
+            visual = visual + self.visual_position_embedding.weight
         return MFRSVLMImageFeatures(
             last_hidden_state=outputs.last_hidden_state if config.has_vit else outputs.feature_maps[-1],
-            pooler_output=list(self.multi_modal_projector(visual)),
+            pooler_output=list(visual),
             hidden_states=outputs.hidden_states if wanted else None,
             attentions=outputs.attentions,
             deepstack_features=details,
