@@ -17,7 +17,10 @@ def main() -> int:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        (run.run if args.command == "run" else report.report)(args)
+        if args.command == "report":
+            report.report(args)
+        elif run.run(args):  # on the first process
+            print(report.as_markdown(report.make_tables(report.read_summaries([args.output]))))
     except (ValueError, OSError) as error:
         # The user's to mend: told in a line. Anything else is a fault of the program and shows where it is.
         print(f"error: {error}", file=sys.stderr)

@@ -27,7 +27,8 @@ class Ours:
     """Strict: short prompts, exact answers (but for case, surrounding space and a full stop), COCO's caption metrics.
 
     Nothing but the answer is read to interpret the answer; an empty one is wrong. Boxes are asked for as
-    `[x_min, y_min, x_max, y_max]`, 0 to 1000 over the image's own sides.
+    `[x_min, y_min, x_max, y_max]`, 0 to 1000 over the image's own sides. Counts and areas of RSVQA are compared in the
+    published classes (up to 10, 100, 1000, more), as that benchmark defines them.
     """
 
     name = "ours"
@@ -105,7 +106,8 @@ class Ours:
 
     def _vqa(self, benchmark: Benchmark, samples: Sequence[Sample], answers: Sequence[str]) -> tuple[Any, ...]:
         types = [sample.group or "all" for sample in samples]
-        parsing = "letter" if any(sample.choices for sample in samples) else self.vqa_parsing
+        lettered = all(re.match(r"[A-E]\b", sample.references[0]) for sample in samples)
+        parsing = "letter" if lettered else self.vqa_parsing
         if benchmark.name.startswith("rsvqa"):
             settings = {"question_types": types, "parsing": parsing, "bins": benchmark.name.split("-")[1]}
             return "rsvqa_accuracy", list(answers), [sample.references[0] for sample in samples], settings

@@ -73,18 +73,26 @@ class Summary:
     revision: str | None  # of the weights: of the Hub, or a fingerprint
     limit: int | None
     missing_images: int
+    in_split: int  # samples that the files held
+    published: int | None  # and should have held
     results: dict[str, dict[Column, Cell]]  # by task
 
     @property
     def is_complete(self) -> bool:
         """Whether this is a result of the model on the whole split."""
-        return self.mode == "image" and self.limit is None and not self.missing_images
+        return self.mode == "image" and not self.shortcomings
 
     @property
     def mode_in_words(self) -> str:
+        return ", ".join([self.mode, *self.shortcomings])
+
+    @property
+    def shortcomings(self) -> list[str]:
+        """What keeps the run from being one on the whole split."""
         limit = [f"limit {self.limit}"] if self.limit is not None else []
         missing = [f"{self.missing_images} images missing"] if self.missing_images else []
-        return ", ".join([self.mode, *limit, *missing])
+        differs = self.published is not None and self.in_split != self.published
+        return [*limit, *missing, *([f"{self.in_split} of {self.published} samples"] if differs else [])]
 
     def __str__(self) -> str:
         return (
@@ -221,6 +229,8 @@ def read_summary(folder: Path) -> Summary:
             revision=fields["model"].get("revision") or fields["model"].get("fingerprint"),
             limit=fields["limit"],
             missing_images=fields["counts"]["missing_images"],
+            in_split=fields["counts"]["in_split"],
+            published=fields["counts"]["published"],
             results={
                 task: read_figures(figures, f"{path}, {task}", measured=True) for task, figures in fields["results"].items()
             },

@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .answering import Answer, Answerer, Prompt, fingerprint, load
-from .benchmarks import Benchmark, BenchmarkError, Sample, load_benchmark
+from .benchmarks import BENCHMARKS, Benchmark, BenchmarkError, Sample, load_benchmark
 from .chance import guesses
 from .metrics import load_metric
 from .protocols import PROTOCOLS, Ours
@@ -128,6 +128,8 @@ def run(args: Any) -> dict[str, Any]:
     summary = settings | {
         "counts": {
             "samples": len(samples),
+            "in_split": len(benchmark.samples),
+            "published": BENCHMARKS[benchmark.name].splits.get(benchmark.split),
             "images": len({name for sample in samples for name in sample.images}),
             "empty_answers": sum(not answer.text for answer in answers),
             "missing_images": len(missing),

@@ -70,13 +70,21 @@ def run(tmp_path):
             "model": model,
             "seed": 0,
             "limit": None,
-            "counts": {"samples": 200, "images": 100, "empty_answers": 0, "missing_images": 0},
+            "counts": {
+                "samples": 200,
+                "in_split": 200,
+                "published": 200,
+                "images": 100,
+                "empty_answers": 0,
+                "missing_images": 0,
+            },
             "results": results or {"vqa": VQA},
             "versions": {},
             "generation": {},
             "batch_size": 1,
             "seconds": 1.0,
         }
+        summary["counts"] |= fields.pop("counts", {})
         (folder / "summary.json").write_text(json.dumps(summary | fields))
         return folder
 
@@ -213,18 +221,20 @@ def test_only_whole_runs_on_images_look_like_results(run):
         run("blind", mode="blind"),
         run("whole"),
         run("holes", counts={"missing_images": 3}, model={"name": "org/holes"}),
+        run("subset", counts={"in_split": 40}, model={"name": "org/subset"}),
     ]
     table = rows(as_markdown(make_tables(read_summaries(folders))))[2:]
     assert [row[:2] for row in table] == [
         ["*org/big*", "*image, limit 50*"],
         ["*org/holes*", "*image, 3 images missing*"],
+        ["*org/subset*", "*image, 40 of 200 samples*"],
         ["org/tiny", "image"],
         ["*org/tiny*", "*blind*"],
         ["*chance*", "*chance*"],
     ]
-    assert [all(text.startswith("*") for text in row) for row in table] == [True, True, False, True, True]
+    assert [all(text.startswith("*") for text in row) for row in table] == [True, True, True, False, True, True]
     latex = as_latex(make_tables(read_summaries(folders)))
-    assert latex.count(r"\textit{91.2 [89.9, 92.4]}") == 4
+    assert latex.count(r"\textit{91.2 [89.9, 92.4]}") == 5
 
 
 def test_a_task_without_figures_is_an_empty_row(run):
@@ -479,7 +489,12 @@ def test_results_of_others_and_of_other_benchmarks_are_kept(run, card):
 
 
 @pytest.mark.parametrize(
-    "change, named", [({"limit": 50}, "limit 50"), ({"counts": {"missing_images": 2}}, "2 images missing")]
+    "change, named",
+    [
+        ({"limit": 50}, "limit 50"),
+        ({"counts": {"missing_images": 2}}, "2 images missing"),
+        ({"counts": {"in_split": 40}}, "40 of 200 samples"),
+    ],
 )
 def test_a_run_on_a_part_is_refused_by_name(run, card, change, named):
     before = (card / "README.md").read_bytes()

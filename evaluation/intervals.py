@@ -1,0 +1,52 @@
+"""Figures with their 95 % bootstrap intervals: how far a value could be off by the luck of which samples were asked.
+
+Scores of the same samples are drawn with replacement, as often as there are samples, and the value is taken again; the
+interval holds the middle 95 % of such values. A seed makes it repeat.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+
+QUANTILES = (0.025, 0.975)
+
+
+def mean_interval(scores: Sequence[float], seed: int = 0, draws: int = 2000) -> tuple[float, float, float]:
+    """Mean of the scores and its 95 % interval: (mean, low, high).
+
+    Raises:
+        ValueError: no scores, scores that are not finite, or no draws.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    if values.ndim != 1 or not values.size or not np.isfinite(values).all():
+        raise ValueError(f"scores must be a flat list of at least one finite number, got {str(scores)[:200]}.")
+    if draws < 1:
+        raise ValueError(f"draws={draws} must be at least 1.")
+    # How often each distinct score is drawn, instead of which ones: as exact, and small however many scores there are.
+    levels, counts = np.unique(values, return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(values.size, counts / values.size, size=draws)  # (draws, levels)
+    low, high = np.quantile(drawn @ levels / values.size, QUANTILES)
+    return float(values.mean()), float(low), float(high)
+
+
+def figure(scores: Sequence[float]) -> dict[str, Any]:
+    """The mean of one score a sample, as metrics report it: value, low, high and n."""
+    value, low, high = mean_interval(scores)
+    return {"value": value, "low": low, "high": high, "n": len(scores)}
+
+
+def corpus_figure(statistic: Callable[[np.ndarray], float], n: int, seed: int = 0, draws: int = 1000) -> dict[str, Any]:
+    """As `figure`, of a value that is no mean over samples, such as BLEU or a mean over classes.
+
+    Args:
+        statistic: the value, given how often each of the n samples is drawn, (n,) whole numbers that sum to n. NaN if such
+            a draw has no value; it is then left out.
+    """
+    if n < 1:
+        raise ValueError("There is no figure of no samples.")
+    rng = np.random.default_rng(seed)
+    values = [statistic(rng.multinomial(n, np.full(n, 1 / n))) for _ in range(draws)]
+    low, high = np.nanquantile(values, QUANTILES)
+    return {"value": float(statistic(np.ones(n, dtype=np.int64))), "low": float(low), "high": float(high), "n": n}
