@@ -16,6 +16,7 @@ import argparse
 import json
 import resource
 import time
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mfrsvlm.evaluation.intervals import mean_interval
 from mfrsvlm.experiments.dataset import SCENE_SIZE, SceneImages, plan
 from mfrsvlm.experiments.decoder import (
     Prompts,
@@ -41,7 +43,7 @@ from mfrsvlm.experiments.encoder import load_encoder, pretrain
 from mfrsvlm.experiments.geometry import make_config
 from mfrsvlm.modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from mfrsvlm.scenes import ask
-from mfrsvlm.scenes.scoring import accuracy_interval, chance, score
+from mfrsvlm.scenes.scoring import chance, score
 
 
 TASKS = ("classification", "presence", "count", "comparison", "position", "grounding")
@@ -74,7 +76,6 @@ class Arm:
 
 
 BOTH = Features()
-ENCODERS = ("resnet", "vit")
 DECODER_WIDTH = 128
 REFERENCE = "both, canvas from the original pixels"
 KEPT = ("global view only", REFERENCE)  # whose first model is saved, for `look_inside`
@@ -106,9 +107,9 @@ ARMS = {
 }
 
 
-def pretrain_encoders(work: Path, crowded_scenes: int, steps: int) -> None:
-    """Trains the encoders that have not been."""
-    for encoder in ENCODERS:
+def pretrain_encoders(encoders: Iterable[str], work: Path, crowded_scenes: int, steps: int) -> None:
+    """Trains those of the encoders that have not been."""
+    for encoder in encoders:
         path = work / f"encoder-{encoder}.pt"
         if not path.exists():
             pretrain(encoder, SceneImages(work / "scenes", "train", crowded_scenes, crowding=4), path, steps)
@@ -245,7 +246,8 @@ def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     wanted = [(name, seed) for seed in range(3) for name, arm in ARMS.items() if seed < arm.seeds]
     wanted = [each for each in wanted if each not in finished]
     start = time.perf_counter()
-    pretrain_encoders(work, args.crowded_scenes, args.encoder_steps)
+    encoders = dict.fromkeys(arm.features.encoder for arm in ARMS.values())
+    pretrain_encoders(encoders, work, args.crowded_scenes, args.encoder_steps)
     train_start(work, args.start_scenes, args.start_steps)
     counts = {"train": args.train_scenes, "test": args.test_scenes}
     for split, count in counts.items():
@@ -284,8 +286,8 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             {
                 "arm": name,
                 "seeds": len(runs),
-                "tasks": {task: accuracy_interval(values) for task, values in scores.items()},
-                "gain": {task: accuracy_interval(scores[task] - questions[REFERENCE][task]) for task in TASKS}
+                "tasks": {task: mean_interval(values) for task, values in scores.items()},
+                "gain": {task: mean_interval(scores[task] - questions[REFERENCE][task]) for task in TASKS}
                 if REFERENCE in questions
                 else {},
                 "spread": {task: float(np.ptp([np.mean(run["scores"][task]) for run in runs])) for task in TASKS},
@@ -360,7 +362,7 @@ def main() -> None:
     parser.add_argument("--train-scenes", type=int, default=1600)
     parser.add_argument("--test-scenes", type=int, default=400)
     parser.add_argument("--crowded-scenes", type=int, default=4000, help="of the encoders")
-    parser.add_argument("--encoder-steps", type=int, default=1400)
+    parser.add_argument("--encoder-steps", type=int, default=3000)
     parser.add_argument("--start-scenes", type=int, default=12000)
     parser.add_argument("--start-steps", type=int, default=600)
     parser.add_argument("--workers", type=int, default=2)

@@ -18,10 +18,11 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from mfrsvlm.evaluation.intervals import mean_interval
 from mfrsvlm.experiments.dataset import OBJECT_PIXELS, SCENE_SIZE, plan
 from mfrsvlm.modeling_mfrsvlm import MFRSVLMImageFeatures
 from mfrsvlm.scenes import TASKS, Question, ask, draw
-from mfrsvlm.scenes.scoring import accuracy_interval, caption_facts, chance, score
+from mfrsvlm.scenes.scoring import caption_facts, chance, score
 
 
 @torch.inference_mode()
@@ -84,7 +85,7 @@ def measure(model: Any, processor: Any, scenes: int, blind: bool = False, batch:
                 scores["caption facts"].append(caption_facts(question, text))
     result = {}
     for task, values in scores.items():
-        mean, low, high = accuracy_interval(values)
+        mean, low, high = mean_interval(values)
         result[task] = {"accuracy": mean, "low": low, "high": high, "n": len(values)}
         if task in marked and task != "grounding":  # a constant box may overlap without being equal
             result[task]["chance"] = chance(marked[task])

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from mfrsvlm.evaluation.intervals import mean_interval
 from mfrsvlm.experiments.dataset import CANVAS, SCENE_SIZE, VIEW, SceneImages, to_pixels
 from mfrsvlm.experiments.geometry import IMAGE_SIZE, PATCH_SIZE, make_config
 from mfrsvlm.modeling_mfrsvlm import MFRSVLMModel, resample_to_grid
 from mfrsvlm.scenes import CLASSES, KINDS, Scene
-from mfrsvlm.scenes.scoring import accuracy_interval
 
 
 # What the windows of the experiments look like: (share of batches, side of the crop, side when encoded). A crop as large
@@ -188,7 +188,7 @@ def measure_tokens(encoder: str, path: Path, work: Path, scenes: int) -> dict[st
                 if true:
                     right["count of present"].append(float(number == true))
             right["class"].append(float(list(CLASSES)[int(classes.mean(0).argmax())] == scene.scene_class))
-        result[view] = {name: accuracy_interval(values) for name, values in right.items()}
+        result[view] = {name: mean_interval(values) for name, values in right.items()}
     return result
 
 

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from mfrsvlm.evaluation.intervals import mean_interval
 from mfrsvlm.experiments.ablation import (
     ARMS,
     BOTH,
-    ENCODERS,
     REFERENCE,
     encode_both,
     encoder_passes,
@@ -34,11 +34,11 @@ from mfrsvlm.experiments.encoder import measure_tokens
 from mfrsvlm.experiments.geometry import make_config
 from mfrsvlm.experiments.look_inside import Estimate, probe, r_squared
 from mfrsvlm.scenes import KINDS, Scene
-from mfrsvlm.scenes.scoring import accuracy_interval
 
 
 # Objects below this length, in pixels of the canvas, count as small.
 SMALL = 6.0
+ENCODERS = ("resnet", "vit")
 SETS = {
     **{name: arm.features for name, arm in ARMS.items() if not name.startswith(("injected", "token", "cross"))},
     "ViT, both, canvas from the original pixels": replace(BOTH, encoder="vit"),
@@ -90,7 +90,7 @@ def measure(name: str, counts: dict[str, int], work: Path) -> dict[str, Any]:
     return {
         "r2": Estimate(score.value[:kinds].mean(), score.resampled[:, :kinds].mean(1)),
         "r2_small": Estimate(score.value[kinds:].mean(), score.resampled[:, kinds:].mean(1)),
-        "exact": accuracy_interval(right[present].astype(float).tolist()),
+        "exact": mean_interval(right[present].astype(float).tolist()),
         "encoder_passes": encoder_passes(config),
     }
 
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--encoder-steps", type=int, default=1400)
     args = parser.parse_args()
     counts = {"train": args.train_scenes, "test": args.test_scenes}
-    pretrain_encoders(args.work, args.crowded_scenes, args.encoder_steps)
+    pretrain_encoders(ENCODERS, args.work, args.crowded_scenes, args.encoder_steps)
     for features in dict.fromkeys(map(whole, SETS.values())):
         if not all(feature_file(features, split, count, args.work).exists() for split, count in counts.items()):
             encode_both(features, counts, args.work)

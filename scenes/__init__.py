@@ -6,7 +6,7 @@ model says, and `python -m mfrsvlm.scenes` writes images and the JSON that train
 
 from .drawing import CLASSES, KINDS, Scene, SceneObject, draw, plan_change, plan_scene, scene_seed
 from .questions import TASKS, Question, ask, ask_change
-from .scoring import accuracy_interval, caption_facts, iou, score
+from .scoring import caption_facts, iou, score
 
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "Question",
     "Scene",
     "SceneObject",
-    "accuracy_interval",
     "ask",
     "ask_change",
     "caption_facts",

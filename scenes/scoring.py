@@ -7,8 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-import numpy as np
-
 from ..processing_mfrsvlm import parse_boxes
 from .drawing import CLASSES, KINDS
 from .questions import BOX_SCALE, PLURALS, Box, Question, template
@@ -70,24 +68,6 @@ def chance(questions: Sequence[Question]) -> float:
     for question in questions:
         answers.setdefault(template(question.text), Counter())[question.answer] += 1
     return sum(max(counts.values()) for counts in answers.values()) / len(questions)
-
-
-def accuracy_interval(scores: Sequence[float], seed: int = 0, draws: int = 2000) -> tuple[float, float, float]:
-    """Mean of the scores and its 95 % interval from a bootstrap: (mean, low, high).
-
-    Raises:
-        ValueError: no scores, scores that are not finite, or no draws.
-    """
-    values = np.asarray(scores, dtype=np.float64)
-    if values.ndim != 1 or not values.size or not np.isfinite(values).all():
-        raise ValueError(f"scores must be a flat list of at least one finite number, got {str(scores)[:200]}.")
-    if draws < 1:
-        raise ValueError(f"draws={draws} must be at least 1.")
-    # How often each distinct score is drawn, instead of which ones: as exact, and small however many scores there are.
-    levels, counts = np.unique(values, return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(values.size, counts / values.size, size=draws)  # (draws, levels)
-    low, high = np.quantile(drawn @ levels / values.size, (0.025, 0.975))
-    return float(values.mean()), float(low), float(high)
 
 
 def _plain(answer: str) -> str:

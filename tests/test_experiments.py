@@ -4,22 +4,25 @@ import numpy as np
 import pytest
 import torch
 
-from mfrsvlm.experiments import ablation, box, readout
+from mfrsvlm.experiments import ablation, box, decoder, readout
 from mfrsvlm.experiments.accuracy import answer
 from mfrsvlm.experiments.dataset import CANVAS, canvas_and_view, plan
 from mfrsvlm.experiments.decoder import (
     Prompts,
     encode_scenes,
+    find_nouns,
     generate_answers,
     greedy_exact,
     make_processor,
     make_tokenizer,
     pack,
     packed_logits,
+    start_places,
     train_decoder,
 )
 from mfrsvlm.experiments.encoder import load_encoder, object_table, pretrain, token_targets
 from mfrsvlm.experiments.geometry import make_config
+from mfrsvlm.experiments.guidance import Guidance
 from mfrsvlm.modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from mfrsvlm.scenes import KINDS, ask, draw
 
@@ -117,6 +120,73 @@ def test_training_learns_and_exact_scores_are_those_of_generate(tokenizer, tmp_p
     for task, values in scores.items():
         generated = [float(a == q.answer) for (_, q), a in zip(questions, said, strict=True) if q.task == task]
         assert values == generated
+
+
+def test_nouns_are_found_at_their_last_token(tokenizer):
+    prompts = Prompts(make_processor(make_config(len(tokenizer) - 1), tokenizer))
+    rows = [[prompts.branch(question) for question in ask(scene)] for scene in SCENES]
+    packed = pack(rows, prompts.prefix, tokenizer.pad_token_id)
+    found = find_nouns(rows, len(prompts.prefix), [7, 3, 5, 9])
+    spoken = [noun for row in rows for branch in row for noun in decoder.NOUN.findall(branch.question.text)]
+    assert len(found) == len(spoken) > len(SCENES)
+    for (row, position, scene, kind), noun in zip(found.tolist(), spoken, strict=True):
+        text = tokenizer.decode(packed["input_ids"][row, position - 8 : position + 1])
+        assert text.endswith(noun) and list(KINDS)[kind] == list(KINDS)[decoder.NOUNS[noun]]
+        assert scene == [7, 3, 5, 9][row]
+
+
+def test_guidance_is_satisfied_by_attention_to_the_objects(tokenizer, tmp_path):
+    """Attention as it shall be has no loss, and what `Guidance` computes is what the attention layers do."""
+    model = make_model(tokenizer)
+    model.set_attn_implementation("eager")
+    prompts = Prompts(make_processor(model.config, tokenizer))
+    features = encode_scenes(model, Drawn(SCENES), tmp_path / "features.npy", "image")
+    rows = [[prompts.branch(question) for question in ask(scene)] for scene in SCENES]
+    packed = pack(rows, prompts.prefix, tokenizer.pad_token_id)
+    prefix, first = len(prompts.prefix), prompts.prefix.index(prompts.processor.image_token_id)
+    guidance = Guidance(model, SCENES, first, prefix)
+    weights = {}
+    for number, attention in guidance.layers.items():
+        attention.register_forward_hook(lambda module, args, output, number=number: weights.update({number: output[1]}))
+    with torch.no_grad():
+        packed_logits(model, packed, torch.from_numpy(np.array(features)).float())
+        nouns = find_nouns(rows, prefix, range(len(SCENES)))
+        losses = guidance(nouns)
+    expected = 0.0
+    for number in guidance.layers:
+        for row, position, scene, kind in nouns.tolist():
+            held = torch.zeros(prefix)
+            for name, x, y, *_ in object_table(SCENES[scene]):
+                if name == kind:
+                    held[first + int(y // 32) * 8 + int(x // 32)] += 1
+            for head, shares in enumerate((held.clone(), held.clone())):
+                if head == 0 or held.sum() == 0:
+                    shares[0] = 1
+                goal = shares / shares.sum()
+                seen = weights[number][row, head, position, :prefix]
+                seen = seen / seen.sum()  # what a noun attends to in its own branch is left out
+                expected += torch.nn.functional.kl_div(seen.log(), goal, reduction="sum").item() / len(nouns)
+    assert losses["attention"].item() == pytest.approx(expected, rel=1e-3)
+    assert set(losses) == set(decoder.GUIDANCE_WEIGHT) and all(value > 0 for value in losses.values())
+    guidance.stop()
+    guidance.heard.clear()
+    with torch.no_grad():
+        packed_logits(model, packed, torch.from_numpy(np.array(features)).float())
+    assert not guidance.heard
+
+
+def test_places_start_apart_and_as_large_as_the_visual_tokens(tokenizer, tmp_path):
+    model = make_model(tokenizer)
+    features = encode_scenes(model, Drawn(SCENES), tmp_path / "features.npy", "image")
+    start_places(model, features)
+    table = model.model.visual_position_embedding.weight.detach()  # (T, D)
+    with torch.no_grad():
+        visual = model.model.multi_modal_projector(torch.from_numpy(np.array(features[:, 0])).float())
+    assert table.pow(2).mean().sqrt() == pytest.approx(visual.std().item(), rel=0.05)
+    distances = torch.cdist(table, table) + torch.eye(len(table)) * 1e9
+    nearest = distances.argmin(1)  # next to it on the grid of 8 by 8, row by row
+    steps = (nearest - torch.arange(64)).abs()
+    assert set(steps.tolist()) <= {1, 8}
 
 
 def test_answers_with_one_encoding_are_those_of_the_ordinary_path(tokenizer):

@@ -20,7 +20,6 @@ from mfrsvlm.scenes import (
     Question,
     Scene,
     SceneObject,
-    accuracy_interval,
     ask,
     ask_change,
     caption_facts,
@@ -288,9 +287,6 @@ def test_change_is_seen_where_it_happened(scenes):
         (lambda: DatasetPlan("train", SCENES_PER_SPLIT + 1), f"{SCENES_PER_SPLIT - 1}"),
         (lambda: DatasetPlan("train", 4, tasks=()), r"tasks=\[\] and changes=0"),
         (lambda: DatasetPlan("train", 4, size=100), r"\(8.0, 16.0\).*6.25"),
-        (lambda: accuracy_interval([]), r"got \[\]"),
-        (lambda: accuracy_interval([1.0, float("nan")]), "nan"),
-        (lambda: accuracy_interval([1.0], draws=0), "draws=0"),
     ],
 )
 def test_bad_arguments_are_named(call, message):
@@ -426,18 +422,6 @@ def test_caption_facts():
         ("9" * 5000 + " ships", 0.0),
     ]:
         assert caption_facts(question, answer) == pytest.approx(expected), answer
-
-
-def test_accuracy_interval():
-    mean, low, high = accuracy_interval([0.0, 1.0] * 200)
-    assert mean == 0.5
-    assert low == pytest.approx(0.5 - 1.96 * 0.025, abs=0.006) and high == pytest.approx(0.5 + 1.96 * 0.025, abs=0.006)
-    assert accuracy_interval([0.0, 1.0] * 200) == (mean, low, high) != accuracy_interval([0.0, 1.0] * 200, seed=1)
-    assert accuracy_interval([1.0] * 5) == (1.0, 1.0, 1.0)
-    values = np.random.default_rng(0).random(500)
-    mean, low, high = accuracy_interval(values.tolist())
-    half = 1.96 * values.std() / len(values) ** 0.5
-    assert (mean, low, high) == pytest.approx((values.mean(), mean - half, mean + half), abs=0.004)
 
 
 def test_chance_is_the_best_guess_without_an_image(scenes):

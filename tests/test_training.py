@@ -258,13 +258,14 @@ def test_adapter_trains_the_decoder_and_loads_and_merges(start, tmp_path):
 
 
 def test_adapter_of_a_model_with_a_backbone(start, tmp_path):
-    """Its projections of stages are trained whole, one by one."""
+    """Its projections of stages are trained whole, one by one, and so are the places of its visual tokens."""
     from peft import PeftModel
 
-    folder = tiny_folder(tmp_path / "resnet", vision="resnet")
+    folder = tiny_folder(tmp_path / "resnet", vision="resnet", visual_position_embeddings=True)
     trainer = main([str(write_config((folder, start[1]), tmp_path, lora=True, lora_r=4, max_steps=2))])
     trained = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
     assert any("stage_projections.4.modules_to_save" in name for name in trained)
+    assert any("visual_position_embedding.modules_to_save" in name for name in trained)
     expected = logits_of(trainer.model, trainer.processing_class, start[1] / "1.png")
     adapter = PeftModel.from_pretrained(MFRSVLMForConditionalGeneration.from_pretrained(folder), tmp_path / "run")
     for model in (adapter, adapter.merge_and_unload()):

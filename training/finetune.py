@@ -30,7 +30,11 @@ logger = logging.getLogger("mfrsvlm.training.finetune")  # also where this file 
 # Linear layers of the decoder, and of nothing else: neither tower nor injectors.
 DECODER_LINEARS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 # Trained whole beside the adapter, as in every stage of the published training: they are small or new.
-SAVED_WHOLE = {"injectors": "injectors", "multi_modal_projector": "projector"}
+SAVED_WHOLE = {
+    "injectors": "injectors",
+    "multi_modal_projector": "projector",
+    "visual_position_embedding": "projector",
+}
 
 
 @dataclass
