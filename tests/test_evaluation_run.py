@@ -206,7 +206,8 @@ def test_missing_images_stop_the_run_or_count_as_wrong(model, data, tmp_path):
         runner.run(arguments(model, places, tmp_path / "stopped", "rsvqa-lr"))
     summary = runner.run(arguments(model, places, tmp_path / "out", "rsvqa-lr", "--missing-images", "wrong"))
     missed = [row for row in rows(tmp_path / "out") if any(gone.name in name for name in row["images"])]
-    assert summary["counts"] == {"samples": 4, "images": 2, "empty_answers": len(missed), "missing_images": 1}
+    counts = {"samples": 4, "in_split": 4, "published": 10004}
+    assert summary["counts"] == {**counts, "images": 2, "empty_answers": len(missed), "missing_images": 1}
     assert missed and all(row["score"] == 0 and row["raw"] == "" for row in missed)
     # A second run knows of them too.
     assert (
