@@ -42,7 +42,7 @@ MIX = {
 # Weight of a task's answer in the loss. An answer counts once, however many tokens it has, but for boxes and captions.
 ANSWER_WEIGHT = {"grounding": 4.0, "caption": 3.0}
 # Weights of the losses of `guidance`, beside that of the answers.
-GUIDANCE_WEIGHT = {"attention": 0.25, "counted": 0.5, "placed": 0.5, "boxed": 0.5}
+GUIDANCE_WEIGHT = {"seen": 0.25, "attention": 0.25, "counted": 0.5, "placed": 0.5, "boxed": 0.5}
 NOUNS = {noun: number for number, kind in enumerate(KINDS) for noun in (kind, PLURALS[kind])}
 NOUN = re.compile(rf"\b({'|'.join(sorted(NOUNS, key=len, reverse=True))})\b")
 
@@ -263,13 +263,13 @@ def pack(branches: list[list[Branch]], prefix: list[int], pad: int) -> dict[str,
     }
 
 
-def find_nouns(branches: list[list[Branch]], prefix: int, scenes: Sequence[int]) -> torch.Tensor:
-    """(n, 4): row of the batch, position, index of the scene, index of the kind, of every noun in packed branches."""
+def find_nouns(branches: list[list[Branch]], prefix: int) -> torch.Tensor:
+    """(n, 3): row of the batch, position and index of the kind of every noun in packed branches."""
     found = []
-    for sample, (row, scene) in enumerate(zip(branches, scenes, strict=True)):
+    for sample, row in enumerate(branches):
         at = prefix
         for branch in row:
-            found += [(sample, at + token, scene, kind) for token, kind in branch.nouns]
+            found += [(sample, at + token, kind) for token, kind in branch.nouns]
             at += len(branch.prompt) + len(branch.answer)
     return torch.tensor(found)
 
@@ -286,7 +286,7 @@ def packed_logits(
         use_cache=False,
     )
     asked = batch["labels"] != -100
-    return model.lm_head(outputs.last_hidden_state[asked]).float(), batch["labels"][asked], batch["weights"][asked]
+    return model.lm_head(outputs.last_hidden_state[asked]), batch["labels"][asked], batch["weights"][asked]
 
 
 def train_decoder(
@@ -300,6 +300,7 @@ def train_decoder(
     seed: int = 0,
     rounds: int = 4,
     mix: dict[str, int] = MIX,
+    bf16: bool = True,
 ) -> dict[str, float]:
     """Trains everything but the vision tower, guided by what is known of the scenes. Returns seconds and decoder tokens.
 
@@ -309,6 +310,7 @@ def train_decoder(
         batch: scenes a step.
         rounds: different sets of questions prepared for each scene.
         mix: how often each task is asked of a scene.
+        bf16: whether the decoder computes in bfloat16, from and to weights in float32.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -335,10 +337,11 @@ def train_decoder(
         states = torch.from_numpy(np.array(features[chosen])).float()
         for group in optimizer.param_groups:
             group["lr"] = peak * min((step + 1) / (0.03 * steps + 1), 0.5 * (1 + np.cos(np.pi * step / steps)) + 0.01)
-        logits, labels, weights = packed_logits(model, packed, states)
-        each = F.cross_entropy(logits, labels, reduction="none")
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits, labels, weights = packed_logits(model, packed, states)
+        each = F.cross_entropy(logits.float(), labels, reduction="none")
         loss = (each * weights).sum() / weights.sum()
-        guided = guidance(find_nouns(rows, len(prompts.prefix), chosen))
+        guided = guidance(chosen, find_nouns(rows, len(prompts.prefix)))
         loss = loss + sum(GUIDANCE_WEIGHT[name] * value for name, value in guided.items())
         optimizer.zero_grad()
         loss.backward()

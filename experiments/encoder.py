@@ -25,6 +25,8 @@ from mfrsvlm.scenes import CLASSES, KINDS, Scene
 # What the windows of the experiments look like: (share of batches, side of the crop, side when encoded). A crop as large
 # as the canvas is the global view.
 CROPS = ((0.4, 128, 128), (0.3, CANVAS, VIEW), (0.15, 64, 64), (0.15, 64, 128))
+# Weights of what the heads are asked.
+LOSS_WEIGHT = {"presence": 1.0, "count": 1.0, "box": 4.0, "class": 0.5, "place": 0.2}
 CHANNELS = 6  # a kind's outputs for a token: presence, count, and centre x, y, width, height in tokens
 
 
@@ -130,7 +132,6 @@ def pretrain(encoder: str, images: SceneImages, output: Path, steps: int, seed: 
     parameters = [*model.parameters(), *heads.parameters()]
     peak = 2e-3
     optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=0.02)
-    weights = {"presence": 1.0, "count": 1.0, "box": 4.0, "class": 0.5, "place": 0.2}
     start, running = time.perf_counter(), {}
     for step, (pixels, targets, classes) in enumerate(islice(batches(images, batch, seed), steps), start=1):
         for group in optimizer.param_groups:
@@ -138,7 +139,7 @@ def pretrain(encoder: str, images: SceneImages, output: Path, steps: int, seed: 
         total = torch.zeros(())
         for head, tokens in zip(heads, encode(model, pixels), strict=True):
             parts = losses(head, tokens, targets, classes)
-            total = total + sum(weights[name] * value for name, value in parts.items())
+            total = total + sum(LOSS_WEIGHT[name] * value for name, value in parts.items())
         optimizer.zero_grad()
         total.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -1,24 +1,26 @@
 """Teaches a decoder where to look: losses beside that of the answers, thrown away after training.
 
 From nothing, a decoder takes long to find out that the noun in a question stands for certain visual tokens, and learns
-nothing else about objects before. At every noun of a question, two heads of two layers are therefore shown which visual
-tokens hold such objects, and linear read-outs a little deeper ask how many there are and, of a single one, where.
+nothing else about objects before. Linear read-outs of the visual tokens therefore ask what stands there, as the encoder was
+asked. At every noun of a question, two heads of the same layers are shown which visual tokens hold such objects, and
+read-outs a little deeper ask how many there are and, of a single one, where.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import rotate_half
 
 from mfrsvlm.experiments.dataset import CANVAS
-from mfrsvlm.experiments.encoder import object_table, token_targets
-from mfrsvlm.scenes import KINDS, Scene
+from mfrsvlm.experiments.encoder import LOSS_WEIGHT, TokenHeads, losses, object_table, token_targets
+from mfrsvlm.scenes import CLASSES, KINDS, Scene
 
 
-ATTENTION_LAYERS, READ_LAYER = (2, 3), 4  # of six
+ATTENTION_LAYERS, READ_LAYER = (1, 2), 3  # of six
 NUM_COUNTS = 10
 BINS = 16  # along each side of the image
 
@@ -38,12 +40,13 @@ class Guidance(nn.Module):
         config = model.config
         width, side = config.text_config.hidden_size, config.tokens_per_side
         self.first, self.prefix = first, prefix
+        self.seen = nn.ModuleList(TokenHeads(width, side) for _ in ATTENTION_LAYERS)
         self.counted = nn.Linear(width, NUM_COUNTS)
         self.placed = nn.Linear(width, 2 * BINS)
         self.boxed = nn.Linear(width, 4)
         tables = [object_table(scene) for scene in scenes]
-        # (scenes, kinds, T): how many objects have their centre in each visual token
-        self.held = torch.stack([torch.from_numpy(token_targets(t, 0, 0, CANVAS, side)[:, :, 1]).T for t in tables])
+        self.targets = np.stack([token_targets(table, 0, 0, CANVAS, side) for table in tables])  # see `token_targets`
+        self.classes = torch.tensor([list(CLASSES).index(scene.scene_class) for scene in scenes])
         self.counts = torch.tensor([[scene.counts[kind] for kind in KINDS] for scene in scenes]).clamp(max=NUM_COUNTS - 1)
         self.boxes = torch.full((len(scenes), len(KINDS), 4), torch.nan)  # of single objects, in bins
         for boxes, counts, table in zip(self.boxes, self.counts, tables, strict=True):
@@ -70,16 +73,30 @@ class Guidance(nn.Module):
 
         return hook
 
-    def forward(self, nouns: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Losses of the forward pass just made, for nouns (n, 4): row of the batch, position, index of scene and of kind."""
-        rows, positions, scenes, kinds = nouns.unbind(1)
-        counts, boxes = self.counts[scenes, kinds], self.boxes[scenes, kinds]
+    def forward(self, scenes: Sequence[int], nouns: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Losses of the forward pass just made.
+
+        Args:
+            scenes: index of the scene of every row of the batch.
+            nouns: (n, 3) row of the batch, position and index of the kind of every noun.
+        """
+        rows, positions, kinds = nouns.unbind(1)
+        chosen = torch.as_tensor(scenes)
+        targets = torch.from_numpy(self.targets[scenes])  # (B, T, kinds, CHANNELS)
+        counts, boxes = self.counts[chosen[rows], kinds], self.boxes[chosen[rows], kinds]
+        seen = torch.zeros(())
+        for head, number in zip(self.seen, ATTENTION_LAYERS, strict=True):
+            visual = self.heard[number][0][:, self.first : self.first + targets.shape[1]]  # (B, T, D)
+            parts = losses(head, visual, targets, self.classes[chosen])
+            seen = seen + sum(LOSS_WEIGHT[name] * value for name, value in parts.items())
+        held = targets[rows, :, kinds, 1]  # (n, T): how many of the noun's objects have their centre in each visual token
         states = self.heard[READ_LAYER][0][rows, positions]  # (n, D)
         single = counts == 1
         x, y = ((boxes[single, :2] + boxes[single, 2:]) / 2).long().unbind(1)
         x_scores, y_scores = self.placed(states[single]).split(BINS, dim=1)
         return {
-            "attention": self._attention_loss(rows, positions, self.held[scenes, kinds]),
+            "seen": seen,
+            "attention": self._attention_loss(rows, positions, held),
             "counted": F.cross_entropy(self.counted(states), counts),
             "placed": (F.cross_entropy(x_scores, x) + F.cross_entropy(y_scores, y)) / 2,
             "boxed": F.l1_loss(self.boxed(states[single]), boxes[single]),
