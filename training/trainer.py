@@ -109,8 +109,8 @@ class ModalityLengthSampler(Sampler[int]):
 class MFRSVLMTrainingArguments(TrainingArguments):
     """Arguments of the `Trainer`, and freezing and learning rates of the parts.
 
-    The parts are the vision tower, the projector (with the stage projections and position embeddings of a backbone), the injectors, and the
-    decoder (with its embeddings and the language modelling head).
+    The parts are the vision tower, the projector (with the stage projections and position embeddings of a backbone), the
+    injectors, and the decoder (with its embeddings and the language modelling head).
     """
 
     freeze_vision_tower: bool = field(default=False, metadata={"help": "Leave the vision tower as it is."})
