@@ -120,7 +120,9 @@ def upstream(candidates: Captions, references: References) -> Result:
         for said, true in zip(candidates, references, strict=True)
     ]
     rouge = RougeScorer(["rougeL"], use_stemmer=True)
-    scores = [float(rouge.score_multi(true, said)["rougeL"].fmeasure) for said, true in zip(candidates, references, strict=True)]
+    scores = [
+        float(rouge.score_multi(true, said)["rougeL"].fmeasure) for said, true in zip(candidates, references, strict=True)
+    ]
     return {
         **{f"bleu_{n}": corpus_value(statistics, functools.partial(sacre_bleu, n=n)) for n in ORDERS},
         "meteor": figure(meteor),
