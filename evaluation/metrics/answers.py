@@ -54,7 +54,7 @@ class ClassReader:
             place, the longer one.
 
     Raises:
-        ValueError: no such rule, a name in which the rule leaves nothing, or two names that the rule cannot tell apart.
+        ValueError: a name that is no text or in which the rule leaves nothing, or two names that the rule cannot tell apart.
     """
 
     RULES = ("exact", "without_spaces", "contained", "first_mentioned")
@@ -64,6 +64,8 @@ class ClassReader:
         self.read_text = READERS.get(rule, tidy)
         self.names: dict[str, str] = {}
         for name in names:
+            if not isinstance(name, str):
+                raise ValueError(f"The class name {name!r} is no text.")
             key = self.read_text(name)
             if not key:
                 raise ValueError(f"The class name {name!r} is empty to the rule {rule!r}: rename it.")
