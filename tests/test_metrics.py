@@ -417,10 +417,8 @@ def test_answers_of_rsvqa(edition, kind, answer, truth, right, parsing):
 
 def test_a_number_is_no_part_of_a_number():
     """Where a part is enough, "1" would be right for "10", and "0" for any class."""
-    kinds = ["count"] * 3
-    found = compute(
-        "rsvqa_accuracy", ["1", "1", "0"], ["10", "31", "3"], question_types=kinds, bins="hr", parsing="contained"
-    )
+    settings = {"question_types": ["count"] * 3, "parsing": "contained"}
+    found = compute("rsvqa_accuracy", ["1", "1", "0"], ["10", "31", "3"], bins="hr", **settings)
     assert found["scores"] == [0.0, 0.0, 0.0]
     found = compute("rsvqa_accuracy", ["0", "10", "ye"], ["3", "12", "yes"], **settings)
     assert found["scores"] == [0.0, 0.0, 1.0]
