@@ -43,10 +43,11 @@ from mfrsvlm.experiments.encoder import load_encoder, pretrain
 from mfrsvlm.experiments.geometry import make_config
 from mfrsvlm.modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from mfrsvlm.scenes import ask
-from mfrsvlm.scenes.scoring import chance, score
+from mfrsvlm.scenes.scoring import chance, overlap, score
 
 
 TASKS = ("classification", "presence", "count", "comparison", "position", "grounding")
+MEASURES = (*TASKS, "mean IoU")  # of the boxes, which says more than their accuracy while most of them miss
 MIX = {"classification": 1, "presence": 3, "count": 4, "comparison": 3, "position": 2, "grounding": 1}
 
 
@@ -224,7 +225,9 @@ def run(name: str, seed: int, work: Path, steps: int, batch: int, counts: dict[s
     scores = greedy_exact(model, prompts, test.scenes, held_out, tasks=TASKS)
     boxes = [(i, q) for i, scene in enumerate(test.scenes) for q in ask(scene, ("grounding",))]
     answers = generate_answers(model, prompts, boxes, held_out)
-    scores["grounding"] = [score(q, answer, SCENE_SIZE) for (_, q), answer in zip(boxes, answers, strict=True)]
+    said = [(q, answer) for (_, q), answer in zip(boxes, answers, strict=True)]
+    scores["grounding"] = [score(q, answer, SCENE_SIZE) for q, answer in said]
+    scores["mean IoU"] = [overlap(q, answer, SCENE_SIZE) for q, answer in said]
     return {
         "arm": name,
         "seed": seed,
@@ -278,7 +281,7 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for name in ARMS:
         runs = [row["scores"] for row in rows if row["arm"] == name]
         if runs:
-            questions[name] = {task: np.mean([run[task] for run in runs], axis=0) for task in TASKS}
+            questions[name] = {task: np.mean([run[task] for run in runs], axis=0) for task in MEASURES}
     summary = []
     for name, scores in questions.items():
         runs = [row for row in rows if row["arm"] == name]
@@ -287,10 +290,10 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "arm": name,
                 "seeds": len(runs),
                 "tasks": {task: mean_interval(values) for task, values in scores.items()},
-                "gain": {task: mean_interval(scores[task] - questions[REFERENCE][task]) for task in TASKS}
+                "gain": {task: mean_interval(scores[task] - questions[REFERENCE][task]) for task in MEASURES}
                 if REFERENCE in questions
                 else {},
-                "spread": {task: float(np.ptp([np.mean(run["scores"][task]) for run in runs])) for task in TASKS},
+                "spread": {task: float(np.ptp([np.mean(run["scores"][task]) for run in runs])) for task in MEASURES},
                 "encoder_passes": runs[0]["encoder_passes"],
                 "decoder_tokens": runs[0]["decoder_tokens"],
                 "seconds": float(np.mean([run["seconds"] for run in runs])),
@@ -309,10 +312,10 @@ def guesses(test_scenes: int) -> dict[str, float]:
 def write_table(summary: list[dict[str, Any]], guessed: dict[str, float], path: Path) -> None:
     """Markdown: accuracy in per cent with the half width of its interval, and what the arm costs."""
     lines = [
-        "| arm | seeds | " + " | ".join(TASKS) + " | encoder passes | decoder tokens (M) | train s | peak GB |",
-        "|---" * (len(TASKS) + 6) + "|",
+        "| arm | seeds | " + " | ".join(MEASURES) + " | encoder passes | decoder tokens (M) | train s | peak GB |",
+        "|---" * (len(MEASURES) + 6) + "|",
     ]
-    cells = [f"{100 * guessed[task]:.1f}" if task in guessed else "-" for task in TASKS]
+    cells = [f"{100 * guessed[task]:.1f}" if task in guessed else "-" for task in MEASURES]
     lines.append("| chance | | " + " | ".join(cells) + " | | | | |")
     for row in summary:
         cells = [f"{100 * m:.1f} ± {50 * (high - low):.1f}" for m, low, high in row["tasks"].values()]
@@ -320,7 +323,7 @@ def write_table(summary: list[dict[str, Any]], guessed: dict[str, float], path: 
         cells += [f"{row['seconds']:.0f}", f"{row['peak_memory_gb']:.1f}"]
         lines.append(f"| {row['arm']} | {row['seeds']} | " + " | ".join(cells) + " |")
     lines += ["", f"Difference to “{REFERENCE}”, question by question, in points (95 % interval):", ""]
-    lines += ["| arm | " + " | ".join(TASKS) + " |", "|---" * (len(TASKS) + 1) + "|"]
+    lines += ["| arm | " + " | ".join(MEASURES) + " |", "|---" * (len(MEASURES) + 1) + "|"]
     for row in summary:
         if row["arm"] != REFERENCE and row["gain"]:
             cells = [f"{100 * m:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" for m, low, high in row["gain"].values()]
@@ -335,10 +338,11 @@ def write_plot(summary: list[dict[str, Any]], guessed: dict[str, float], path: P
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 3, figsize=(13, 9), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(2, 4, figsize=(15, 9), sharey=True, layout="constrained")
+    axes.flat[-1].set_axis_off()
     names = [f"{row['arm']} ({row['seeds']})" for row in summary]
     places = np.arange(len(names))[::-1]
-    for axis, task in zip(axes.flat, TASKS, strict=True):
+    for axis, task in zip(axes.flat, MEASURES, strict=False):
         means, lows, highs = (np.array(values) for values in zip(*(row["tasks"][task] for row in summary), strict=True))
         axis.errorbar(100 * means, places, xerr=100 * np.stack([means - lows, highs - means]), fmt="o", color="#1f5f8b")
         if task in guessed:
@@ -357,7 +361,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m mfrsvlm.experiments.ablation", description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, encoders, features and finished runs")
     parser.add_argument("--output", type=Path, required=True, help="folder for the table and the plot")
-    parser.add_argument("--steps", type=int, default=200, help="of every arm")
+    parser.add_argument("--steps", type=int, default=300, help="of every arm")
     parser.add_argument("--batch", type=int, default=12, help="scenes a step")
     parser.add_argument("--train-scenes", type=int, default=1600)
     parser.add_argument("--test-scenes", type=int, default=400)

@@ -32,6 +32,10 @@ from mfrsvlm.model_card.card import write_model_card
 from mfrsvlm.modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 
 
+# Boxes need to know which phase a feature came from, which the weights of whole stacks cannot say.
+ARCHITECTURE = {"routing": "token", "routing_size": 32, "injection_layers": [0, 1, 2, 3]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m mfrsvlm.experiments.box", description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, encoder and features (6 GB)")
@@ -39,7 +43,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=12000, help="training scenes")
     parser.add_argument("--crowded-scenes", type=int, default=4000, help="of the encoder")
     parser.add_argument("--encoder-steps", type=int, default=3000)
-    parser.add_argument("--steps", type=int, default=3600, help="of the decoder")
+    parser.add_argument("--steps", type=int, default=4000, help="of the decoder")
     parser.add_argument("--batch", type=int, default=12, help="scenes a step of the decoder")
     parser.add_argument("--test-scenes", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
@@ -66,7 +70,7 @@ def main() -> None:
     images = SceneImages(args.work / "scenes", "train", args.scenes)
     tokenizer = make_tokenizer(images.scenes[:500])
     torch.manual_seed(args.seed)
-    model = MFRSVLMForConditionalGeneration(make_config(len(tokenizer) - 1))
+    model = MFRSVLMForConditionalGeneration(make_config(len(tokenizer) - 1, **ARCHITECTURE))
     load_encoder(model.model, encoder)
     processor = make_processor(model.config, tokenizer)
     encoded = args.work / f"box-features-{args.scenes}.npy"

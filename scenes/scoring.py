@@ -32,13 +32,18 @@ def score(question: Question, answer: str, size: int) -> float:
         size: side of the drawn image, to which `question.boxes` refer.
     """
     if question.task == "grounding":
-        boxes = parse_boxes(answer, BOX_SCALE)
-        if not boxes:
-            return 0.0
-        left, top, right, bottom = (value * size / BOX_SCALE for value in boxes[0])
-        return float(iou((left, top, right, bottom), question.boxes[0]) >= IOU_THRESHOLD)
+        return float(overlap(question, answer, size) >= IOU_THRESHOLD)
     said = _plain(answer)
     return float(bool(said) and said == _plain(question.answer))
+
+
+def overlap(question: Question, answer: str, size: int) -> float:
+    """Intersection over union of the first box in a grounding answer and the true one; 0 without a box. See `score`."""
+    boxes = parse_boxes(answer, BOX_SCALE)
+    if not boxes:
+        return 0.0
+    left, top, right, bottom = (value * size / BOX_SCALE for value in boxes[0])
+    return iou((left, top, right, bottom), question.boxes[0])
 
 
 def iou(a: Box, b: Box) -> float:

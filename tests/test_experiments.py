@@ -280,7 +280,7 @@ def test_every_arm_is_a_valid_model():
 
 def test_summary_compares_question_by_question(tmp_path):
     rng = np.random.default_rng(0)
-    base = {task: (rng.random(200) < 0.5).astype(float).tolist() for task in ablation.TASKS}
+    base = {task: (rng.random(200) < 0.5).astype(float).tolist() for task in ablation.MEASURES}
     better = {task: np.maximum(values, rng.random(200) < 0.4).tolist() for task, values in base.items()}
     cost = {"encoder_passes": 1.0, "decoder_tokens": 10, "seconds": 1.0, "peak_memory_gb": 1.0}
     rows = [{"arm": ablation.REFERENCE, "seed": 0, "scores": base, **cost}]

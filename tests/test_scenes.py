@@ -33,7 +33,7 @@ from mfrsvlm.scenes import (
 from mfrsvlm.scenes.__main__ import main
 from mfrsvlm.scenes.dataset import DatasetPlan, write_dataset
 from mfrsvlm.scenes.drawing import SCENES_PER_SPLIT, SPLITS
-from mfrsvlm.scenes.scoring import chance
+from mfrsvlm.scenes.scoring import chance, overlap
 
 
 SMALL, SMALL_OBJECTS = 128, (2.0, 4.0)  # the default geometry at a quarter of its size: quick to plan
@@ -399,6 +399,8 @@ def test_boxes_score_by_their_overlap():
     assert [score(question, answer, 512) for answer in right] == [1.0] * 4
     wrong = ["[170, 100, 370, 200]", "[1, 1, 2, 2] [100, 100, 300, 200]", "100, 100, 300, 200", "[100, 100, 300]"]
     assert [score(question, answer, 512) for answer in wrong] == [0.0] * 4
+    overlaps = [overlap(question, answer, 512) for answer in (right[0], right[3], wrong[0], wrong[2])]
+    assert overlaps == pytest.approx([1, 150 / 250, 130 / 270, 0], abs=1e-6)
 
 
 def test_iou():
