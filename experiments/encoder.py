@@ -27,6 +27,7 @@ from mfrsvlm.scenes import CLASSES, KINDS, Scene
 CROPS = ((0.4, 128, 128), (0.3, CANVAS, VIEW), (0.15, 64, 64), (0.15, 64, 128))
 # Weights of what the heads are asked.
 LOSS_WEIGHT = {"presence": 1.0, "count": 1.0, "box": 4.0, "class": 0.5, "place": 0.2}
+ENCODER = ("vision_tower.", "stage_projections.")  # its parameters
 CHANNELS = 6  # a kind's outputs for a token: presence, count, and centre x, y, width, height in tokens
 
 
@@ -152,7 +153,8 @@ def pretrain(encoder: str, images: SceneImages, output: Path, steps: int, seed: 
                 flush=True,
             )
     output.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": model.state_dict(), "heads": heads.state_dict()}, output)
+    kept = {name: value for name, value in model.state_dict().items() if name.startswith(ENCODER)}
+    torch.save({"model": kept, "heads": heads.state_dict()}, output)
 
 
 @torch.inference_mode()
@@ -201,7 +203,7 @@ def load_encoder(model: MFRSVLMModel, path: Path) -> None:
     """
     state = torch.load(path, weights_only=True)["model"]
     missing, unexpected = model.load_state_dict(state, strict=False)
-    left_out = [name for name in missing if name.startswith(("vision_tower.", "stage_projections."))]
+    left_out = [name for name in missing if name.startswith(ENCODER)]
     if unexpected or left_out:
         raise RuntimeError(f"{path} does not fit the encoder: it lacks {left_out[:3]} and has {unexpected[:3]} too many.")
 
