@@ -44,10 +44,17 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was generated, without special tokens, and P(yes) against P(no) as its first word, where these differ."""
+    """What was generated.
+
+    Attributes:
+        text: without special tokens and the space around it.
+        yes_probability: P(yes) against P(no) as its first word; `None` where the tokenizer begins both alike.
+        cut_off: whether it was not at its end when the longest length was reached.
+    """
 
     text: str
     yes_probability: float | None = None
+    cut_off: bool = False
 
 
 def load(
@@ -73,11 +80,15 @@ def load(
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """Sixteen hex digits that change with the weights; up to 4,096 numbers of each tensor are read."""
+    """Sixteen hex digits that change with the weights: with the bits of any, and with the order of some.
+
+    All numbers of a tensor are folded into one where they lie, since 7B weights take long to fetch from a GPU and hash.
+    """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
+        folded = torch.hash_tensor(tensor).item() if tensor.numel() else 0
         some = tensor.flatten()[:: max(1, tensor.numel() // 4096)]
-        digest.update(f"{name}{tuple(tensor.shape)}".encode() + some.double().cpu().numpy().tobytes())
+        digest.update(f"{name}{tuple(tensor.shape)}{folded}".encode() + some.double().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -85,11 +96,11 @@ class Answerer:
     """Puts questions to one model, greedily.
 
     Args:
-        model: an image-text-to-text model in eval mode, on its device.
+        model: an image-text-to-text model in eval mode, on its device. Its settings for generation are replaced.
         processor: its processor, with a chat template.
         max_new_tokens: length of an answer at most.
-        share: whether to encode an image once for all its questions. The first image is then described both ways, and where
-            the words differ every question is processed on its own.
+        share: whether to encode an image once for all its questions. A picture is then described both ways first, and where
+            that differs every question is processed on its own.
     """
 
     def __init__(self, model: Any, processor: Any, max_new_tokens: int, share: bool = True) -> None:
@@ -97,16 +108,17 @@ class Answerer:
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        # Explicit, because what is left out would be taken from the model's own settings: sampling, penalties, beams.
+        ends = model.generation_config.eos_token_id
+        self.ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
         self.generation = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
             bos_token_id=model.generation_config.bos_token_id,
-            eos_token_id=model.generation_config.eos_token_id,
+            eos_token_id=ends,
             pad_token_id=self.tokenizer.pad_token_id,
         )
+        # What a call leaves open is taken from the model: sampling, beams, penalties, words that are suppressed.
+        self.model.generation_config = self.generation
         self.share = share and "mm_encoder_outputs" in inspect.signature(model.forward).parameters
         if share and not self.share:
             logger.warning("%s takes no encoded images: every question is processed on its own.", type(model).__name__)
@@ -126,7 +138,7 @@ class Answerer:
         if not self.share or not any(groups):
             return seen
         if not self.checked:
-            self._check_sharing(next(group for group in groups if group))
+            self._check_sharing()
         return self._share(groups, prompts) if self.share else seen
 
     @torch.inference_mode()
@@ -141,8 +153,14 @@ class Answerer:
         tokens = self.model.generate(
             **inputs, generation_config=self.generation, logits_processor=LogitsProcessorList([first])
         )
-        said = self.processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [Answer(text.strip(), p) for text, p in zip(said, first.yes_probabilities, strict=True)]
+        tokens = tokens[:, inputs["input_ids"].shape[1] :]
+        said = self.processor.batch_decode(tokens, skip_special_tokens=True)
+        # A row that came to its end earlier than others is filled up.
+        ended = self.ends | {self.generation.pad_token_id}
+        cut_off = [
+            tokens.shape[1] == self.generation.max_new_tokens and last not in ended for last in tokens[:, -1].tolist()
+        ]
+        return [Answer(t.strip(), p, cut) for t, p, cut in zip(said, first.yes_probabilities, cut_off, strict=True)]
 
     def _conversation(self, prompt: Prompt, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
         content = [{"type": "image", "image": image} for image in images]
@@ -242,21 +260,54 @@ class Answerer:
         bos = self.tokenizer.bos_token
         return self.tokenizer(widened, add_special_tokens=not (bos and widened.startswith(bos))).input_ids
 
-    def _check_sharing(self, images: Sequence[Image.Image]) -> None:
+    def _check_sharing(self) -> None:
+        """Describes a picture both ways. It is always the same one, so that every part of a run decides alike."""
         self.checked = True
+        picture = [Image.radial_gradient("L").resize((96, 64)).convert("RGB")]
         prompts = [Prompt("Describe this image.", 0), Prompt("Is this an image of a city?", 0)]
-        plain, seen = self._plain_inputs(prompts, [images]), self._share([images], prompts)
-        width = plain["input_ids"].shape[1]
-        rows = self.tokenizer.pad({"input_ids": [seen.ids[prompt] for prompt in prompts]}, return_tensors="pt")["input_ids"]
-        same = rows.shape[1] == width and torch.equal(plain["input_ids"].cpu(), rows)
-        said = [[answer.text for answer in self._generate(inputs)] for inputs in (plain, self._shared_inputs(prompts, seen))]
-        if not same or said[0] != said[1]:
+        plain = self._plain_inputs(prompts, [picture])
+        try:
+            seen = self._share([picture], prompts)
+            rows = self.tokenizer.pad({"input_ids": [seen.ids[prompt] for prompt in prompts]}, return_tensors="pt")
+            if torch.equal(plain["input_ids"].cpu(), rows["input_ids"]):
+                together = self._words_to_come(plain)
+                alone = [row for p in prompts for row in self._words_to_come(self._plain_inputs([p], [picture]))]
+                distance = apart(together, self._words_to_come(self._shared_inputs(prompts, seen)))
+                rounding = apart(together, alone)
+                self.share = distance <= max(1e-3, 5 * rounding)
+                reason = f"the words to come are {distance:.2g} apart, and {rounding:.2g} by rounding"
+            else:
+                self.share, reason = False, "the prompts differ"
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            self.share, reason = False, f"{type(error).__name__}: {error}"  # a family that wants more than features
+        if not self.share:
             logger.warning(
                 "%s does not answer about encoded images as it does about pixels (%s): every question is processed alone.",
                 type(self.model).__name__,
-                "the answers differ" if same else "the prompts differ",
+                reason,
             )
-            self.share = False
+
+    def _words_to_come(self, inputs: dict[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The first words of each answer, (T,), and how likely all words were there, (T, V)."""
+        length = {"max_new_tokens": min(8, self.generation.max_new_tokens), "return_dict_in_generate": True}
+        outputs = self.model.generate(**inputs, **length, output_logits=True)
+        said = outputs.sequences[:, inputs["input_ids"].shape[1] :]
+        return list(zip(said, torch.stack(outputs.logits, dim=1).float().softmax(-1), strict=True))
+
+
+def apart(some: Sequence[tuple[torch.Tensor, torch.Tensor]], others: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """How far apart two ways to answer are: total variation of the words to come, at most.
+
+    Words are compared for as long as both have said the same. Which ones are said would not do: two that are as good as
+    equally likely change places by rounding.
+    """
+    largest = 0.0
+    for (said, chances), (also_said, also_chances) in zip(some, others, strict=True):
+        steps = min(len(said), len(also_said))
+        same = int((said[:steps] == also_said[:steps]).int().cumprod(0).sum())
+        compared = slice(0, min(same + 1, steps))
+        largest = max(largest, float((chances[compared] - also_chances[compared]).abs().sum(-1).max()) / 2)
+    return largest
 
 
 @dataclass(frozen=True)
