@@ -37,21 +37,22 @@ def java_command(*arguments: str) -> list[str]:
 def tokenize(captions: Sequence[str]) -> list[str]:
     """Words of each caption as the Penn Treebank splits them, in lower case and without punctuation, joined by spaces.
 
+    Whether a full stop belongs to the word before it may depend on the next caption. So that all comes out as published,
+    references and predictions are given apart, each in their order. Brackets are words, "-lrb-" and "-rrb-", as published.
+
     Raises:
         OSError: there is no Java, or it failed.
     """
     # Every kind of line break becomes a space, since a line is a caption.
-    lines = list(dict.fromkeys(" ".join(caption.split()) for caption in captions))
+    lines = [" ".join(caption.split()) for caption in captions]
     command = java_command("-cp", str(TOKENIZER), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase")
-    done = subprocess.run(command, input="\n".join(lines) + "\n", capture_output=True, encoding="utf-8")
+    done = subprocess.run(command, input="\n".join(lines), capture_output=True, encoding="utf-8")
     found = done.stdout.removesuffix("\n").split("\n")
+    while len(found) < len(lines) and not lines[len(found)]:
+        found.append("")  # blank lines at the end
     if done.returncode or len(found) != len(lines):
         raise OSError(f"The tokenizer gave {len(found)} lines for {len(lines)} captions: {done.stderr.strip()[-500:]}")
-    words = {
-        line: " ".join(word for word in split.split() if word not in PUNCTUATIONS)
-        for line, split in zip(lines, found, strict=True)
-    }
-    return [words[" ".join(caption.split())] for caption in captions]
+    return [" ".join(word for word in line.split() if word not in PUNCTUATIONS) for line in found]
 
 
 class Meteor:
@@ -87,11 +88,17 @@ class Meteor:
     def statistics(self, candidate: str, references: Sequence[str]) -> list[float]:
         """What METEOR counts in a caption, beside the reference that suits it best: 23 numbers that add up over captions.
 
+        They add up as METEOR adds them: a caption that is all of the reference in its order has no chunk.
+
         Args:
             candidate: words joined by spaces; the references likewise.
         """
         texts = [text.replace("|", " ") for text in (*references, candidate)]
-        return [float(number) for number in self.ask("SCORE", *texts).split()]
+        numbers = [float(number) for number in self.ask("SCORE", *texts).split()]
+        said, true, (chunks, said_matched, true_matched) = numbers[0], numbers[1], numbers[20:]
+        if chunks == 1 and said_matched == said and true_matched == true:
+            numbers[20] = 0.0
+        return numbers
 
     def value(self, statistics: np.ndarray) -> float:
         """METEOR from the sum of the statistics of captions."""

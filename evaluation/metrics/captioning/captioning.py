@@ -38,8 +38,8 @@ class Captioning(CheckedMetric):
             punctuation; F1 of ROUGE-L by `rouge_score`, on stems, the best reference.
 
     Synonyms of the METEOR by `nltk` are taken from the WordNet 3.0 that comes with METEOR 1.5, so that nothing has to be
-    downloaded. `nltk` itself would also look up the base form of an inflected word, which rarely matters, since words with
-    the same stem are paired before synonyms are looked for.
+    downloaded. Its own reader of WordNet would also look up the base form of an inflected word, which rarely matters, since
+    words with the same stem are paired before synonyms are looked for.
 
     BLEU, and the METEOR of `coco`, are taken over all captions together; ROUGE-L, CIDEr and the METEOR of `upstream` are
     means over captions. A caption without a word scores 0 and is never left out.
@@ -63,9 +63,8 @@ class Captioning(CheckedMetric):
             scores: ROUGE-L of each caption, which does not depend on the other samples.
         """
         self.one_of("variant", variant, VARIANTS)
-        texts = [text for group in references for text in group]
-        words = SPLITTERS[variant]([*predictions, *texts])
-        candidates, split = words[: len(predictions)], iter(words[len(predictions) :])
+        candidates = SPLITTERS[variant](predictions)
+        split = iter(SPLITTERS[variant]([text for group in references for text in group]))
         truths = [[next(split) for _ in group] for group in references]
         for index, group in enumerate(truths):
             if not any(group):
