@@ -26,8 +26,13 @@ def mean_interval(scores: Sequence[float], seed: int = 0, draws: int = 2000) -> 
         raise ValueError(f"draws={draws} must be at least 1.")
     # How often each distinct score is drawn, instead of which ones: as exact, and small however many scores there are.
     levels, counts = np.unique(values, return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(values.size, counts / values.size, size=draws)  # (draws, levels)
-    low, high = np.quantile(drawn @ levels / values.size, QUANTILES)
+    rng, means = np.random.default_rng(seed), np.empty(draws)
+    block = max(1, 2**22 // levels.size)  # of draws that are held at once
+    for start in range(0, draws, block):
+        part = means[start : start + block]
+        drawn = rng.multinomial(values.size, counts / values.size, size=part.size)  # (block, levels)
+        part[:] = drawn @ levels / values.size
+    low, high = np.quantile(means, QUANTILES)
     return float(values.mean()), float(low), float(high)
 
 
