@@ -15,6 +15,7 @@ from mfrsvlm.processing_mfrsvlm import parse_boxes
 
 from .benchmarks import Benchmark, Sample
 from .metrics import load_metric
+from .metrics.coco_java import java_command
 
 
 Box = tuple[float, ...]  # x1, y1, x2, y2, or four corners, in pixels of the image as it is stored
@@ -41,7 +42,12 @@ class Ours:
     # Splits other than a benchmark's default.
     splits: dict[str, str] = {}
 
-    def keeps(self, sample: Sample) -> bool:
+    def check(self, samples: Sequence[Sample]) -> None:
+        """Raises OSError if these samples could not be scored, before hours are spent on asking them."""
+        if self.captions == "coco" and any(sample.task == "captioning" for sample in samples):
+            java_command()
+
+    def keeps(self, sample: Sample, benchmark: Benchmark) -> bool:
         """Whether the protocol asks this question at all."""
         return True
 
@@ -139,6 +145,8 @@ class OursWithoutJava(Ours):
 class Upstream(Ours):
     """The scripts published with MF-RSVLM: their prompts, 64 tokens, sacrebleu and NLTK for captions, IoU 0.5 and 0.75.
 
+    Instruction tuning used the literal tags `{IT}`, `{VQA}` and `{VG}`; of these, only boxes are asked for with theirs.
+
     Corrected: the published scripts look at the reference answers before they score, which is left out here, and swap width
     and height where they scale boxes, which matters on images that are not square.
     """
@@ -168,41 +176,36 @@ class RSEvalKit(Ours):
     """RSEvalKit, of the authors of VHM: a tag before every question, images padded to a square, 512 tokens.
 
     An answer is right if, in lower case and without spaces, it is contained in the reference; multiple choice goes by the
-    first letter; boxes are 0 to 1000 over the padded square.
+    first letter; boxes are 0 to 1000 over the image's own sides, not those of the square. The tag follows the list:
+    `{IDK}` where the thing asked for may not be there, `{IT}` where there is no tag of its own.
 
-    Corrected: an empty answer, contained in everything, was right and is wrong here. A fault that stays, because it is the
+    Corrected: an empty answer, contained in everything, was right and is wrong here; width and height were swapped where
+    boxes are scaled; the tag of boxes was `{IT}`, since the script looked for another name of that task; the letter of a
+    multiple choice was the first of A to E anywhere, so that "Answer: B" was A. A fault that stays, because it is the
     definition: "a" is contained in "baseball field".
+
+    Otherwise than published: the lists on presence and colour are marked by the rule above, where the kit looks for yes and
+    no, or for the reference, within the answer; counts by that rule too, where it has their mean absolute error.
     """
 
     name = "rsevalkit"
     max_new_tokens = 512
     class_parsing = "contained"
     vqa_parsing = "contained"
-    tags = {"classification": "{CLS}", "vqa": "{VQA}", "counting": "{VQA}", "grounding": "{VG}", "captioning": "{IT}"}
+    tags = {"classification": "{CLS}", "vqa": "{VQA}", "counting": "{IT}", "grounding": "{VG}", "captioning": "{IT}"}
 
     def prompt(self, sample: Sample, benchmark: Benchmark) -> str:
         text = super().prompt(sample, benchmark)
-        # Lists made for this kit carry their tags, {IDK} among them, which marks questions that have no answer.
-        return text if re.match(r"\{[A-Z]+\} ", text) else f"{self.tags[sample.task]} {text}"
+        tag = self.tags[sample.task]
+        if benchmark.name == "vhm-eval" and sample.task == "vqa" and "RSVQA" not in benchmark.split:
+            tag = "{IDK}" if sample.group in ("presence", "color", "position", "relative position") else "{IT}"
+        return text if re.match(r"\{[A-Z]+\} ", text) else f"{tag} {text}"
 
     def prepare_image(self, image: Image.Image) -> Image.Image:
         side = max(image.size)
         square = Image.new("RGB", (side, side), tuple(int(255 * value) for value in (0.48145466, 0.4578275, 0.40821073)))
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return square
-
-    def read_boxes(self, text: str, size: tuple[int, int]) -> list[Box]:
-        left, top, side = padding(size)
-        offsets = (left, top) * 2
-        return [
-            tuple(value * side / 1000 - offset for value, offset in zip(box, offsets, strict=True))
-            for box in parse_boxes(text, 1000)
-        ]
-
-    def write_box(self, box: Box, size: tuple[int, int]) -> str:
-        left, top, side = padding(size)
-        x1, y1, x2, y2 = bounds(box)
-        return super().write_box((x1 + left, y1 + top, x2 + left, y2 + top), (side, side))
 
     def _counting(self, benchmark: Benchmark, samples: Sequence[Sample], answers: Sequence[str]) -> tuple[Any, ...]:
         return super()._vqa(benchmark, samples, answers)
@@ -222,8 +225,8 @@ class GeoChat(Ours):
     vqa_parsing = "without_spaces"
     splits = {"rsvqa-hr": "test_phili"}
 
-    def keeps(self, sample: Sample) -> bool:
-        return not (sample.task == "vqa" and sample.group in ("count", "area"))
+    def keeps(self, sample: Sample, benchmark: Benchmark) -> bool:
+        return not (benchmark.name.startswith("rsvqa") and sample.group in ("count", "area"))
 
     def classification_prompt(self, question: str, class_names: Sequence[str]) -> str:
         instruction = "Classify the image from the following classes. Answer in one word or a short phrase."
@@ -269,13 +272,6 @@ class VRSBench(Ours):
 def bounds(box: Sequence[float]) -> Box:
     """The upright box around four corners; an upright box as it is."""
     return (min(box[0::2]), min(box[1::2]), max(box[0::2]), max(box[1::2]))
-
-
-def padding(size: tuple[int, int]) -> tuple[int, int, int]:
-    """Left and top margin and side of the square that an image of (width, height) is centred on, in pixels."""
-    width, height = size
-    side = max(size)
-    return (side - width) // 2, (side - height) // 2, side
 
 
 def read_angled_boxes(text: str, size: tuple[int, int]) -> list[Box]:

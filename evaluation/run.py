@@ -5,18 +5,21 @@ batch by batch; a second run asks only the batches whose answers are not there, 
 have, so that it ends with the same files.
 """
 
+import hashlib
 import json
 import logging
 import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
@@ -31,6 +34,11 @@ from .protocols import PROTOCOLS, Ours
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+# Packages that a figure may depend on.
+PACKAGES = (
+    "mfrsvlm", "transformers", "tokenizers", "torch", "numpy", "pillow", "accelerate", "evaluate", "pycocoevalcap",
+    "sacrebleu", "rouge_score", "nltk", "shapely",
+)  # fmt: skip
 Batch = list[int]  # indices of samples
 
 
@@ -38,6 +46,7 @@ def add_arguments(parser: Any) -> None:
     asked = parser.add_argument_group("what is measured")
     asked.add_argument("--model", help="folder or Hub id of an image-text-to-text model")
     asked.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    asked.add_argument("--name", help="what reports call the model; default: its Hub id, or the name of its folder")
     asked.add_argument("--benchmark", required=True, help="see docs/benchmarks.md")
     asked.add_argument("--data", type=Path, help="folder of the benchmark")
     asked.add_argument("--split", help="default: the one the protocol names, else the benchmark's test split")
@@ -80,15 +89,19 @@ def run(args: Any) -> dict[str, Any]:
         check_counts=not args.allow_count_mismatch,
         check_images=args.missing_images == "error" and not args.blind and not args.baseline,
     )
-    samples = [sample for sample in benchmark.samples if protocol.keeps(sample)]
+    samples = [sample for sample in benchmark.samples if protocol.keeps(sample, benchmark)]
     if not samples:
         raise ValueError(f"Protocol {protocol.name} asks nothing of {benchmark.name} {benchmark.split}.")
-    if args.limit is not None and args.limit < len(samples):
-        chosen = np.sort(np.random.default_rng(args.seed).choice(len(samples), args.limit, replace=False))
+    limit = args.limit if args.limit is not None and args.limit < len(samples) else None
+    if limit is not None:
+        chosen = np.sort(np.random.default_rng(args.seed).choice(len(samples), limit, replace=False))
         samples = [samples[index] for index in chosen]
+    protocol.check(samples)
 
-    state = PartialState()
+    # Without `cpu`, processes on CPUs would not know of each other. One that is done waits for the slowest, however long.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
     start = time.perf_counter()
+    prompts = [protocol.prompt(sample, benchmark) for sample in samples]
     settings: dict[str, Any] = {
         "format": FORMAT,
         "benchmark": benchmark.name,
@@ -96,27 +109,27 @@ def run(args: Any) -> dict[str, Any]:
         "protocol": protocol.name,
         "mode": args.baseline or ("blind" if args.blind else "image"),
         "seed": args.seed,
-        "limit": args.limit,
+        "limit": limit,
         "batch_size": args.batch_size,
         "images_per_chunk": args.images_per_chunk,
+        "sharing": not args.no_sharing,
+        "questions": digest([[s.id, s.images, p] for s, p in zip(samples, prompts, strict=True)]),
     }
-    prompts = [protocol.prompt(sample, benchmark) for sample in samples]
     if args.baseline:
         settings |= {"model": {"name": "chance"}, "generation": {}}
         claim_folder(args.output, settings, state)
-        answers = [Answer(text) for text in guesses(samples, protocol)]
+        answers = [Answer(text) for text in guesses(benchmark, samples, protocol)] if state.is_main_process else []
         missing: set[str] = set()
     else:
         model, processor = load(args.model, args.revision, args.dtype, state.device, args.trust_remote_code)
         answerer = Answerer(model, processor, protocol.max_new_tokens, share=not args.no_sharing)
-        settings["model"] = describe_model(args.model, model)
+        settings["model"] = describe_model(args.model, args.name, model, processor)
         settings["generation"] = {"max_new_tokens": protocol.max_new_tokens, "do_sample": False}
         claim_folder(args.output, settings, state)
         reader = ImageReader(benchmark, protocol, args.missing_images)
         answers = answer_all(answerer, samples, prompts, reader, args, state)
         missing = missing_images(args.output)
     if not state.is_main_process:
-        state.wait_for_everyone()
         return {}
 
     results, parsed, scores = score(protocol, benchmark, samples, answers)
@@ -132,26 +145,32 @@ def run(args: Any) -> dict[str, Any]:
             "published": BENCHMARKS[benchmark.name].splits.get(benchmark.split),
             "images": len({name for sample in samples for name in sample.images}),
             "empty_answers": sum(not answer.text for answer in answers),
+            "cut_off_answers": sum(answer.cut_off for answer in answers),
             "missing_images": len(missing),
         },
         "results": results,
-        "versions": {name: version(name) for name in ("mfrsvlm", "transformers", "torch", "evaluate")}
-        | {"python": platform.python_version()},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "device": torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else state.device.type,
         "processes": state.num_processes,
         "seconds": round(time.perf_counter() - start, 1),
     }
     write_whole(args.output / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
-    state.wait_for_everyone()
     return summary
 
 
-def describe_model(name: str, model: Any) -> dict[str, Any]:
-    path = Path(name)
+def digest(content: Any) -> str:
+    """Sixteen hex digits that change with anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def describe_model(source: str, name: str | None, model: Any, processor: Any) -> dict[str, Any]:
+    path = Path(source)
     return {
         # Not the whole path of a folder, which means nothing on another machine.
-        "name": path.resolve().name if path.is_dir() else name,
+        "name": name or (path.resolve().name if path.is_dir() else source),
         "revision": getattr(model.config, "_commit_hash", None),
         "fingerprint": fingerprint(model),
+        "chat_template": digest(processor.chat_template),
         "architecture": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -164,7 +183,7 @@ def claim_folder(output: Path, settings: dict[str, Any], state: PartialState) ->
     if state.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            foreign = sorted(entry.name for entry in output.iterdir())
+            foreign = sorted(entry.name for entry in output.iterdir() if entry.name != f".{path.name}.partial")
             if foreign:
                 raise ValueError(f"{output} holds {foreign[:5]} but no run: choose an empty folder.")
             write_whole(path, json.dumps(settings, indent=1) + "\n")
@@ -207,15 +226,18 @@ class ImageReader:
     def __init__(self, benchmark: Benchmark, protocol: Ours, missing: str) -> None:
         self.benchmark, self.protocol, self.missing = benchmark, protocol, missing
 
-    def read(self, names: Sequence[str]) -> list[Image.Image] | None:
-        """The images, or `None` if one of them is missing and counts as wrong."""
-        try:
-            return [self.protocol.prepare_image(self.benchmark.read_image(name)) for name in names]
-        except BenchmarkError as error:
-            if self.missing == "error":
-                raise
-            logger.warning("counted as wrong: %s", error)
-            return None
+    def read(self, names: Sequence[str]) -> tuple[list[Image.Image], list[str]]:
+        """The images, and the names of those that cannot be read, whose questions count as wrong."""
+        images, missing = [], []
+        for name in names:
+            try:
+                images.append(self.protocol.prepare_image(self.benchmark.read_image(name)))
+            except BenchmarkError as error:
+                if self.missing == "error":
+                    raise
+                logger.warning("counted as wrong: %s", error)
+                missing.append(name)
+        return images, missing
 
 
 def answer_all(
@@ -231,13 +253,14 @@ def answer_all(
     done = read_answers(args.output, samples)
     state.wait_for_everyone()  # before anybody writes, so that all agree on what is done
     bar = tqdm(total=len(samples), initial=len(done), unit="question", disable=not state.is_main_process, smoothing=0.05)
-    with (args.output / f"answers-{state.process_index}.jsonl").open("a", encoding="utf-8") as log:
-        for chunk in plan[state.process_index :: state.num_processes]:
-            left = [batch for batch in chunk if not all(samples[index].id in done for index in batch)]
-            if left:
-                answer_chunk(answerer, samples, prompts, reader, args.blind, chunk, left, log)
-            # The bar speaks of all processes, which are about as fast as this one.
-            bar.update(min(sum(map(len, left)) * state.num_processes, bar.total - bar.n))
+    log = args.output / f"answers-{state.process_index}.jsonl"
+    log.touch()
+    for chunk in plan[state.process_index :: state.num_processes]:
+        left = [batch for batch in chunk if not all(samples[index].id in done for index in batch)]
+        if left:
+            answer_chunk(answerer, samples, prompts, reader, args.blind, chunk, left, log)
+        # The bar speaks of all processes, which are about as fast as this one.
+        bar.update(min(sum(map(len, left)) * state.num_processes, bar.total - bar.n))
     bar.close()
     state.wait_for_everyone()
     if not state.is_main_process:
@@ -254,36 +277,54 @@ def answer_chunk(
     blind: bool,
     chunk: Sequence[Batch],
     left: Sequence[Batch],
-    log: Any,
+    log: Path,
 ) -> None:
     """Answers what is left of a chunk. All of its images are encoded, in the company they always have."""
     images: list[list[Image.Image]] = []
-    groups: dict[tuple[str, ...], int | None] = {}
-    for index in (index for batch in chunk for index in batch):
-        names = samples[index].images
-        if names not in groups and not blind:
-            found = reader.read(names)
-            groups[names] = None if found is None else len(images)
-            images += [] if found is None else [found]
+    groups: dict[tuple[str, ...], int] = {}
+    missing: dict[tuple[str, ...], list[str]] = {}
+    for names in [] if blind else dict.fromkeys(samples[index].images for batch in chunk for index in batch):
+        found, lacking = reader.read(names)
+        if lacking:
+            missing[names] = lacking
+        else:
+            groups[names] = len(images)
+            images.append(found)
     asked = {
         index: Prompt(prompts[index], groups.get(samples[index].images))
         for batch in chunk
         for index in batch
-        if blind or groups[samples[index].images] is not None
+        if samples[index].images not in missing
     }
     seen = answerer.look(images, list(asked.values()))
     for batch in left:
         visible = [index for index in batch if index in asked]
         said = dict(zip(visible, answerer.answer([asked[i] for i in visible], seen), strict=True)) if visible else {}
-        lines = []
+        rows = []
         for index in batch:
-            row: dict[str, Any] = {"id": samples[index].id, "missing": sorted(samples[index].images)}
+            row: dict[str, Any] = {"id": samples[index].id}
             if index in said:
-                row = {"id": samples[index].id, "raw": said[index].text, "yes": said[index].yes_probability}
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-        log.write("".join(lines))
-        log.flush()
-        os.fsync(log.fileno())
+                row |= {"raw": said[index].text, "yes": said[index].yes_probability, "cut_off": said[index].cut_off}
+            else:
+                row["missing"] = missing[samples[index].images]
+            rows.append(row)
+        append_rows(log, rows)
+
+
+def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Adds lines to a file, on the disk when this returns.
+
+    Raises:
+        OSError: naming the file; the lines may be there in part.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        text = f"{error.strerror}, so answers are missing in {path}; free some space and run again, which goes on from there"
+        raise OSError(error.errno, text) from error
 
 
 def read_rows(output: Path) -> Iterator[dict[str, Any]]:
@@ -293,7 +334,8 @@ def read_rows(output: Path) -> Iterator[dict[str, Any]]:
             text = text[: text.rfind(b"\n") + 1]
             with path.open("r+b") as file:
                 file.truncate(len(text))
-        for line in text.decode("utf-8").splitlines():
+        # Not `splitlines`, which would also split at line breaks that JSON leaves as they are, such as U+2028.
+        for line in text.decode("utf-8").split("\n")[:-1]:
             yield json.loads(line)
 
 
@@ -306,7 +348,7 @@ def read_answers(output: Path, samples: Sequence[Sample]) -> dict[str, Answer]:
             raise ValueError(
                 f"{output} holds an answer to {row['id']!r}, which this run does not ask: choose another folder."
             )
-        answers[row["id"]] = Answer(row.get("raw", ""), row.get("yes"))
+        answers[row["id"]] = Answer(row.get("raw", ""), row.get("yes"), row.get("cut_off", False))
     return answers
 
 
@@ -327,22 +369,25 @@ def score(
         results[task], read, values = protocol.score(benchmark, task, [samples[index] for index in chosen], said)
         for index, one, value in zip(chosen, read, values, strict=True):
             parsed[index], scores[index] = one, value
-    sure = [
-        (answer.yes_probability, sample.references[0].lower())
-        for sample, answer in zip(samples, answers, strict=True)
-        if sample.references and sample.references[0].lower() in ("yes", "no") and answer.yes_probability is not None
-    ]
-    if sure:
-        probabilities, references = map(list, zip(*sure, strict=True))
+    asked = [(sample.references[0].lower(), a) for sample, a in zip(samples, answers, strict=True) if is_yes_no(sample)]
+    if any(answer.yes_probability is not None for _, answer in asked):
+        references = [reference for reference, _ in asked]
+        # Where the image is missing, there is none; it counts as not knowing.
+        probabilities = [0.5 if answer.yes_probability is None else answer.yes_probability for _, answer in asked]
         figures = load_metric("yes_no_calibration").compute(predictions=probabilities, references=references)
         results["calibration"] = {name: value for name, value in figures.items() if name not in ("parsed", "scores")}
     return results, parsed, scores
 
 
+def is_yes_no(sample: Sample) -> bool:
+    return bool(sample.references) and sample.references[0].lower() in ("yes", "no")
+
+
 def prediction(sample: Sample, prompt: str, answer: Answer, parsed: Any, score: float) -> dict[str, Any]:
     truth = {"boxes": sample.boxes} if sample.task == "grounding" else {"references": sample.references}
     row = {"id": sample.id, "task": sample.task, "group": sample.group, "images": sample.images, "prompt": prompt, **truth}
-    return row | {"raw": answer.text, "parsed": parsed, "score": score}
+    row |= {"raw": answer.text, "cut_off": answer.cut_off, "parsed": parsed, "score": score}
+    return row | ({"yes_probability": answer.yes_probability} if is_yes_no(sample) else {})
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -3,10 +3,11 @@
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
+from PIL import Image
 from tiny_benchmarks import MAKERS
 
 from mfrsvlm.evaluation.answering import Answer
-from mfrsvlm.evaluation.benchmarks import BENCHMARKS, load_benchmark
+from mfrsvlm.evaluation.benchmarks import BENCHMARKS, Benchmark, Sample, load_benchmark
 from mfrsvlm.evaluation.chance import guesses
 from mfrsvlm.evaluation.protocols import PROTOCOLS, read_angled_boxes, turned
 from mfrsvlm.evaluation.run import score
@@ -33,7 +34,7 @@ def load(tmp_path_factory):
 
 def outcome(protocol, benchmark, answers):
     """Scores of answers, without captions, which are no matter of right and wrong."""
-    chosen = [i for i, s in enumerate(benchmark.samples) if s.task != "captioning" and protocol.keeps(s)]
+    chosen = [i for i, s in enumerate(benchmark.samples) if s.task != "captioning" and protocol.keeps(s, benchmark)]
     samples = [benchmark.samples[index] for index in chosen]
     return score(protocol, benchmark, samples, [Answer(answers[index]) for index in chosen])
 
@@ -66,7 +67,7 @@ def test_prompts_hold_the_question_and_nothing_of_the_answer(load, name, protoco
 
 def test_the_published_prompts(load):
     """Word for word, as the protocols are known by them."""
-    rsvqa, aid, dior = load("rsvqa-lr"), load("aid"), load("dior-rsvg")
+    rsvqa, aid, dior, vrsbench = load("rsvqa-lr"), load("aid"), load("dior-rsvg"), load("vrsbench-captions")
     question, expression = rsvqa.samples[0].question, dior.samples[0].question
     said = {name: protocol().prompt(rsvqa.samples[0], rsvqa) for name, protocol in PROTOCOLS.items()}
     assert said["upstream"] == f"Answer the question based on the remote sensing image.\nQuestion: {question}\nAnswer:"
@@ -77,8 +78,8 @@ def test_the_published_prompts(load):
         f"{{VG}} {expression} Answer with bounding box coordinates [x_min, y_min, x_max, y_max] "
         "scaled to 0-1000 (inclusive)."
     )
-    assert said["geochat"] == f"[refer] Give me the location of <p> {expression} </p>"
-    assert said["rsevalkit"].startswith("{VG} ")
+    assert said["geochat"] == said["vrsbench"] == f"[refer] Give me the location of <p> {expression} </p>"
+    assert said["rsevalkit"].startswith(f"{{VG}} Give the bounding box of {expression} ")
     assert PROTOCOLS["rsevalkit"]().prompt(aid.samples[0], aid).startswith("{CLS} ")
     assert (
         PROTOCOLS["geochat"]()
@@ -89,12 +90,44 @@ def test_the_published_prompts(load):
     assert PROTOCOLS["upstream"]().prompt(captions.samples[0], captions) == (
         "Please provide a detailed caption for the remote sensing image."
     )
+    assert PROTOCOLS["rsevalkit"]().prompt(captions.samples[0], captions).startswith("{IT} ")
+    assert PROTOCOLS["vrsbench"]().prompt(vrsbench.samples[0], vrsbench) == "Describe the image in detail."
+
+
+def test_lengths_thresholds_and_caption_metrics():
+    facts = {
+        name: (protocol.max_new_tokens, protocol.thresholds, protocol.captions, protocol.vqa_parsing, protocol.class_parsing)
+        for name, protocol in PROTOCOLS.items()
+    }
+    assert facts == {
+        "ours": (128, (0.5, 0.7), "coco", "exact", "exact"),
+        "ours-without-java": (128, (0.5, 0.7), "coco_without_java", "exact", "exact"),
+        "upstream": (64, (0.5, 0.75), "upstream", "exact", "exact"),
+        "rsevalkit": (512, (0.5, 0.7), "coco", "contained", "contained"),
+        "geochat": (128, (0.5, 0.7), "coco", "without_spaces", "without_spaces"),
+        "vrsbench": (128, (0.5, 0.7), "coco", "exact", "exact"),
+    }
+    assert PROTOCOLS["geochat"].splits == {"rsvqa-hr": "test_phili"}
+
+
+def test_a_protocol_without_java_says_so_before_it_asks(load, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    captions, questions = load("rsicd").samples, load("rsvqa-lr").samples
+    for protocol in PROTOCOLS.values():
+        protocol().check(questions)
+        if protocol.captions == "coco":
+            with pytest.raises(OSError, match=r"Java.*ours-without-java"):
+                protocol().check(captions)
+        else:
+            protocol().check(captions)
 
 
 def test_geochat_asks_neither_counts_nor_areas(load):
     protocol = PROTOCOLS["geochat"]()
-    asked = [s.group for name in ("rsvqa-lr", "rsvqa-hr") for s in load(name).samples if protocol.keeps(s)]
+    asked = [s.group for name in ("rsvqa-lr", "rsvqa-hr") for s in load(name).samples if protocol.keeps(s, load(name))]
     assert asked and not {"count", "area"} & set(asked)
+    scenes = load("scenes")  # whose "area" is whether it is rural or urban
+    assert all(protocol.keeps(sample, scenes) for sample in scenes.samples)
 
 
 @settings(max_examples=200, deadline=None)
@@ -108,10 +141,34 @@ def test_boxes_survive_their_wording(width, height, corners, name):
     assert box == pytest.approx((x1, y1, x2, y2), abs=0.00051 * max(width, height))
 
 
-def test_boxes_on_the_padded_square():
-    """An image of 100 by 50 lies between 25 and 75 of the square: its upper left corner is at a quarter of the height."""
+def test_boxes_of_rsevalkit_are_over_the_sides_of_the_image():
+    """As its script scales them, though the model sees a square; but width by width, which it swaps with the height."""
     protocol = PROTOCOLS["rsevalkit"]()
-    assert protocol.read_boxes("[0, 250, 1000, 750]", (100, 50)) == [pytest.approx((0, 0, 100, 50))]
+    assert protocol.read_boxes("[0, 0, 1000, 500]", (100, 50)) == [pytest.approx((0, 0, 100, 25))]
+
+
+def test_images_of_rsevalkit_are_padded_to_a_square():
+    square = PROTOCOLS["rsevalkit"]().prepare_image(Image.new("RGB", (100, 50), (255, 0, 0)))
+    assert square.size == (100, 100)
+    assert [square.getpixel((50, y)) for y in (24, 25, 74, 75)] == [
+        (122, 116, 104), (255, 0, 0), (255, 0, 0), (122, 116, 104)
+    ]  # fmt: skip
+
+
+TAGS = {
+    "cls_AID": "{CLS}",
+    "RSVQA_LR-rural_urban_RSVQA": "{VQA}",
+    "VG_DOIR_RSVG_test": "{VG}",
+    "abspos_dota-test_mc": "{IDK}",
+    "counting_dota-test_open": "{IT}",
+}
+
+
+@pytest.mark.parametrize("split", TAGS)
+def test_tags_of_rsevalkit(split, load):
+    benchmark = load_benchmark("vhm-eval", load("vhm-eval").root, split)
+    for sample in benchmark.samples:
+        assert PROTOCOLS["rsevalkit"]().prompt(sample, benchmark) == f"{TAGS[split]} {sample.question}"
 
 
 def test_angled_boxes():
@@ -141,7 +198,7 @@ def test_oriented_boxes_survive_their_wording(angle, width, height):
 def test_chance_is_the_most_frequent_answer_of_each_template(load):
     benchmark = load("scenes")
     protocol = PROTOCOLS["ours-without-java"]()
-    said = guesses(benchmark.samples, protocol)
+    said = guesses(benchmark, benchmark.samples, protocol)
     by_template = {}
     for sample, guess in zip(benchmark.samples, said, strict=True):
         if sample.task not in ("grounding", "captioning"):
@@ -154,3 +211,28 @@ def test_chance_is_the_most_frequent_answer_of_each_template(load):
         protocol.read_boxes(g, s.image_size) for s, g in zip(benchmark.samples, said, strict=True) if s.task == "grounding"
     ]
     assert boxes and all(len(found) == 1 for found in boxes)
+
+
+def test_chance_counts_answers_that_are_read_alike_together():
+    """0 is the most frequent count, but more counts are of the class from 1 to 10, which is what is compared."""
+    counts = [0, 0, 0, 3, 3, 5, 7, 8]
+    samples = [Sample(str(i), ("a",), "vqa", "How many?", (str(n),), "count") for i, n in enumerate(counts)]
+    benchmark, protocol = Benchmark("rsvqa-lr", "test", None, samples), PROTOCOLS["ours"]()
+    said = guesses(benchmark, samples, protocol)
+    assert set(said) == {"3"}
+    assert sum(score(protocol, benchmark, samples, [Answer(text) for text in said])[2]) == 5
+
+
+def test_calibration_counts_a_missing_image_as_not_knowing():
+    samples = [Sample(str(i), ("a",), "vqa", "Is it?", (text,), "presence") for i, text in enumerate(("yes", "no", "Yes"))]
+    samples.append(Sample("3", ("a",), "vqa", "What?", ("urban",), "rural_urban"))
+    benchmark, protocol = Benchmark("rsvqa-lr", "test", None, samples), PROTOCOLS["ours"]()
+    answers = [Answer("yes", 0.9), Answer("no", 0.2), Answer(""), Answer("yes", 0.9)]
+    figures = score(protocol, benchmark, samples, answers)[0]["calibration"]
+    assert {name: (round(figure["value"], 6), figure["n"]) for name, figure in figures.items()} == {
+        "ece": (pytest.approx((0.1 + 0.2 + 0.5) / 3, abs=1e-6), 3),
+        "brier": (pytest.approx((0.01 + 0.04 + 0.25) / 3, abs=1e-6), 3),
+        "accuracy": (pytest.approx(2 / 3, abs=1e-6), 3),
+    }
+    unknown = [Answer(answer.text) for answer in answers]  # a tokenizer that begins yes and no alike
+    assert "calibration" not in score(protocol, benchmark, samples, unknown)[0]

@@ -4,6 +4,7 @@ import argparse
 import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,12 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_benchmarks import MAKERS
+import torch
+from tiny_benchmarks import MAKERS, edit_json
 from tiny_peers import tiny_llava, tiny_qwen2_vl
 from tiny_training import tiny_folder
 
 from mfrsvlm.evaluation import run as runner
-from mfrsvlm.evaluation.answering import Answer, Answerer
+from mfrsvlm.evaluation.__main__ import main
+from mfrsvlm.evaluation.answering import Answer, Answerer, fingerprint, load
 from mfrsvlm.evaluation.benchmarks import BenchmarkError
 
 
@@ -48,7 +51,7 @@ def arguments(model, data, output, benchmark="scenes", *more):
 
 
 def rows(output):
-    return [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (output / "predictions.jsonl").read_text().split("\n")[:-1]]
 
 
 def same_for_all_runs(output):
@@ -75,7 +78,23 @@ def test_a_run_writes_every_question_with_its_score(model, data, tmp_path):
         if main:
             assert figures[main]["value"] == pytest.approx(sum(scored) / len(scored)) and figures[main]["n"] == len(scored)
             assert figures[main]["low"] <= figures[main]["value"] <= figures[main]["high"]
-    assert all({"prompt", "raw", "parsed", "score"} <= row.keys() for row in found)
+    keys = {"id", "task", "group", "images", "prompt", "raw", "cut_off", "parsed", "score"}
+    assert all(keys <= row.keys() and ("references" in row) != ("boxes" in row) for row in found)
+    yes_no = [row for row in found if row.get("references") in (["yes"], ["no"])]
+    assert yes_no and all("yes_probability" in row for row in yes_no)
+    assert summary["counts"]["cut_off_answers"] == sum(row["cut_off"] for row in found)
+
+
+def test_a_summary_says_what_was_measured_with_what(model, data, tmp_path):
+    summary = runner.run(arguments(model, data, tmp_path / "out", "scenes", "--name", "My model", "--limit", "999"))
+    weights = load(str(model))[0]
+    assert summary["model"]["name"] == "My model" and summary["model"]["revision"] is None
+    assert summary["model"]["fingerprint"] == fingerprint(weights)
+    assert (summary["protocol"], summary["split"], summary["seed"]) == ("ours-without-java", "test", 0)
+    assert summary["limit"] is None  # there are not so many, so that nothing was left out
+    assert summary["versions"]["torch"] == torch.__version__
+    assert {"python", "mfrsvlm", "transformers", "evaluate", "pycocoevalcap"} <= summary["versions"].keys()
+    assert summary["generation"] == {"max_new_tokens": 8, "do_sample": False}
 
 
 def test_the_trained_model_answers_through_the_command_line(tmp_path):
@@ -86,8 +105,6 @@ def test_the_trained_model_answers_through_the_command_line(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "6/6" in done.stderr and len(rows(tmp_path / "out")) == 6
     assert "accuracy" in done.stdout or "exact" in done.stdout or "cider" in done.stdout
-    again = subprocess.run([*command, "--blind"], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert again.returncode == 2 and "mode = 'image', not 'blind'" in again.stderr and "Traceback" not in again.stderr
 
 
 class Stopped(Exception):
@@ -122,6 +139,40 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_files(model, data, tmp_pat
     assert same_for_all_runs(tmp_path / "parts") == same_for_all_runs(tmp_path / "whole")
 
 
+def test_a_run_that_was_killed_in_its_first_moment_goes_on(model, data, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".settings.json.partial").write_text('{"format"')
+    runner.run(arguments(model, data, tmp_path / "out", "scenes", "--limit", "2"))
+    assert len(rows(tmp_path / "out")) == 2
+
+
+def test_line_breaks_within_answers_are_kept(model, data, tmp_path, monkeypatch):
+    """Some that JSON leaves as they are, but by which Python splits lines."""
+    said = "a\u2028b\u0085c\x0bd\re\nf"
+    monkeypatch.setattr(Answerer, "answer", lambda self, batch, seen: [Answer(said, 0.5) for _ in batch])
+    for _ in range(2):
+        runner.run(arguments(model, data, tmp_path / "out", "scenes", "--limit", "4"))
+        assert [row["raw"] for row in rows(tmp_path / "out")] == [said] * 4
+
+
+def test_a_run_does_not_go_on_with_other_questions_or_another_template(data, tmp_path):
+    root = tmp_path / "data"
+    root.mkdir()
+    MAKERS["rsvqa-lr"](root)
+    folder = tiny_folder(tmp_path / "tiny")
+    line = arguments(folder, {"rsvqa-lr": root}, tmp_path / "out", "rsvqa-lr")
+    runner.run(line)
+    template = folder / "chat_template.jinja"
+    text = template.read_text()
+    template.write_text(text + "!")
+    with pytest.raises(ValueError, match="chat_template"):
+        runner.run(line)
+    template.write_text(text)
+    edit_json(root / "LR_split_test_questions.json", lambda c: c["questions"][0].update(question="Is it another one?"))
+    with pytest.raises(ValueError, match="questions = "):
+        runner.run(line)
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on(tmp_path):
     def command(output):
@@ -141,28 +192,59 @@ def test_a_killed_run_goes_on(tmp_path):
     assert same_for_all_runs(tmp_path / "killed") == same_for_all_runs(tmp_path / "whole")
 
 
+def of_processes(number, model, data, output):
+    """The command of a run by so many processes, which accelerate starts on a CPU only if told `--multi_gpu`."""
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(number), "--main_process_port", "0"]
+    line = ["-m", "mfrsvlm.evaluation", "run", "--model", str(model), "--benchmark", "scenes", "--data"]
+    line += [str(data["scenes"]), "--output", str(output), "--protocol", "ours-without-java", "--batch-size", "3"]
+    return [sys.executable, *(launch if number > 1 else []), *line, "--images-per-chunk", "1"]
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_answers_of_one(model, data, tmp_path):
-    def command(output, launch):
-        line = ["-m", "mfrsvlm.evaluation", "run", "--model", str(model), "--benchmark", "scenes", "--data"]
-        line += [str(data["scenes"]), "--output", str(output), "--protocol", "ours-without-java", "--batch-size", "3"]
-        return [sys.executable, *launch, *line, "--images-per-chunk", "2", "--allow-count-mismatch"]
-
-    accelerate = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"]
-    for name, launch in {"one": [], "two": accelerate}.items():
-        subprocess.run(command(tmp_path / name, launch), env=ENVIRONMENT, check=True, capture_output=True, timeout=600)
-    one, two = (same_for_all_runs(tmp_path / name) for name in ("one", "two"))
+    for number in (1, 2):
+        line = of_processes(number, model, data, tmp_path / str(number))
+        subprocess.run(line, env=ENVIRONMENT, check=True, capture_output=True, timeout=600)
+    one, two = (same_for_all_runs(tmp_path / name) for name in ("1", "2"))
     assert one[0] == two[0] and one[1]["results"] == two[1]["results"]
-    assert two[1]["processes"] == 2 and len(list((tmp_path / "two").glob("answers-*.jsonl"))) == 2
+    assert one[1] | {"processes": 2} == two[1]
+    logs = sorted((tmp_path / "2").glob("answers-*.jsonl"))
+    assert len(logs) == 2 and all(log.stat().st_size for log in logs)
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_where_two_were_killed(model, data, tmp_path):
+    subprocess.run(of_processes(1, model, data, tmp_path / "whole"), env=ENVIRONMENT, check=True, capture_output=True)
+    line = of_processes(2, model, data, tmp_path / "killed")
+    process = subprocess.Popen(line, env=ENVIRONMENT, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.time() + 300
+    while not any(log.stat().st_size for log in (tmp_path / "killed").glob("answers-*.jsonl")) and time.time() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run(of_processes(1, model, data, tmp_path / "killed"), env=ENVIRONMENT, check=True, capture_output=True)
+    assert same_for_all_runs(tmp_path / "killed") == same_for_all_runs(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_all(model, data, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "dear.txt").write_text("x")
+    line = of_processes(2, model, data, tmp_path / "out")
+    done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode and "holds ['dear.txt'] but no run" in done.stderr
 
 
 @pytest.mark.parametrize("peer", [tiny_llava, tiny_qwen2_vl])
-@pytest.mark.parametrize("benchmark", ["rsvqa-lr", "aid", "dior-rsvg"])
+@pytest.mark.parametrize("benchmark", ["rsvqa-lr", "aid", "dior-rsvg", "scenes"])
 def test_peers_are_measured_by_the_same_command(peer, benchmark, data, tmp_path):
     folder = peer(tmp_path / "peer")
     summary = runner.run(arguments(folder, data, tmp_path / "out", benchmark, "--trust-remote-code"))
     assert summary["model"]["architecture"].startswith(("Llava", "Qwen2VL"))
-    assert len(rows(tmp_path / "out")) == summary["counts"]["samples"] > 0
+    found = rows(tmp_path / "out")
+    assert len(found) == summary["counts"]["samples"] > 0
+    runner.run(arguments(folder, data, tmp_path / "alone", benchmark, "--trust-remote-code", "--no-sharing"))
+    assert [row["raw"] for row in rows(tmp_path / "alone")] == [row["raw"] for row in found]
 
 
 def test_blind_prompts_hold_no_image(model, data, tmp_path, monkeypatch):
@@ -195,6 +277,16 @@ def test_a_model_that_says_nothing_is_always_wrong(model, data, tmp_path, monkey
     assert all(row["score"] == 0 for row in rows(tmp_path / "out"))
 
 
+def test_a_model_that_says_only_special_tokens_says_nothing(data, tmp_path):
+    weights, processor = load(str(tiny_folder(tmp_path / "tiny")))
+    weights.model.language_model.norm.weight.data.zero_()  # all words as likely, so that the first is taken: <unk>
+    for part in (weights, processor):
+        part.save_pretrained(tmp_path / "tiny")
+    summary = runner.run(arguments(tmp_path / "tiny", data, tmp_path / "out"))
+    assert summary["counts"]["empty_answers"] == summary["counts"]["samples"] == len(rows(tmp_path / "out"))
+    assert all(row["raw"] == "" and row["score"] == 0 for row in rows(tmp_path / "out"))
+
+
 def test_missing_images_stop_the_run_or_count_as_wrong(model, data, tmp_path):
     root = tmp_path / "data"
     root.mkdir()
@@ -207,6 +299,7 @@ def test_missing_images_stop_the_run_or_count_as_wrong(model, data, tmp_path):
     summary = runner.run(arguments(model, places, tmp_path / "out", "rsvqa-lr", "--missing-images", "wrong"))
     missed = [row for row in rows(tmp_path / "out") if any(gone.name in name for name in row["images"])]
     counts = {"samples": 4, "in_split": 4, "published": 10004}
+    counts |= {"cut_off_answers": 2}  # of the others
     assert summary["counts"] == {**counts, "images": 2, "empty_answers": len(missed), "missing_images": 1}
     assert missed and all(row["score"] == 0 and row["raw"] == "" for row in missed)
     # A second run knows of them too.
@@ -230,6 +323,97 @@ def test_a_full_disk_is_told_and_leaves_what_was_answered(model, data, tmp_path,
     assert same_for_all_runs(tmp_path / "out") == same_for_all_runs(tmp_path / "whole")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["settings.json", "answers-0.jsonl", "predictions.jsonl"])
+def test_a_file_that_cannot_grow_is_named_and_the_run_goes_on_later(model, data, tmp_path, file):
+    """As on a full disk, while that file is written."""
+
+    def line(output):
+        line = [sys.executable, "-m", "mfrsvlm.evaluation", "run", "--model", str(model), "--benchmark", "scenes", "--data"]
+        return [*line, str(data["scenes"]), "--output", str(output), "--protocol", "ours-without-java"]
+
+    subprocess.run(line(tmp_path / "whole"), env=ENVIRONMENT, check=True, capture_output=True)
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "whole").iterdir()}
+    assert sizes["settings.json"] < sizes["answers-0.jsonl"] < sizes["predictions.jsonl"]
+    limit = sizes[file] - 100
+    full = subprocess.run(
+        line(tmp_path / "out"),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert full.returncode == 2 and "Traceback" not in full.stderr
+    assert all(text in full.stderr for text in ("File too large", str(tmp_path / "out" / file), "run again"))
+    assert not {"summary.json", "predictions.jsonl"} & {path.name for path in (tmp_path / "out").iterdir()}
+    subprocess.run(line(tmp_path / "out"), env=ENVIRONMENT, check=True, capture_output=True)
+    assert same_for_all_runs(tmp_path / "out") == same_for_all_runs(tmp_path / "whole")
+
+
+QUESTION_FILE, ANSWER_FILE = "LR_split_test_questions.json", "LR_split_test_answers.json"
+BAD_DATA = {
+    "truncated": (lambda root: os.truncate(root / QUESTION_FILE, 100), "is no JSON, or its end is missing"),
+    "duplicate": (
+        lambda root: edit_json(root / QUESTION_FILE, lambda c: c["questions"].append(c["questions"][0])),
+        "1 ids of split 'test' occur more than once, such as 10",
+    ),
+    "wrong type": (
+        lambda root: edit_json(root / ANSWER_FILE, lambda c: c["answers"][0].update(answer=["yes"])),
+        "'answer' is ['yes'], a list; expected str",
+    ),
+    "no answer": (lambda root: edit_json(root / ANSWER_FILE, lambda c: c["answers"].pop(0)), "has no active answer"),
+    "no image": (lambda root: (root / "Images_LR" / "5.tif").unlink(), "1 of 2 images are missing"),
+    "no file": (lambda root: (root / ANSWER_FILE).unlink(), f"{ANSWER_FILE}. docs/benchmarks.md says which files"),
+}
+
+
+def command(monkeypatch, *line):
+    monkeypatch.setattr(sys, "argv", ["evaluation", "run", *map(str, line)])
+    return main()
+
+
+@pytest.mark.parametrize("kind", BAD_DATA)
+def test_bad_data_is_told_in_a_line_before_anything_is_written(kind, model, tmp_path, monkeypatch, capsys):
+    root = tmp_path / "data"
+    root.mkdir()
+    MAKERS["rsvqa-lr"](root)
+    change, message = BAD_DATA[kind]
+    change(root)
+    line = ["--model", model, "--benchmark", "rsvqa-lr", "--data", root, "--output", tmp_path / "out"]
+    assert command(monkeypatch, *line, "--allow-count-mismatch") == 2
+    errors = [text for text in capsys.readouterr().err.split("\n") if text]
+    assert errors[-1].startswith("error: ") and message in errors[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_count_mismatch_is_told_and_can_be_allowed(model, data, tmp_path, monkeypatch, capsys):
+    line = ["--model", model, "--benchmark", "rsvqa-lr", "--data", data["rsvqa-lr"], "--output", tmp_path / "out"]
+    assert command(monkeypatch, *line) == 2
+    assert "holds 4 samples, not the published 10004" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert command(monkeypatch, *line, "--allow-count-mismatch") == 0
+    assert "4 of 10004 samples" in capsys.readouterr().out  # what reports say of it
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["--benchmark", "rsvqa", "--model", "x"], "There is no benchmark 'rsvqa'. Known are rsvqa-lr"),
+        (["--benchmark", "rsvqa-lr", "--model", "x"], "needs the folder of its files. Download it from https://"),
+        (["--benchmark", "rsvqa-lr", "--data", ".", "--model", "x"], "docs/benchmarks.md says which files"),
+    ],
+)
+def test_what_is_not_there_is_named(line, message, tmp_path, monkeypatch, capsys):
+    assert command(monkeypatch, *line, "--output", tmp_path / "out") == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_not_there_is_named(data, tmp_path, monkeypatch, capsys):
+    line = ["--benchmark", "rsvqa-lr", "--data", data["rsvqa-lr"], "--allow-count-mismatch", "--output", tmp_path / "out"]
+    assert command(monkeypatch, *line, "--model", "./no-model") == 2
+    error = capsys.readouterr().err
+    assert "no-model" in error and "Traceback" not in error and not (tmp_path / "out").exists()
+
+
 def test_folders_of_others_are_left_alone(model, data, tmp_path):
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "dear.txt").write_text("x")
@@ -238,6 +422,8 @@ def test_folders_of_others_are_left_alone(model, data, tmp_path):
     runner.run(arguments(model, data, tmp_path / "out", "scenes", "--limit", "3"))
     with pytest.raises(ValueError, match="limit = 3, not 4"):
         runner.run(arguments(model, data, tmp_path / "out", "scenes", "--limit", "4"))
+    with pytest.raises(ValueError, match="mode = 'image', not 'blind'"):
+        runner.run(arguments(model, data, tmp_path / "out", "scenes", "--limit", "3", "--blind"))
     other = tiny_folder(tmp_path / "tiny", routing="token")
     with pytest.raises(ValueError, match="model = "):
         runner.run(arguments(other, data, tmp_path / "out", "scenes", "--limit", "3"))
