@@ -71,6 +71,7 @@ class Summary:
     mode: str
     model: str
     revision: str | None  # of the weights: of the Hub, or a fingerprint
+    fingerprint: str | None
     limit: int | None
     missing_images: int
     in_split: int  # samples that the files held
@@ -227,6 +228,7 @@ def read_summary(folder: Path) -> Summary:
             model=fields["model"]["name"],
             # The weights of a folder have no revision, and those of chance do not exist.
             revision=fields["model"].get("revision") or fields["model"].get("fingerprint"),
+            fingerprint=fields["model"].get("fingerprint"),
             limit=fields["limit"],
             missing_images=fields["counts"]["missing_images"],
             in_split=fields["counts"]["in_split"],
@@ -500,12 +502,14 @@ def update_card(folder: str | Path, summaries: Sequence[Summary], model: str | N
     """Writes what a model's runs on images measured into the `model-index` of its README.md.
 
     Runs of other models, blind runs and chance are passed over, and values by group stay in the tables. What the card held
-    of the same benchmark, split and protocol is replaced, the rest is kept. The text below the front matter does not change.
+    of the same benchmark, split and protocol is replaced, and what it held of other weights than those of the runs is left
+    out; results that do not say of which weights they are, are kept. The text below the front matter does not change.
 
     Args:
         folder: the model folder.
         summaries: of `read_summaries`.
-        model: the model's name in the summaries; `None` for the folder's own, behind an organisation or not.
+        model: the model's name in the summaries, and in a card that has none yet; `None` for the folder's own, behind an
+            organisation or not.
 
     Returns:
         What was written.
@@ -532,11 +536,17 @@ def update_card(folder: str | Path, summaries: Sequence[Summary], model: str | N
     written = [result for summary in chosen for result in card_results(summary)]
     replaced = {result.unique_identifier for result in written}
     card = ModelCard.load(path)
-    kept = [result for result in card.data.eval_results or [] if result.unique_identifier not in replaced]
-    card.data.model_name = card.data.model_name or own
+    current = [result for result in card.data.eval_results or [] if weights_of(result) in (None, chosen[0].fingerprint)]
+    kept = [result for result in current if result.unique_identifier not in replaced]
+    card.data.model_name = card.data.model_name or model or own
     card.data.eval_results = kept + written
     card.save(path)
     return written
+
+
+def weights_of(result: EvalResult) -> str | None:
+    """The fingerprint of the weights that a result of a card was measured with, if it says so."""
+    return (result.metric_args or {}).get("weights")
 
 
 def card_results(summary: Summary) -> list[EvalResult]:
@@ -556,7 +566,8 @@ def card_results(summary: Summary) -> list[EvalResult]:
             metric_type=column.figure,
             metric_name=f"{task} {column.figure}".replace("_", " "),
             metric_value=cell.value,
-            metric_args={"low": cell.low, "high": cell.high, "confidence": 0.95, "n": cell.n},
+            metric_args={"low": cell.low, "high": cell.high, "confidence": 0.95, "n": cell.n}
+            | ({"weights": summary.fingerprint} if summary.fingerprint else {}),
         )
         for task, cells in summary.results.items()
         for column, cell in cells.items()

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
 
 from mfrsvlm.configuration_mfrsvlm import MFRSVLMConfig
+from mfrsvlm.evaluation.answering import fingerprint, load
 from mfrsvlm.evaluation.report import (
     PUBLISHED,
     ReportError,
@@ -456,6 +458,22 @@ def test_the_rest_of_the_card_stays_byte_for_byte(run, card):
     assert after[:start] + after[end:] == before
     update_card(card, read_summaries([card.parent / "run"]))
     assert path.read_bytes() == after  # a second time changes nothing
+
+
+def test_results_of_other_weights_do_not_stay_in_the_card(run, card):
+    """A card that is written after the next training speaks of that model alone."""
+    for name, weights, benchmark in (("a", "1" * 16, "rsvqa-lr"), ("b", "1" * 16, "aid"), ("c", "2" * 16, "rsvqa-lr")):
+        update_card(card, read_summaries([run(name, model={"fingerprint": weights}, benchmark=benchmark)]))
+        results = ModelCard.load(card / "README.md").data.eval_results
+        assert {result.metric_args["weights"] for result in results} == {weights}
+    assert [result.dataset_type for result in results] == ["rsvqa-lr"]
+
+
+def test_the_card_of_the_small_model_speaks_of_its_weights():
+    folder = Path(__file__).parents[1] / "demo" / "model"
+    results = ModelCard.load(folder / "README.md").data.eval_results or []
+    weights = fingerprint(load(str(folder))[0])
+    assert {result.metric_args["weights"] for result in results} <= {weights}, "evaluate it again, see docs/evaluation.md"
 
 
 def test_results_of_others_and_of_other_benchmarks_are_kept(run, card):
