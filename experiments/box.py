@@ -103,7 +103,8 @@ def main() -> None:
         f"--crowded-scenes {args.crowded_scenes} --encoder-steps {args.encoder_steps} --steps {args.steps} "
         f"--batch {args.batch} --test-scenes {args.test_scenes} --seed {args.seed}"
     )
-    facts["hardware"] = f"{torch.get_num_threads()} thread(s) of {platform.machine()}, torch {torch.__version__}"
+    threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    facts["hardware"] = f"{threads} thread(s) of {platform.machine()} ({capability}), torch {torch.__version__}"
     record.write_text(json.dumps(facts, indent=2))
     (args.output / "accuracy.json").write_text(json.dumps({name: facts[name] for name in ("seeing", "blind")}, indent=1))
     write_model_card(args.output, model.config, "trained", "MF-RSVLM, a small model of synthetic scenes", evidence(facts))
@@ -127,16 +128,20 @@ two CPU cores that every part works. It knows 15 classes of scenes, five kinds o
 asked in one wording, and nothing about real images.
 
 Per cent of correct answers to questions about held-out scenes, generated freely and greedily. Objects are {low:g} to
-{high:g} pixels long on the canvas of 256, half of that in the global view. A box is right if it overlaps the true one by
-half (IoU 0.5); a caption, if every fact in it is; *caption facts* is the F1 of those facts. *Blind* is the same model
+{high:g} pixels long on the canvas of {CANVAS}, half of that in the global view. A box is right if it overlaps the true one
+by half (IoU 0.5); a caption, if every fact in it is; *caption facts* is the F1 of those facts. *Blind* is the same model
 without the image, which it has never been asked without; *chance* the best guess. No better than chance:
 {", ".join(unlearned) or "nothing"}.
 
 {chr(10).join(rows)}
 
-Made by `{facts["command"]}`
-on {facts["hardware"]}: encoder {minutes["encoder"]:.0f} minutes, features {minutes["features"]:.0f}, decoder
-{minutes["decoder"]:.0f}."""
+First the encoder learned to say what stands in each token, then the decoder to answer, on frozen features; beside the
+answers it was taught which visual tokens the nouns of a question speak of (`experiments/guidance.py`). Made by
+
+`{facts["command"]}`
+
+on {facts["hardware"]}: encoder {minutes["encoder"]:.0f} minutes, features
+{minutes["features"]:.0f}, decoder {minutes["decoder"]:.0f}."""
 
 
 if __name__ == "__main__":

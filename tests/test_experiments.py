@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from mfrsvlm.experiments import ablation, box, decoder, encoder, readout
-from mfrsvlm.experiments.accuracy import answer
 from mfrsvlm.experiments.dataset import CANVAS, canvas_and_view, plan
 from mfrsvlm.experiments.decoder import (
     Prompts,
@@ -198,27 +197,6 @@ def test_places_start_apart_and_as_large_as_the_visual_tokens(tokenizer, tmp_pat
     nearest = distances.argmin(1)  # next to it on the grid of 8 by 8, row by row
     steps = (nearest - torch.arange(64)).abs()
     assert set(steps.tolist()) <= {1, 8}
-
-
-def test_answers_with_one_encoding_are_those_of_the_ordinary_path(tokenizer):
-    model = make_model(tokenizer)
-    processor = make_processor(model.config, tokenizer)
-    images = [draw(scene) for scene in SCENES[:2]]
-    texts = [[question.text for question in ask(scene)][:3] for scene in SCENES[:2]]
-    together = answer(model, processor, images, texts, max_new_tokens=8)
-    for image, group, answers in zip(images, texts, together, strict=True):
-        for text, said in zip(group, answers, strict=True):
-            content = [{"type": "image", "image": image}, {"type": "text", "text": text}]
-            inputs = processor.apply_chat_template(
-                [{"role": "user", "content": content}],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                return_tensors="pt",
-            )
-            tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-            assert processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip() == said
-    assert len(answer(model, processor, [None, None], texts, max_new_tokens=2)[1]) == 3
 
 
 def test_views_and_canvases_are_those_of_the_processor(tokenizer):
