@@ -134,8 +134,9 @@ def test_attention_mass_equals_a_computation_by_hand_on_each_prompt_alone(folder
         length = processor(images=image, text=prompt, return_tensors="pt")["input_ids"].shape[1]
         inputs = processor(images=image, text=f"{prompt} {question.answer}", return_tensors="pt")
         mass = mass_by_hand(model, inputs)
-        np.testing.assert_allclose(reading.first_mass[index], mass[length - 1], atol=1e-5)
-        np.testing.assert_allclose(reading.answer_mass[index], mass[length - 1 :].mean(0), atol=1e-5)
+        # Rounding differs between processors, by up to 1e-5 in the last layer; another row or a wrong mask by 1e-3 and more.
+        np.testing.assert_allclose(reading.first_mass[index], mass[length - 1], atol=5e-5)
+        np.testing.assert_allclose(reading.answer_mass[index], mass[length - 1 :].mean(0), atol=5e-5)
         assert reading.uniform_mass[index] == pytest.approx(model.config.image_seq_length / length)
 
         with torch.inference_mode():
