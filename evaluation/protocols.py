@@ -112,7 +112,8 @@ class Ours:
 
     def _vqa(self, benchmark: Benchmark, samples: Sequence[Sample], answers: Sequence[str]) -> tuple[Any, ...]:
         types = [sample.group or "all" for sample in samples]
-        lettered = all(re.match(r"[A-E]\b", sample.references[0]) for sample in samples)
+        # "B", "(B)" or "B. forest", but not "A forest".
+        lettered = all(re.match(r"\(?[A-E](?:[.):]|$)", sample.references[0]) for sample in samples)
         parsing = "letter" if lettered else self.vqa_parsing
         if benchmark.name.startswith("rsvqa"):
             settings = {"question_types": types, "parsing": parsing, "bins": benchmark.name.split("-")[1]}

@@ -223,6 +223,19 @@ def test_chance_counts_answers_that_are_read_alike_together():
     assert sum(score(protocol, benchmark, samples, [Answer(text) for text in said])[2]) == 5
 
 
+@pytest.mark.parametrize(
+    ("reference", "answer", "right"),
+    [
+        ("B", "B. forest", 1), ("(B)", "b", 1), ("B. forest", "B", 1), ("B", "A forest, B", 0),
+        ("A forest", "A", 0), ("A forest", "a forest.", 1), ("Beach", "B", 0),
+    ],
+)  # fmt: skip
+def test_letters_are_read_only_where_letters_are_asked_for(reference, answer, right):
+    benchmark = Benchmark("vhm-eval", "a list", None, [Sample("1", ("a",), "vqa", "Which?", (reference,), "which")])
+    for name in ("ours", "rsevalkit") if reference[1:2] not in (" ", "e") else ("ours",):
+        assert score(PROTOCOLS[name](), benchmark, benchmark.samples, [Answer(answer)])[2] == [right]
+
+
 def test_calibration_counts_a_missing_image_as_not_knowing():
     samples = [Sample(str(i), ("a",), "vqa", "Is it?", (text,), "presence") for i, text in enumerate(("yes", "no", "Yes"))]
     samples.append(Sample("3", ("a",), "vqa", "What?", ("urban",), "rural_urban"))

@@ -17,10 +17,12 @@ from tiny_benchmarks import MAKERS, edit_json
 from tiny_peers import tiny_llava, tiny_qwen2_vl
 from tiny_training import tiny_folder
 
+from mfrsvlm.evaluation import report
 from mfrsvlm.evaluation import run as runner
 from mfrsvlm.evaluation.__main__ import main
 from mfrsvlm.evaluation.answering import Answer, Answerer, fingerprint, load
 from mfrsvlm.evaluation.benchmarks import BenchmarkError
+from mfrsvlm.evaluation.metrics import METRICS
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -41,13 +43,17 @@ def data(tmp_path_factory):
     return roots
 
 
-def arguments(model, data, output, benchmark="scenes", *more):
+def arguments_parser():
     parser = argparse.ArgumentParser()
     runner.add_arguments(parser)
+    return parser
+
+
+def arguments(model, data, output, benchmark="scenes", *more):
     line = ["--benchmark", benchmark, "--data", str(data[benchmark]), "--output", str(output)]
     line += ["--protocol", "ours-without-java", "--batch-size", "3", "--images-per-chunk", "2", "--allow-count-mismatch"]
     line += ["--model", str(model)] if model else []
-    return parser.parse_args([*line, *more])
+    return arguments_parser().parse_args([*line, *more])
 
 
 def rows(output):
@@ -179,7 +185,7 @@ def test_a_killed_run_goes_on(tmp_path):
         line = [sys.executable, "-m", "mfrsvlm.evaluation", "run", "--model", str(DEMO), "--benchmark", "scenes"]
         return [*line, "--protocol", "ours-without-java", "--limit", "40", "--batch-size", "2", "--output", str(output)]
 
-    subprocess.run(command(tmp_path / "whole"), env=ENVIRONMENT, check=True, capture_output=True, timeout=600)
+    do(command(tmp_path / "whole"))
     process = subprocess.Popen(command(tmp_path / "killed"), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     log = tmp_path / "killed" / "answers-0.jsonl"
     deadline = time.time() + 300
@@ -188,7 +194,7 @@ def test_a_killed_run_goes_on(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed" / "summary.json").exists()
-    subprocess.run(command(tmp_path / "killed"), env=ENVIRONMENT, check=True, capture_output=True, timeout=600)
+    do(command(tmp_path / "killed"))
     assert same_for_all_runs(tmp_path / "killed") == same_for_all_runs(tmp_path / "whole")
 
 
@@ -200,21 +206,29 @@ def of_processes(number, model, data, output):
     return [sys.executable, *(launch if number > 1 else []), *line, "--images-per-chunk", "1"]
 
 
+def do(line):
+    subprocess.run(line, env=ENVIRONMENT, check=True, capture_output=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def whole(model, data, tmp_path_factory):
+    """A run of one process that nothing stopped."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    do(of_processes(1, model, data, output))
+    return output
+
+
 @pytest.mark.slow
-def test_two_processes_give_the_answers_of_one(model, data, tmp_path):
-    for number in (1, 2):
-        line = of_processes(number, model, data, tmp_path / str(number))
-        subprocess.run(line, env=ENVIRONMENT, check=True, capture_output=True, timeout=600)
-    one, two = (same_for_all_runs(tmp_path / name) for name in ("1", "2"))
-    assert one[0] == two[0] and one[1]["results"] == two[1]["results"]
-    assert one[1] | {"processes": 2} == two[1]
-    logs = sorted((tmp_path / "2").glob("answers-*.jsonl"))
+def test_two_processes_give_the_answers_of_one(model, data, tmp_path, whole):
+    do(of_processes(2, model, data, tmp_path / "two"))
+    one, two = same_for_all_runs(whole), same_for_all_runs(tmp_path / "two")
+    assert one[0] == two[0] and one[1] | {"processes": 2} == two[1]
+    logs = sorted((tmp_path / "two").glob("answers-*.jsonl"))
     assert len(logs) == 2 and all(log.stat().st_size for log in logs)
 
 
 @pytest.mark.slow
-def test_one_process_goes_on_where_two_were_killed(model, data, tmp_path):
-    subprocess.run(of_processes(1, model, data, tmp_path / "whole"), env=ENVIRONMENT, check=True, capture_output=True)
+def test_one_process_goes_on_where_two_were_killed(model, data, tmp_path, whole):
     line = of_processes(2, model, data, tmp_path / "killed")
     process = subprocess.Popen(line, env=ENVIRONMENT, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.time() + 300
@@ -222,8 +236,8 @@ def test_one_process_goes_on_where_two_were_killed(model, data, tmp_path):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    subprocess.run(of_processes(1, model, data, tmp_path / "killed"), env=ENVIRONMENT, check=True, capture_output=True)
-    assert same_for_all_runs(tmp_path / "killed") == same_for_all_runs(tmp_path / "whole")
+    do(of_processes(1, model, data, tmp_path / "killed"))
+    assert same_for_all_runs(tmp_path / "killed") == same_for_all_runs(whole)
 
 
 @pytest.mark.slow
@@ -325,19 +339,14 @@ def test_a_full_disk_is_told_and_leaves_what_was_answered(model, data, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", ["settings.json", "answers-0.jsonl", "predictions.jsonl"])
-def test_a_file_that_cannot_grow_is_named_and_the_run_goes_on_later(model, data, tmp_path, file):
+def test_a_file_that_cannot_grow_is_named_and_the_run_goes_on_later(model, data, tmp_path, whole, file):
     """As on a full disk, while that file is written."""
-
-    def line(output):
-        line = [sys.executable, "-m", "mfrsvlm.evaluation", "run", "--model", str(model), "--benchmark", "scenes", "--data"]
-        return [*line, str(data["scenes"]), "--output", str(output), "--protocol", "ours-without-java"]
-
-    subprocess.run(line(tmp_path / "whole"), env=ENVIRONMENT, check=True, capture_output=True)
-    sizes = {path.name: path.stat().st_size for path in (tmp_path / "whole").iterdir()}
+    line = of_processes(1, model, data, tmp_path / "out")
+    sizes = {path.name: path.stat().st_size for path in whole.iterdir()}
     assert sizes["settings.json"] < sizes["answers-0.jsonl"] < sizes["predictions.jsonl"]
     limit = sizes[file] - 100
     full = subprocess.run(
-        line(tmp_path / "out"),
+        line,
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -346,8 +355,8 @@ def test_a_file_that_cannot_grow_is_named_and_the_run_goes_on_later(model, data,
     assert full.returncode == 2 and "Traceback" not in full.stderr
     assert all(text in full.stderr for text in ("File too large", str(tmp_path / "out" / file), "run again"))
     assert not {"summary.json", "predictions.jsonl"} & {path.name for path in (tmp_path / "out").iterdir()}
-    subprocess.run(line(tmp_path / "out"), env=ENVIRONMENT, check=True, capture_output=True)
-    assert same_for_all_runs(tmp_path / "out") == same_for_all_runs(tmp_path / "whole")
+    do(line)
+    assert same_for_all_runs(tmp_path / "out") == same_for_all_runs(whole)
 
 
 QUESTION_FILE, ANSWER_FILE = "LR_split_test_questions.json", "LR_split_test_answers.json"
@@ -441,6 +450,26 @@ def test_arguments_that_make_no_sense(model, data, tmp_path, more, message):
     with pytest.raises(ValueError, match=message):
         runner.run(arguments(model, data, tmp_path / "out", "scenes", *more))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_answering():
+    line = [sys.executable, str(DEMO.parents[1] / "benchmarks" / "answer_questions.py"), "--scenes", "1", "--questions", "3"]
+    done = subprocess.run([*line, "--rounds", "1"], env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    assert "3 questions about 1 images, 0 answers differ" in done.stdout and "median:" in done.stdout, done.stderr
+
+
+def test_the_page_for_users_names_what_there_is(model, data, tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
+    summary = runner.run(arguments(model, data, tmp_path / "out", "scenes", "--limit", "20"))
+    options = {option for action in arguments_parser()._actions for option in action.option_strings} - {"-h", "--help"}
+    reported = argparse.ArgumentParser()
+    report.add_arguments(reported)
+    options |= {option for action in reported._actions for option in action.option_strings} - {"-h", "--help"}
+    fields = {*summary, *summary["model"], *summary["counts"], *(key for row in rows(tmp_path / "out") for key in row)}
+    figures = {name for task in summary["results"].values() for name in task}
+    for name in [*options, *fields, *figures, *runner.PROTOCOLS, *METRICS]:
+        assert f"`{name}`" in page or f"`{name} " in page or f" {name} " in page or name.startswith("bleu_"), name
 
 
 def test_a_plan_asks_everything_once_and_keeps_images_together(data):
