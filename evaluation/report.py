@@ -320,7 +320,8 @@ def make_tables(summaries: Sequence[Summary], published: Sequence[PublishedRow] 
 def as_markdown(tables: Sequence[Table]) -> str:
     lines = ["# Results", "", UNITS]
     weights = {name: summary.revision for table in tables for name, summary in table.runs if summary.revision}
-    lines += ["", "Weights: " + ", ".join(f"{name} {revision}" for name, revision in weights.items()) + "."] if weights else []
+    if weights:
+        lines += ["", f"Weights: {', '.join(map(' '.join, weights.items()))}."]
     for table in tables:
         lines += ["", f"## {table.title}", "", markdown_row(table.header), "|---|---|" + "--:|" * (len(table.columns) + 1)]
         for name, summary in table.runs:
