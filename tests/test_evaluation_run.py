@@ -4,6 +4,7 @@ import argparse
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -109,7 +110,7 @@ def test_the_trained_model_answers_through_the_command_line(tmp_path):
     command += ["--protocol", "ours-without-java", "--limit", "6", "--output", str(tmp_path / "out")]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "6/6" in done.stderr and len(rows(tmp_path / "out")) == 6
+    assert re.search(r"6/6 \[\d\d:\d\d<", done.stderr) and len(rows(tmp_path / "out")) == 6  # a bar with the time left
     assert "accuracy" in done.stdout or "exact" in done.stdout or "cider" in done.stdout
 
 
@@ -480,6 +481,9 @@ def test_a_plan_asks_everything_once_and_keeps_images_together(data):
     plan = runner.make_plan(samples, prompts, 3, 2)
     assert sorted(index for chunk in plan for batch in chunk for index in batch) == list(range(len(samples)))
     assert all(len(batch) <= 3 for chunk in plan for batch in chunk)
+    for chunk in plan:  # what is answered together is of like length
+        order = [(samples[index].task, len(prompts[index])) for batch in chunk for index in batch]
+        assert order == sorted(order)
     homes = {}
     for number, chunk in enumerate(plan):
         for batch in chunk:
