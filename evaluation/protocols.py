@@ -217,8 +217,6 @@ class GeoChat(Ours):
 
     RSVQA-HR is its second test set, as published. Boxes are `{<x1><y1><x2><y2>|<degrees>}`, 0 to 100 over the image's
     sides, turned about their centre (clockwise, as y points down) where the reference is oriented.
-
-    Corrected: an empty answer is wrong.
     """
 
     name = "geochat"
