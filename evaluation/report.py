@@ -424,9 +424,15 @@ def draw(tables: Sequence[Table]) -> Any:
 
     Returns:
         A `matplotlib.figure.Figure`.
+
+    Raises:
+        ReportError: there is no matplotlib.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ReportError(f"Plots need matplotlib ({error}): pip install matplotlib, or say --no-plots.") from error
 
     models = list(dict.fromkeys(name for table in tables for name, _ in table.runs))
     palette = matplotlib.colormaps["tab10"] if len(models) <= 10 else matplotlib.colormaps["turbo"].resampled(len(models))

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -418,6 +419,13 @@ def test_the_plot_shows_every_share(run, tmp_path):
 def test_no_plot_of_what_has_no_share(run, tmp_path):
     write_report(read_summaries([run(results={"counting": {"mae": figure(2.0)}})]), tmp_path / "out", published=None)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["results.csv", "results.md", "results.tex"]
+
+
+def test_without_matplotlib_the_tables_are_there(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ReportError, match=r"pip install matplotlib, or say --no-plots"):
+        write_report(read_summaries([run()]), tmp_path / "out", published=None)
+    assert (tmp_path / "out" / "results.md").exists()
 
 
 # Model card
