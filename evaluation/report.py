@@ -72,6 +72,7 @@ class Summary:
     model: str
     revision: str | None  # of the weights: of the Hub, or a fingerprint
     fingerprint: str | None
+    dtype: str | None
     limit: int | None
     missing_images: int
     in_split: int  # samples that the files held
@@ -229,6 +230,7 @@ def read_summary(folder: Path) -> Summary:
             # The weights of a folder have no revision, and those of chance do not exist.
             revision=fields["model"].get("revision") or fields["model"].get("fingerprint"),
             fingerprint=fields["model"].get("fingerprint"),
+            dtype=fields["model"].get("dtype"),
             limit=fields["limit"],
             missing_images=fields["counts"]["missing_images"],
             in_split=fields["counts"]["in_split"],
@@ -319,9 +321,10 @@ def make_tables(summaries: Sequence[Summary], published: Sequence[PublishedRow] 
 
 def as_markdown(tables: Sequence[Table]) -> str:
     lines = ["# Results", "", UNITS]
-    weights = {name: summary.revision for table in tables for name, summary in table.runs if summary.revision}
-    if weights:
-        lines += ["", f"Weights: {', '.join(map(' '.join, weights.items()))}."]
+    runs = [run for table in tables for run in table.runs if run[1].revision]
+    if runs:
+        weights = dict.fromkeys(f"{name} {summary.revision} in {summary.dtype}" for name, summary in runs)
+        lines += ["", f"Weights: {', '.join(weights)}."]
     for table in tables:
         lines += ["", f"## {table.title}", "", markdown_row(table.header), "|---|---|" + "--:|" * (len(table.columns) + 1)]
         for name, summary in table.runs:

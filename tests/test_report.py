@@ -182,9 +182,8 @@ def test_what_is_no_figure_is_named(run, wrong, message):
 def test_weights_without_a_revision_are_told_apart_by_their_fingerprint(run):
     folders = [run(name, model={"fingerprint": name * 8}) for name in ("a", "b")]
     assert [summary.revision for summary in read_summaries(folders)] == ["aaaaaaaa", "bbbbbbbb"]
-    assert "\nWeights: org/tiny@aaaaaaa aaaaaaaa, org/tiny@bbbbbbb bbbbbbbb.\n" in as_markdown(
-        make_tables(read_summaries(folders))
-    )
+    weights = "\nWeights: org/tiny@aaaaaaa aaaaaaaa in float32, org/tiny@bbbbbbb bbbbbbbb in float32.\n"
+    assert weights in as_markdown(make_tables(read_summaries(folders)))
 
 
 def test_an_unknown_mode_is_named(run):
