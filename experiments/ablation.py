@@ -368,7 +368,7 @@ def main() -> None:
     parser.add_argument("--crowded-scenes", type=int, default=4000, help="of the encoders")
     parser.add_argument("--encoder-steps", type=int, default=3000)
     parser.add_argument("--start-scenes", type=int, default=12000)
-    parser.add_argument("--start-steps", type=int, default=600)
+    parser.add_argument("--start-steps", type=int, default=1200)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     rows = run_all(args)
