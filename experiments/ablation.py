@@ -342,7 +342,7 @@ def write_plot(summary: list[dict[str, Any]], guessed: dict[str, float], path: P
     axes.flat[-1].set_axis_off()
     names = [f"{row['arm']} ({row['seeds']})" for row in summary]
     places = np.arange(len(names))[::-1]
-    for axis, task in zip(axes.flat, MEASURES, strict=False):
+    for axis, task in zip(axes.flat[:-1], MEASURES, strict=True):
         means, lows, highs = (np.array(values) for values in zip(*(row["tasks"][task] for row in summary), strict=True))
         axis.errorbar(100 * means, places, xerr=100 * np.stack([means - lows, highs - means]), fmt="o", color="#1f5f8b")
         if task in guessed:

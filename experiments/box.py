@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=12000, help="training scenes")
     parser.add_argument("--crowded-scenes", type=int, default=4000, help="of the encoder")
     parser.add_argument("--encoder-steps", type=int, default=3000)
-    parser.add_argument("--steps", type=int, default=4000, help="of the decoder")
+    parser.add_argument("--steps", type=int, default=4500, help="of the decoder")
     parser.add_argument("--batch", type=int, default=12, help="scenes a step of the decoder")
     parser.add_argument("--test-scenes", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)

@@ -300,9 +300,10 @@ def train_decoder(
     seed: int = 0,
     rounds: int = 4,
     mix: dict[str, int] = MIX,
-    bf16: bool = True,
 ) -> dict[str, float]:
     """Trains everything but the vision tower, guided by what is known of the scenes. Returns seconds and decoder tokens.
+
+    The decoder computes in bfloat16; weights, and losses, stay in float32.
 
     Args:
         features: of the same scenes, see `encode_scenes`.
@@ -310,7 +311,6 @@ def train_decoder(
         batch: scenes a step.
         rounds: different sets of questions prepared for each scene.
         mix: how often each task is asked of a scene.
-        bf16: whether the decoder computes in bfloat16, from and to weights in float32.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -337,7 +337,7 @@ def train_decoder(
         states = torch.from_numpy(np.array(features[chosen])).float()
         for group in optimizer.param_groups:
             group["lr"] = peak * min((step + 1) / (0.03 * steps + 1), 0.5 * (1 + np.cos(np.pi * step / steps)) + 0.01)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast("cpu", torch.bfloat16):
             logits, labels, weights = packed_logits(model, packed, states)
         each = F.cross_entropy(logits.float(), labels, reduction="none")
         loss = (each * weights).sum() / weights.sum()
