@@ -2,11 +2,11 @@
 
     python -m mfrsvlm.experiments.ablation --work DIR --output docs/ablation
 
-All arms start from one small LLaVA-style model (see `geometry`), trained on the global view only: a decoder needs hundreds
-of steps before it reads anything from an image, and no arm should be judged by its luck in that. Each arm then gets its
-windows and injectors and goes on, on the frozen features of one encoder, on the same scenes and questions, for the same
-number of steps, and is marked on the same held-out scenes. The arm "global view only" goes on as it is. Encoders are
-compared before any language, in `readout`.
+All arms of an encoder start from one small LLaVA-style model (see `geometry`), trained on the global view only: a decoder
+needs hundreds of steps before it reads anything from an image, and no arm should be judged by its luck in that. Each arm
+then gets its windows and injectors and goes on, on the frozen features of its encoder, on the same scenes and questions, for
+the same number of steps, and is marked on the same held-out scenes. The arms "global view only" go on as they are. `readout`
+compares encoders, and features, before any language.
 
 Features that arms have in common are encoded once. A finished run is a line of `runs.jsonl` in the work folder: started
 again, the command goes on where it stopped.
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from mfrsvlm.evaluation.intervals import mean_interval
-from mfrsvlm.experiments.dataset import SCENE_SIZE, SceneImages, plan
+from mfrsvlm.experiments.dataset import OBJECT_PIXELS, SCENE_SIZE, SceneImages, plan
 from mfrsvlm.experiments.decoder import (
     Prompts,
     encode_scenes,
@@ -43,12 +43,14 @@ from mfrsvlm.experiments.encoder import load_encoder, pretrain
 from mfrsvlm.experiments.geometry import make_config
 from mfrsvlm.modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from mfrsvlm.scenes import ask
-from mfrsvlm.scenes.scoring import chance, overlap, score
+from mfrsvlm.scenes.scoring import centre_distance, chance, overlap, score
 
 
 TASKS = ("classification", "presence", "count", "comparison", "position", "grounding")
-MEASURES = (*TASKS, "mean IoU")  # of the boxes, which says more than their accuracy while most of them miss
-MIX = {"classification": 1, "presence": 3, "count": 4, "comparison": 3, "position": 2, "grounding": 1}
+# Two more of the boxes, which say more than their accuracy while most of them miss: mean IoU, and the share of boxes whose
+# centre is no farther from the true one than the longest object is long.
+MEASURES = (*TASKS, "mean IoU", "pointing")
+MIX = {"classification": 1, "presence": 2, "count": 3, "comparison": 2, "position": 2, "grounding": 3}
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ ARMS = {
     "small windows, no overlap, native": Arm(Features(window_sizes=(64,), window_overlap=0.0)),
     "small windows, no overlap, resized": Arm(Features(window_sizes=(64,), window_overlap=0.0, window_encoding="resize")),
     "zero ring": Arm(Features(window_weighting="hann")),
+    "ViT, global view only": Arm(Features(window_sizes=(), encoder="vit"), {"injection_layers": []}),
+    "ViT, both, canvas from the original pixels": Arm(Features(encoder="vit")),
 }
 
 
@@ -134,28 +138,34 @@ def build(arm: Arm, vocabulary: int, work: Path, seed: int) -> MFRSVLMForConditi
     return model
 
 
-def load_start(model: MFRSVLMForConditionalGeneration, work: Path) -> None:
-    """Puts the model that all arms start from into one with injectors, which stay as they are."""
-    missing, unexpected = model.load_state_dict(torch.load(work / "start.pt", weights_only=True), strict=False)
+def start_file(encoder: str, work: Path) -> Path:
+    return work / f"start-{encoder}.pt"
+
+
+def load_start(model: MFRSVLMForConditionalGeneration, path: Path) -> None:
+    """Puts the model that all arms of an encoder start from into one with injectors, which stay as they are."""
+    missing, unexpected = model.load_state_dict(torch.load(path, weights_only=True), strict=False)
     strange = [*unexpected, *(name for name in missing if ".injectors." not in name)]
     if strange:
-        raise RuntimeError(f"{work / 'start.pt'} is a start for another architecture: {strange[:3]}. Remove it.")
+        raise RuntimeError(f"{path} is a start for another architecture: {strange[:3]}. Remove it.")
 
 
-def train_start(work: Path, scenes: int, steps: int) -> None:
-    """Trains the model that all arms start from, if it has not been."""
-    if (work / "start.pt").exists():
+def train_start(encoder: str, work: Path, scenes: int, steps: int) -> None:
+    """Trains the model that all arms of an encoder start from, if it has not been."""
+    path = start_file(encoder, work)
+    if path.exists():
         return
-    arm = ARMS["global view only"]
+    torch.set_num_threads(1)
+    arm = Arm(Features(window_sizes=(), encoder=encoder), {"injection_layers": []})
     images = SceneImages(work / "scenes", "train", scenes)
     tokenizer = make_tokenizer(images.scenes[:500])
     model = build(arm, len(tokenizer) - 1, work, seed=0)
-    features = encode_scenes(model, images, work / f"features-train-{scenes}-global.npy", "image", chunk=16)
+    features = encode_scenes(model, images, feature_file(arm.features, "train", scenes, work), "image", chunk=16)
     whiten_projector(model, features)
     start_places(model, features)
     prompts = Prompts(make_processor(model.config, tokenizer))
-    train_decoder(model, prompts, images.scenes, features, steps, batch=12, peak=2e-3, mix=MIX, rounds=2)
-    torch.save(model.state_dict(), work / "start.pt")
+    train_decoder(model, prompts, images.scenes, features, steps, batch=12, mix=MIX, rounds=2)
+    torch.save(model.state_dict(), path)
 
 
 def whole(features: Features) -> Features:
@@ -213,7 +223,7 @@ def run(name: str, seed: int, work: Path, steps: int, batch: int, counts: dict[s
     train, test = (SceneImages(work / "scenes", split, count) for split, count in counts.items())
     tokenizer = make_tokenizer(train.scenes[:500])
     model = build(arm, len(tokenizer) - 1, work, seed)
-    load_start(model, work)
+    load_start(model, start_file(arm.features.encoder, work))
     prompts = Prompts(make_processor(model.config, tokenizer, arm.features.canvas_source))
     seen = features_of(arm.features, "train", counts["train"], work)
     spent = train_decoder(model, prompts, train.scenes, seen, steps, batch, peak=1e-3, seed=seed, mix=MIX, rounds=3)
@@ -228,6 +238,7 @@ def run(name: str, seed: int, work: Path, steps: int, batch: int, counts: dict[s
     said = [(q, answer) for (_, q), answer in zip(boxes, answers, strict=True)]
     scores["grounding"] = [score(q, answer, SCENE_SIZE) for q, answer in said]
     scores["mean IoU"] = [overlap(q, answer, SCENE_SIZE) for q, answer in said]
+    scores["pointing"] = [float(centre_distance(q, answer, SCENE_SIZE) <= OBJECT_PIXELS[1]) for q, answer in said]
     return {
         "arm": name,
         "seed": seed,
@@ -251,11 +262,13 @@ def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     start = time.perf_counter()
     encoders = dict.fromkeys(arm.features.encoder for arm in ARMS.values())
     pretrain_encoders(encoders, work, args.crowded_scenes, args.encoder_steps)
-    train_start(work, args.start_scenes, args.start_steps)
     counts = {"train": args.train_scenes, "test": args.test_scenes}
     for split, count in counts.items():
         SceneImages(work / "scenes", split, count)
+    SceneImages(work / "scenes", "train", args.start_scenes)
     with ProcessPoolExecutor(args.workers, max_tasks_per_child=1, mp_context=get_context("spawn")) as pool:
+        for future in [pool.submit(train_start, each, work, args.start_scenes, args.start_steps) for each in encoders]:
+            future.result()
         sets = dict.fromkeys(whole(ARMS[name].features) for name, _ in wanted)
         for future in [pool.submit(encode_both, each, counts, work) for each in sets]:
             print(f"[{time.perf_counter() - start:.0f} s] encoded {future.result()}", flush=True)
@@ -339,10 +352,9 @@ def write_plot(summary: list[dict[str, Any]], guessed: dict[str, float], path: P
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, 4, figsize=(15, 9), sharey=True, layout="constrained")
-    axes.flat[-1].set_axis_off()
     names = [f"{row['arm']} ({row['seeds']})" for row in summary]
     places = np.arange(len(names))[::-1]
-    for axis, task in zip(axes.flat[:-1], MEASURES, strict=True):
+    for axis, task in zip(axes.flat, MEASURES, strict=True):
         means, lows, highs = (np.array(values) for values in zip(*(row["tasks"][task] for row in summary), strict=True))
         axis.errorbar(100 * means, places, xerr=100 * np.stack([means - lows, highs - means]), fmt="o", color="#1f5f8b")
         if task in guessed:

@@ -121,7 +121,10 @@ def losses(heads: TokenHeads, tokens: torch.Tensor, targets: torch.Tensor, class
 
 
 def pretrain(encoder: str, images: SceneImages, output: Path, steps: int, seed: int = 0, batch: int = 32) -> None:
-    """Trains on one cosine cycle and saves the tower (and stage projections) to `output`."""
+    """Trains on one cosine cycle and saves the tower (and stage projections) to `output`.
+
+    The tower computes in bfloat16; weights, and losses, stay in float32.
+    """
     torch.manual_seed(seed)
     config = make_config(16, encoder)
     model = MFRSVLMModel(config)
@@ -138,8 +141,10 @@ def pretrain(encoder: str, images: SceneImages, output: Path, steps: int, seed: 
         for group in optimizer.param_groups:
             group["lr"] = peak * min(1.0, step / 100) * 0.5 * (1 + np.cos(np.pi * step / steps))
         total = torch.zeros(())
-        for head, tokens in zip(heads, encode(model, pixels), strict=True):
-            parts = losses(head, tokens, targets, classes)
+        with torch.autocast("cpu", torch.bfloat16):
+            depths = encode(model, pixels)
+        for head, tokens in zip(heads, depths, strict=True):
+            parts = losses(head, tokens.float(), targets, classes)
             total = total + sum(LOSS_WEIGHT[name] * value for name, value in parts.items())
         optimizer.zero_grad()
         total.backward()

@@ -62,6 +62,7 @@ def make_config(vocab_size: int, encoder: str = "resnet", width: int = 192, **ov
         "window_sizes": [128],
         "detail_feature_layers": depths,
         "injection_layers": [1, 2, 3, 4],
+        "routing": "stack",
         "injection_init": 0.5,
         "window_chunk_size": 16,
     }

@@ -11,7 +11,6 @@ not how well a decoder learns it.
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ import numpy as np
 from mfrsvlm.evaluation.intervals import mean_interval
 from mfrsvlm.experiments.ablation import (
     ARMS,
-    BOTH,
     REFERENCE,
     encode_both,
     encoder_passes,
@@ -39,10 +37,7 @@ from mfrsvlm.scenes import KINDS, Scene
 # Objects below this length, in pixels of the canvas, count as small.
 SMALL = 6.0
 ENCODERS = ("resnet", "vit")
-SETS = {
-    **{name: arm.features for name, arm in ARMS.items() if not name.startswith(("injected", "token", "cross"))},
-    "ViT, both, canvas from the original pixels": replace(BOTH, encoder="vit"),
-}
+SETS = {name: arm.features for name, arm in ARMS.items() if not name.startswith(("injected", "token", "cross"))}
 
 
 def pool(features: np.ndarray, groups: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 The answer is read alone; the truth is never used to interpret it.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -39,11 +40,20 @@ def score(question: Question, answer: str, size: int) -> float:
 
 def overlap(question: Question, answer: str, size: int) -> float:
     """Intersection over union of the first box in a grounding answer and the true one; 0 without a box. See `score`."""
-    boxes = parse_boxes(answer, BOX_SCALE)
-    if not boxes:
-        return 0.0
-    left, top, right, bottom = (value * size / BOX_SCALE for value in boxes[0])
-    return iou((left, top, right, bottom), question.boxes[0])
+    box = _first_box(answer, size)
+    return iou(box, question.boxes[0]) if box else 0.0
+
+
+def centre_distance(question: Question, answer: str, size: int) -> float:
+    """Pixels of the drawn image between the centres of the first box in a grounding answer and the true one.
+
+    It is infinite without a box.
+    """
+    box = _first_box(answer, size)
+    if box is None:
+        return math.inf
+    (x, y), (true_x, true_y) = (((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for b in (box, question.boxes[0]))
+    return math.hypot(x - true_x, y - true_y)
 
 
 def iou(a: Box, b: Box) -> float:
@@ -73,6 +83,14 @@ def chance(questions: Sequence[Question]) -> float:
     for question in questions:
         answers.setdefault(template(question.text), Counter())[question.answer] += 1
     return sum(max(counts.values()) for counts in answers.values()) / len(questions)
+
+
+def _first_box(answer: str, size: int) -> Box | None:
+    boxes = parse_boxes(answer, BOX_SCALE)
+    if not boxes:
+        return None
+    left, top, right, bottom = (value * size / BOX_SCALE for value in boxes[0])
+    return left, top, right, bottom
 
 
 def _plain(answer: str) -> str:

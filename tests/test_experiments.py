@@ -121,6 +121,16 @@ def test_training_learns_and_exact_scores_are_those_of_generate(tokenizer, tmp_p
         assert values == generated
 
 
+def test_short_attention_is_attention():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 30, 8)  # (B, H, S, d) each
+    mask = torch.rand(2, 1, 30, 30) < 0.5
+    mask |= torch.eye(30, dtype=torch.bool)  # no row sees nothing
+    ours, _ = decoder.short_attention(None, query, key, value, mask, 8**-0.5)
+    theirs = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask)
+    torch.testing.assert_close(ours, theirs.transpose(1, 2))
+
+
 def test_nouns_are_found_at_their_last_token(tokenizer):
     prompts = Prompts(make_processor(make_config(len(tokenizer) - 1), tokenizer))
     rows = [[prompts.branch(question) for question in ask(scene)] for scene in SCENES]

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -33,7 +34,7 @@ from mfrsvlm.scenes import (
 from mfrsvlm.scenes.__main__ import main
 from mfrsvlm.scenes.dataset import DatasetPlan, write_dataset
 from mfrsvlm.scenes.drawing import SCENES_PER_SPLIT, SPLITS
-from mfrsvlm.scenes.scoring import chance, overlap
+from mfrsvlm.scenes.scoring import centre_distance, chance, overlap
 
 
 SMALL, SMALL_OBJECTS = 128, (2.0, 4.0)  # the default geometry at a quarter of its size: quick to plan
@@ -401,6 +402,15 @@ def test_boxes_score_by_their_overlap():
     assert [score(question, answer, 512) for answer in wrong] == [0.0] * 4
     overlaps = [overlap(question, answer, 512) for answer in (right[0], right[3], wrong[0], wrong[2])]
     assert overlaps == pytest.approx([1, 150 / 250, 130 / 270, 0], abs=1e-6)
+
+
+def test_boxes_are_apart_by_the_distance_of_their_centres():
+    question = Question("grounding", "Give the bounding box of the car.", "", [(100.0, 200.0, 110.0, 210.0)])
+    # Of 1000 a side, in an image of 500 pixels: twice the pixels.
+    answers = {"[200, 400, 220, 420]": 0, "[206, 408, 226, 428] and [0, 0, 9, 9]": 5, "[190, 390, 230, 430]": 0}
+    for answer, distance in answers.items():
+        assert centre_distance(question, answer, 500) == pytest.approx(distance)
+    assert centre_distance(question, "no idea", 500) == math.inf
 
 
 def test_iou():
