@@ -490,6 +490,7 @@ def released_config(content: dict[str, Any], vision_config: Any, dtype: str | No
             window_weighting="hann",
             detail_feature_layers=resolve_depths(content["deepstack_detail_layers"], vision_config.num_hidden_layers),
             injection_layers=resolve_injection_layers(content["deepstack_injection_layers"], text_config.num_hidden_layers),
+            routing="stack",
             routing_scope="sample",
             tie_word_embeddings=text_config.tie_word_embeddings,
             bos_token_id=text_config.bos_token_id,

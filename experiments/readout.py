@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--train-scenes", type=int, default=1600)
     parser.add_argument("--test-scenes", type=int, default=400)
     parser.add_argument("--crowded-scenes", type=int, default=4000, help="of the encoders")
-    parser.add_argument("--encoder-steps", type=int, default=1400)
+    parser.add_argument("--encoder-steps", type=int, default=3000)
     args = parser.parse_args()
     counts = {"train": args.train_scenes, "test": args.test_scenes}
     pretrain_encoders(ENCODERS, args.work, args.crowded_scenes, args.encoder_steps)

@@ -1067,7 +1067,7 @@ class TestAssemble:
         [
             ("llama", "clip", {}),
             ("qwen3", "full-clip", {"injection_type": "cross_attention"}),
-            ("tied", "clip", {"routing": "token"}),
+            ("tied", "clip", {"routing": "stack"}),
             ("llama", "resnet", BACKBONE),
             ("half", "resnet", BACKBONE),
         ],
@@ -1117,7 +1117,7 @@ class TestAssemble:
         config = MFRSVLMConfig.from_pretrained(tmp_path / "vit")
         assert (config.image_size, config.window_sizes, config.canvas_scale) == (28, [28, 14], 2)
         assert (config.detail_feature_layers, config.injection_layers) == ([1, 2, 3], [3])  # 5 layers: 4 of (4, 8, 12, 16)
-        assert (config.window_encoding, config.window_weighting, config.routing_scope) == ("native", "hann_nonzero", "image")
+        assert (config.window_encoding, config.window_weighting, config.routing) == ("native", "hann_nonzero", "token")
         processor = MFRSVLMProcessor.from_pretrained(tmp_path / "vit")
         assert processor.image_processor.window_sizes == [28, 14] and processor.image_processor.canvas_source == "image"
         assert processor.image_processor.window_packing == "windows_first"

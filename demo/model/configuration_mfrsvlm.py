@@ -140,7 +140,8 @@ class MFRSVLMConfig(PreTrainedConfig):
         injection_type: `"gated"`: a router weighs the detail stacks and a gate mixes them into the visual positions;
             `"cross_attention"`: every position attends to the detail tokens of the images before it.
         injection_init: initial residual scale of a gated injector.
-        routing: of `"gated"`: `"stack"` weighs whole stacks, `"token"` lets every visual token weigh them for itself.
+        routing: of `"gated"`: `"stack"` weighs whole stacks (the published model), `"token"` lets every visual token weigh
+            them for itself.
         routing_scope: of `"stack"` routing: whether the weights are shared by all images of a `"sample"` (the
             published model) or computed for every `"image"`.
         routing_size: width of the queries and keys of `"token"` routing.
@@ -194,7 +195,7 @@ class MFRSVLMConfig(PreTrainedConfig):
     injection_layers: list[int] | tuple[int, ...] = (3, 7, 11, 15)
     injection_type: Literal["gated", "cross_attention"] = "gated"
     injection_init: float | int = 0.1
-    routing: Literal["stack", "token"] = "stack"
+    routing: Literal["stack", "token"] = "token"
     routing_scope: Literal["sample", "image"] = "image"
     routing_size: int = 128
     cross_attention_size: int = 512
