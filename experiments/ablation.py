@@ -16,7 +16,7 @@ import argparse
 import json
 import resource
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
@@ -242,6 +242,7 @@ def run(name: str, seed: int, work: Path, steps: int, batch: int, counts: dict[s
     return {
         "arm": name,
         "seed": seed,
+        "steps": steps,
         "scores": {task: values for task, values in scores.items() if values},
         "encoder_passes": encoder_passes(model.config),
         "decoder_tokens": spent["decoder_tokens"],
@@ -250,17 +251,23 @@ def run(name: str, seed: int, work: Path, steps: int, batch: int, counts: dict[s
     }
 
 
+def finished_runs(log: Path, arms: Collection[str], steps: int) -> list[dict[str, Any]]:
+    """Lines of the log that are runs of these arms and of this length."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return [row for row in rows if row["arm"] in arms and row["steps"] == steps]
+
+
 def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Encoders, start, features, then every run that is not finished."""
     work = args.work
     log = work / "runs.jsonl"
-    done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    done = finished_runs(log, args.arms, args.steps)
     finished = {(row["arm"], row["seed"]) for row in done}
     # All first seeds before any second: a table can be drawn from whatever there is.
-    wanted = [(name, seed) for seed in range(3) for name, arm in ARMS.items() if seed < arm.seeds]
+    wanted = [(name, seed) for seed in range(args.seeds) for name in args.arms if seed < ARMS[name].seeds]
     wanted = [each for each in wanted if each not in finished]
     start = time.perf_counter()
-    encoders = dict.fromkeys(arm.features.encoder for arm in ARMS.values())
+    encoders = dict.fromkeys(ARMS[name].features.encoder for name in args.arms)
     pretrain_encoders(encoders, work, args.crowded_scenes, args.encoder_steps)
     counts = {"train": args.train_scenes, "test": args.test_scenes}
     for split, count in counts.items():
@@ -335,12 +342,13 @@ def write_table(summary: list[dict[str, Any]], guessed: dict[str, float], path: 
         cells += [f"{row['encoder_passes']:g}", f"{row['decoder_tokens'] / 1e6:.2f}"]
         cells += [f"{row['seconds']:.0f}", f"{row['peak_memory_gb']:.1f}"]
         lines.append(f"| {row['arm']} | {row['seeds']} | " + " | ".join(cells) + " |")
-    lines += ["", f"Difference to “{REFERENCE}”, question by question, in points (95 % interval):", ""]
-    lines += ["| arm | " + " | ".join(MEASURES) + " |", "|---" * (len(MEASURES) + 1) + "|"]
-    for row in summary:
-        if row["arm"] != REFERENCE and row["gain"]:
-            cells = [f"{100 * m:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" for m, low, high in row["gain"].values()]
-            lines.append(f"| {row['arm']} | " + " | ".join(cells) + " |")
+    others = [row for row in summary if row["arm"] != REFERENCE and row["gain"]]
+    if others:
+        lines += ["", f"Difference to “{REFERENCE}”, question by question, in points (95 % interval):", ""]
+        lines += ["| arm | " + " | ".join(MEASURES) + " |", "|---" * (len(MEASURES) + 1) + "|"]
+    for row in others:
+        cells = [f"{100 * m:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" for m, low, high in row["gain"].values()]
+        lines.append(f"| {row['arm']} | " + " | ".join(cells) + " |")
     path.write_text("\n".join(lines) + "\n")
 
 
@@ -373,6 +381,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m mfrsvlm.experiments.ablation", description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, encoders, features and finished runs")
     parser.add_argument("--output", type=Path, required=True, help="folder for the table and the plot")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="only these")
+    parser.add_argument("--seeds", type=int, default=3, help="of an arm, at most")
     parser.add_argument("--steps", type=int, default=250, help="of every arm")
     parser.add_argument("--batch", type=int, default=12, help="scenes a step")
     parser.add_argument("--train-scenes", type=int, default=1600)

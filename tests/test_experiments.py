@@ -1,5 +1,7 @@
 """The experiments: packing changes nothing, greedy decoding is what is scored, targets say what stands where."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -280,6 +282,19 @@ def test_summary_compares_question_by_question(tmp_path):
     assert low < mean < high and low > 0
     ablation.write_table([first, second], {"count": 0.1}, tmp_path / "table.md")
     assert (tmp_path / "table.md").read_text().count("| zero ring |") == 2
+    # Without the arm that others are compared with, there is no comparison.
+    ablation.write_table(ablation.summarise(rows[1:]), {"count": 0.1}, tmp_path / "table.md")
+    assert (tmp_path / "table.md").read_text().count("| zero ring |") == 1
+    assert ablation.REFERENCE not in (tmp_path / "table.md").read_text()
+
+
+def test_a_log_holds_runs_of_other_arms_and_lengths(tmp_path):
+    log = tmp_path / "runs.jsonl"
+    assert ablation.finished_runs(log, ["zero ring"], 10) == []
+    rows = [{"arm": arm, "seed": 0, "steps": steps} for arm in ("zero ring", "no overlap") for steps in (10, 20)]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert ablation.finished_runs(log, ["zero ring"], 10) == rows[:1]
+    assert ablation.finished_runs(log, ["zero ring", "no overlap"], 20) == rows[1::2]
 
 
 def test_read_out_pools_tokens_and_phases():
