@@ -228,7 +228,7 @@ def run(name: str, seed: int, work: Path, steps: int, batch: int, counts: dict[s
     seen = features_of(arm.features, "train", counts["train"], work)
     spent = train_decoder(model, prompts, train.scenes, seen, steps, batch, peak=1e-3, seed=seed, mix=MIX, rounds=3)
     if seed == 0 and name in KEPT:
-        folder = work / "models" / name.replace(",", "").replace(" ", "-")
+        folder = work / f"models-{steps}" / name.replace(",", "").replace(" ", "-")
         model.save_pretrained(folder)
         prompts.processor.save_pretrained(folder)
     held_out = features_of(arm.features, "test", counts["test"], work)

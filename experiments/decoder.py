@@ -364,6 +364,7 @@ def train_decoder(
     ]
     peaks = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     model.train()
+    usual_attention = model.config.text_config._attn_implementation
     model.set_attn_implementation({"text_config": "short"})
     start, tokens, running = time.perf_counter(), 0, dict.fromkeys([*mix, *GUIDANCE_WEIGHT], 0.0)
     order = np.empty(0, dtype=int)
@@ -401,7 +402,7 @@ def train_decoder(
             print(json.dumps(line | {task: round(value, 3) for task, value in running.items()}), flush=True)
     guidance.stop()
     model.eval()
-    model.set_attn_implementation({"text_config": "sdpa"})
+    model.set_attn_implementation({"text_config": usual_attention})
     return {"seconds": time.perf_counter() - start, "decoder_tokens": tokens}
 
 

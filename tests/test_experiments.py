@@ -345,7 +345,7 @@ def test_ablation_command_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys
     assert "[2/2" in capsys.readouterr().out
     table = (tmp_path / "out" / "table.md").read_text()
     assert all(f"| {name} | 1 |" in table for name in arms) and (tmp_path / "out" / "plot.png").stat().st_size > 10_000
-    assert len(list((tmp_path / "work" / "models").iterdir())) == 2
+    assert len(list((tmp_path / "work" / "models-2").iterdir())) == 2
     run_command(monkeypatch, ablation, *command)
     assert "[1/" not in capsys.readouterr().out
     assert (tmp_path / "out" / "table.md").read_text() == table
