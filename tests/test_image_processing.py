@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from safetensors.numpy import load_file
 
-from mfrsvlm import MFRSVLMImageProcessor, processing_mfrsvlm
+from mfrsvlm import MFRSVLMImageProcessor, image_processing_mfrsvlm
 from mfrsvlm.configuration_mfrsvlm import window_table
-from mfrsvlm.processing_mfrsvlm import cut_windows, join_windows
+from mfrsvlm.image_processing_mfrsvlm import cut_windows, join_windows
 
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -107,7 +107,7 @@ def test_canvas_of_the_image_holds_more_detail():
 
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (4, 5), (5, 4), (4, 7), (7, 4), (1, 6), (6, 1)])
 def test_padding_is_centred_with_floor_divided_offsets(height, width):
-    padded = processing_mfrsvlm.pad_to_square(noise(height, width).transpose(2, 0, 1), tuple(MEAN))
+    padded = image_processing_mfrsvlm.pad_to_square(noise(height, width).transpose(2, 0, 1), tuple(MEAN))
     side = max(height, width)
     expected = np.empty((side, side, 3), np.uint8)
     expected[:] = (122, 116, 104)  # the mean times 255, truncated
@@ -266,7 +266,7 @@ def test_pil_modes_of_8_bits(mode):
     ],
 )
 def test_three_channels_are_likelier_than_four_or_one(shape, expected):
-    assert processing_mfrsvlm.channels_first(np.zeros(shape, np.uint8), None).shape[1:] == expected
+    assert image_processing_mfrsvlm.channels_first(np.zeros(shape, np.uint8), None).shape[1:] == expected
 
 
 @pytest.mark.parametrize("shape", [(3, 20, 3), (4, 20, 4), (1, 20, 1), (3, 3, 3)])
@@ -331,7 +331,7 @@ class FakeSession:
 
 def test_urls(monkeypatch):
     image = Image.fromarray(noise(20, 30))
-    monkeypatch.setattr(processing_mfrsvlm, "get_session", lambda: FakeSession(encoded(image, "PNG")))
+    monkeypatch.setattr(image_processing_mfrsvlm, "get_session", lambda: FakeSession(encoded(image, "PNG")))
     outputs = tiny()("https://example.com/image.png", return_tensors="pt")
     assert_same(outputs, tiny()(image, return_tensors="pt"))
     with pytest.raises(ValueError, match=r"Image 1 of 2.*https://example\.com/missing\.png.*404 Not Found"):
@@ -657,7 +657,7 @@ def test_saved_and_loaded_unchanged(tmp_path):
         assert outputs[0].keys() == outputs[1].keys()
         assert all(torch.equal(outputs[0][name], outputs[1][name]) for name in outputs[0])
         saved = json.loads((folder / "preprocessor_config.json").read_text())
-        assert saved["auto_map"]["AutoImageProcessor"] == "processing_mfrsvlm.MFRSVLMImageProcessor"
+        assert saved["auto_map"]["AutoImageProcessor"] == "image_processing_mfrsvlm.MFRSVLMImageProcessor"
 
 
 def test_inputs_are_left_alone():
@@ -783,7 +783,7 @@ def test_any_input_gives_a_batch_or_a_clear_error(call):
     side = side if isinstance(side, int) else side["height"]
     sizes, scale = overrides.get("window_sizes", [28, 14]), overrides.get("canvas_scale", 2)
     windows = window_table(side, overrides.get("patch_size", 7), scale, sizes, overrides.get("window_overlap", 0.5))
-    count = len(processing_mfrsvlm.flatten_images(images))
+    count = len(image_processing_mfrsvlm.flatten_images(images))
     assert len(outputs["pixel_values"]) == count > 0
     assert ("pixel_values_local" in outputs) == bool(sizes)
     for index, view in enumerate(map(np.asarray, outputs["pixel_values"])):
