@@ -110,9 +110,8 @@ class MFRSVLMProcessor(ProcessorMixin):
         return super().save_pretrained(os.fspath(save_directory), push_to_hub=push_to_hub, **kwargs)
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
-        height, width = np.shape(image_inputs["pixel_values"][image_idx])[-2:]
-        patch_size = kwargs.get("patch_size") or self.image_processor.patch_size
-        return self.image_token * ((height // patch_size) * (width // patch_size))
+        (tokens,) = self._get_num_multimodal_tokens([(0, 0)], **kwargs).num_image_tokens
+        return self.image_token * tokens
 
     def _get_num_multimodal_tokens(self, image_sizes: list[Any] | None = None, **kwargs: Any) -> MultiModalData:
         """Visual tokens and encoder images of images of the given (height, width); the same for every size."""
