@@ -4,6 +4,7 @@ The grid writes files of every depth, number of bands, compression and colour by
 processor sees with the array that was written. The doors hand the same turned photograph over in every form.
 """
 
+import base64
 import io
 import pickle
 import struct
@@ -13,13 +14,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageOps
 
-from mfrsvlm import MFRSVLMImageProcessor
+from mfrsvlm import MFRSVLMImageProcessor, image_processing_mfrsvlm
+from mfrsvlm.image_processing_mfrsvlm import image_size, open_image
 
 
-rasterio = pytest.importorskip("rasterio", reason="the grid is written by GDAL, through rasterio")
-shutil = pytest.importorskip("rasterio.shutil")
+try:
+    import rasterio
+    from rasterio import shutil
+except ImportError:
+    rasterio = None
+needs_gdal = pytest.mark.skipif(
+    rasterio is None, reason="the grid is written by GDAL, through rasterio, which is not installed"
+)
 HEIGHT, WIDTH = 40, 24
 SHARED = Path(__file__).parents[2] / "shared"
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -107,6 +116,7 @@ def compression(name: str) -> dict:
     ("compress", "dtype"),
     [*product(COMPRESSIONS, DTYPES), *product(["zstd", "lzma", "lerc"], ["uint8", "uint16"]), ("webp", "uint8")],
 )
+@needs_gdal
 def test_tiffs_by_type_bands_and_layout(dtype, compress, tmp_path):
     """As GDAL writes them by default: one band is grey, three and four of 8 bits are colours, all others nothing."""
     cells = []
@@ -123,6 +133,7 @@ def test_tiffs_by_type_bands_and_layout(dtype, compress, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+@needs_gdal
 def test_tiffs_by_colour_and_alpha(dtype, tmp_path):
     """Declared colours are read, whatever bands follow; bands beside a grey one are refused, unless they are alpha."""
     cells = []
@@ -158,6 +169,7 @@ def test_tiffs_by_colour_and_alpha(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 9, 10, 12, 14])
+@needs_gdal
 def test_tiffs_of_odd_depths(bits, tmp_path):
     """Fewer than 8 bits are seen as viewers show them: the largest number is white."""
     cells = []
@@ -182,6 +194,7 @@ def test_tiffs_of_odd_depths(bits, tmp_path):
 
 @pytest.mark.parametrize("options", [{"bigtiff": "YES"}, {"endianness": "BIG"}, {"bigtiff": "YES", "endianness": "BIG"}])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+@needs_gdal
 def test_tiffs_by_byte_order(dtype, options, tmp_path):
     cells = []
     for bands, layout in product((1, 2, 3, 4), LAYOUTS):
@@ -193,6 +206,7 @@ def test_tiffs_by_byte_order(dtype, options, tmp_path):
 
 
 @pytest.mark.parametrize("photometric", ["RGB", "YCBCR", "MINISBLACK"])
+@needs_gdal
 def test_tiffs_in_jpeg(photometric, tmp_path):
     """With loss, so what GDAL itself reads is the truth; decoders may round differently."""
     cells = []
@@ -208,6 +222,7 @@ def test_tiffs_in_jpeg(photometric, tmp_path):
     check_cells(cells)
 
 
+@needs_gdal
 def test_tiffs_with_a_palette(tmp_path):
     indices = samples("uint8", 1)
     colours = {index: (index, 255 - index, index // 2, 255) for index in range(256)}
@@ -221,6 +236,7 @@ def test_tiffs_with_a_palette(tmp_path):
 @pytest.mark.parametrize("driver", ["GTiff", "COG"])
 @pytest.mark.parametrize("layout", [{"compress": "deflate"}, {"compress": "lzw", "interleave": "band"}, {}])
 @pytest.mark.parametrize("bands", [1, 3])
+@needs_gdal
 def test_masks_and_overviews_inside_a_tiff(driver, layout, bands, tmp_path):
     """They are no frames, and what lies under the mask is seen as it is stored."""
     array = samples("uint8", bands)
@@ -261,6 +277,7 @@ def test_masks_and_overviews_inside_a_tiff(driver, layout, bands, tmp_path):
         ("ENVI", {}, set()),
     ],
 )
+@needs_gdal
 def test_other_formats_of_gdal(driver, options, readable, tmp_path):
     cells = []
     for dtype, bands in product(("uint8", "uint16", "int16", "float32"), (1, 2, 3, 4, 5)):
@@ -393,6 +410,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
+@needs_gdal
 def test_real_files(name):
     if not (SHARED / name).is_file():
         pytest.skip(f"{name} is not there")
@@ -407,3 +425,212 @@ def test_real_files(name):
     np.testing.assert_array_equal(
         processor().process_image(SHARED / name), np.broadcast_to(expected, (3, *expected.shape[1:]))
     )
+
+
+# Doors: the same turned photograph, in every form
+
+
+def photograph(format: str, orientation: int | None = None) -> bytes:
+    """24 x 40 pixels that look different from every side, with EXIF data that tell how they lie."""
+    pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    pixels[:10], pixels[:, :6] = (255, 40, 0), (0, 40, 255)
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format, exif=exif, **({"lossless": True} if format == "WEBP" else {}))
+    return buffer.getvalue()
+
+
+def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Stored pixels (height, width, 3) as they are to be seen, from the EXIF standard."""
+    pixels = pixels.transpose(1, 0, 2) if orientation in (5, 6, 7, 8) else pixels
+    rows, columns = (-1 if orientation in turns else 1 for turns in ((3, 4, 7, 8), (2, 3, 6, 7)))
+    return pixels[::rows, ::columns]
+
+
+class Answer:
+    """Stands for the network."""
+
+    content = photograph("JPEG", 6)
+
+    def raise_for_status(self) -> None:
+        pass
+
+
+class Session:
+    def get(self, url: str, timeout: float, **kwargs) -> Answer:
+        assert url == "https://example.com/photo.jpg" and timeout > 0
+        return Answer()
+
+
+def doors(folder: Path) -> dict:
+    """One photograph in every form that a user, a data file or a chat may name it in."""
+    content, path = photograph("JPEG", 6), folder / "a photo.jpg"
+    path.write_bytes(content)
+    text = base64.b64encode(content).decode()
+    loaded = Image.open(path)
+    loaded.load()
+    address = "https://example.com/photo.jpg"
+    return {
+        "path": str(path),
+        "path object": path,
+        "file address": path.as_uri(),
+        "file address of this machine": path.as_uri().replace("file://", "file://localhost"),
+        "bytes": content,
+        "bytearray": bytearray(content),
+        "dictionary of bytes": {"bytes": content, "path": "elsewhere.jpg"},
+        "dictionary of a path": {"bytes": None, "path": str(path)},
+        "data URI": f"data:image/jpeg;base64,{text}",
+        "base64": text,
+        "base64 in lines": "\n".join(text[i : i + 76] for i in range(0, len(text), 76)),
+        "address": address,
+        "chat, address": {"type": "image", "url": address},
+        "PIL": Image.open(path),
+        "PIL, decoded": loaded,
+        "PIL, of bytes": Image.open(io.BytesIO(content)),
+        "PIL, turned by datasets": ImageOps.exif_transpose(Image.open(path)),
+        "chat, image": {"type": "image", "image": str(path)},
+        "chat, PIL": {"type": "image", "image": Image.open(path)},
+        "chat, path": {"type": "image", "path": str(path)},
+        "chat, base64": {"type": "image", "base64": text},
+        "chat, data URI": {"type": "image", "url": f"data:image/jpeg;base64,{text}"},
+        "chat, image_url": {"type": "image_url", "image_url": {"url": address}},
+        "chat, plain image_url": {"type": "image_url", "image_url": f"data:image/jpeg;base64,{text}"},
+    }
+
+
+def test_a_turned_photograph_is_the_same_through_every_door(tmp_path, monkeypatch):
+    """Pixels and size, of what the processor makes, fetches and shows, and of what `open_image` gives."""
+    monkeypatch.setattr(image_processing_mfrsvlm, "get_session", Session)
+    stored = np.asarray(Image.open(io.BytesIO(photograph("JPEG"))))
+    expected = turned(stored, 6)
+    assert expected.shape == (WIDTH, HEIGHT, 3)
+    ours = processor()
+    tensor = ours(np.ascontiguousarray(expected), return_tensors="pt")["pixel_values"]
+    for name, source in doors(tmp_path).items():
+        opened = open_image(source)
+        assert image_size(opened) == (WIDTH, HEIGHT) == opened.size[::-1], name
+        np.testing.assert_array_equal(np.asarray(opened), expected, err_msg=name)
+        (fetched,) = ours.fetch_images([source])
+        assert fetched.size[::-1] == (WIDTH, HEIGHT), name
+        np.testing.assert_array_equal(ours.process_image(source), expected.transpose(2, 0, 1), err_msg=name)
+        for images in (source, [[source]], opened):
+            assert torch.equal(ours(images, return_tensors="pt")["pixel_values"], tensor), name
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_of_every_format(format, orientation, tmp_path):
+    stored = np.asarray(Image.open(io.BytesIO(photograph(format))))
+    expected = turned(stored, orientation)
+    content = photograph(format, orientation)
+    for source in (content, Image.open(io.BytesIO(content))):
+        assert image_size(Image.open(io.BytesIO(content))) == expected.shape[:2]
+        opened = open_image(source)
+        np.testing.assert_array_equal(np.asarray(opened), expected)
+        np.testing.assert_array_equal(processor().process_image(source), expected.transpose(2, 0, 1))
+        np.testing.assert_array_equal(np.asarray(open_image(opened)), expected)  # once, not twice
+
+
+def test_images_of_datasets(tmp_path):
+    """A column of images, decoded by `datasets` or not."""
+    datasets = pytest.importorskip("datasets")
+    content = photograph("JPEG", 6)
+    (tmp_path / "photo.jpg").write_bytes(content)
+    rows = [{"image": {"bytes": content, "path": None}}, {"image": {"bytes": None, "path": str(tmp_path / "photo.jpg")}}]
+    expected = processor().process_image(content)
+    for decode in (True, False):
+        column = datasets.Dataset.from_list(rows, datasets.Features({"image": datasets.Image(decode=decode)}))["image"]
+        for value in column:
+            np.testing.assert_array_equal(processor().process_image(value), expected)
+            assert image_size(open_image(value)) == (WIDTH, HEIGHT)
+
+
+def test_arrays_pass_and_have_a_size():
+    for array, size in ((np.zeros((5, 7, 3), np.uint8), (5, 7)), (torch.zeros(3, 5, 7), (5, 7)), (np.zeros((5, 7)), (5, 7))):
+        assert open_image(array) is array
+        assert image_size(array) == size
+    assert image_size(np.zeros((4, 5, 7), np.uint8), num_channels=4) == (5, 7)
+
+
+# Images that a data file names
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    for name in ("outside.png", "data/inside.png", "data/images/deep.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "data" / "link.png").symlink_to(tmp_path / "outside.png")
+    (tmp_path / "data" / "inner.png").symlink_to(tmp_path / "data" / "images" / "deep.png")
+    return tmp_path / "data"
+
+
+def test_files_of_the_folder_and_content_are_opened(folder):
+    content = (folder / "inside.png").read_bytes()
+    text = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    inside = [
+        "inside.png",
+        "images/deep.png",
+        "images/../inside.png",
+        "inner.png",
+        str(folder / "inside.png"),
+        Path("inside.png"),
+    ]
+    inside += [
+        (folder / "inside.png").as_uri(),
+        {"path": "inside.png", "bytes": None},
+        {"type": "image", "image": "inside.png"},
+    ]
+    for source in (
+        *inside,
+        content,
+        {"bytes": content, "path": "../x"},
+        text,
+        Image.new("RGB", (4, 4)),
+        np.zeros((4, 4, 3)),
+    ):
+        open_image(source, folder)
+        open_image(source, str(folder))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("../outside.png", "leaves"),
+        ("images/../../outside.png", "leaves"),
+        ("link.png", "leaves"),
+        ("{folder}/../outside.png", "leaves"),
+        ("/etc/passwd", "leaves"),
+        ("file:///etc/passwd", "leaves"),
+        ({"path": "../outside.png"}, "leaves"),
+        ("https://example.com/a.png", "address"),
+        ("HTTP://example.com/a.png", "address"),
+        ({"type": "image_url", "image_url": {"url": "http://example.com/a.png"}}, "address"),
+        ("missing.png", "no file"),
+        ("s3://bucket/a.png", "no file"),
+        ("images", "no file"),
+        ("iVBORw0KGgo=", "no file"),
+        ("a\0b", "cannot open image"),
+    ],
+)
+def test_what_leaves_the_folder_is_refused(folder, source, message, monkeypatch):
+    monkeypatch.setattr(image_processing_mfrsvlm, "get_session", None)  # nothing may be fetched
+    source = source.format(folder=folder) if isinstance(source, str) else source
+    with pytest.raises(ValueError, match=message) as error:
+        open_image(source, folder)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize("source", [{}, {"type": "image"}, {"bytes": None, "path": None}, b"", b"x" * 5000, "x" * 5000])
+def test_what_is_no_image_is_said_in_one_line(source):
+    with pytest.raises(ValueError, match="image") as error:
+        open_image(source)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("source", [None, 3, ["a.png"], {"image": 3}])
+def test_what_cannot_name_an_image_is_a_type_error(source):
+    with pytest.raises(TypeError, match="expected a PIL image"):
+        open_image(source)
