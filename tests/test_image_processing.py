@@ -492,6 +492,10 @@ def test_overviews_and_masks_of_a_tiff_are_no_frames(tmp_path):
     image.save(tmp_path / "overviews.tif", save_all=True, append_images=pages)
     with Image.open(tmp_path / "overviews.tif") as opened:
         assert opened.n_frames == 4
+        opened.seek(1)
+        if 254 not in opened.tag_v2:
+            pytest.skip("this Pillow does not write the tags of single pages")
+        opened.seek(0)
         assert_same(tiny()(opened, return_tensors="pt"), tiny()(image, return_tensors="pt"))
         assert opened.tell() == 0
     assert_same(tiny()(tmp_path / "overviews.tif", return_tensors="pt"), tiny()(image, return_tensors="pt"))
@@ -569,7 +573,7 @@ def test_bad_files(content, message, tmp_path):
             tiny()([good, source])
     try:
         opened = Image.open(path)
-    except (OSError, Image.DecompressionBombError):
+    except (OSError, ValueError, Image.DecompressionBombError):
         return  # Pillow refuses already
     with pytest.raises(ValueError, match=rf"(?s)Image 0 of 2: .*({message})"):
         tiny()([opened, good])
