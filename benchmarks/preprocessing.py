@@ -51,7 +51,7 @@ def main() -> None:
     args = parser.parse_args()
 
     peer = "LLaVA-NeXT"
-    arms: dict[str, Callable[..., Any]] = {peer: LlavaNextImageProcessorPil()}
+    arms: dict[str, Callable[..., Any]] = {peer: LlavaNextImageProcessorPil(size={"shortest_edge": 336}, crop_size=336)}
     if args.before:
         before = package_in(args.before).MFRSVLMImageProcessor
         arms |= {f"{name}, before": before(**settings) for name, settings in ARMS.items() if "pixel_dtype" not in settings}
