@@ -37,17 +37,8 @@ DEEP_MODES = {"I", "I;16", "I;16B", "I;16L", "F"}
 # File formats with 8 bits a sample and no bands but colours and alpha. The headers of others are asked.
 EIGHT_BIT_FORMATS = {"BMP", "GIF", "JPEG", "MPO", "TGA", "WEBP"}
 HEADER_BYTES = 2**20  # a JPEG 2000 file has its size marker by then, behind its metadata
-# TIFF tags
-SUBFILE_TYPE, BITS, PHOTOMETRIC, FILL_ORDER, SAMPLES, PLANAR, EXTRA_SAMPLES, SAMPLE_FORMAT = (
-    254,
-    258,
-    262,
-    266,
-    277,
-    284,
-    338,
-    339,
-)
+TAGS = (254, 258, 262, 266, 277, 284, 338, 339)  # of a TIFF
+SUBFILE_TYPE, BITS, PHOTOMETRIC, FILL_ORDER, SAMPLES, PLANAR, EXTRA_SAMPLES, SAMPLE_FORMAT = TAGS
 COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}  # bands that a photometric interpretation names
 GREY, RGB = 1, 2  # photometric interpretations; 0 is grey from white to black
 DEPENDENT_PAGE = 0b101  # bits of the subfile type: a smaller copy, or a mask, of another page (GeoTIFFs hold both)
@@ -356,7 +347,7 @@ def damage(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{what} cannot be read, the file may be damaged: {reason}") from error
+        raise ValueError(f"{what} cannot be read (the file may be damaged): {reason}") from error
 
 
 def flatten_images(images: Any) -> list[Any]:
@@ -526,12 +517,10 @@ def lost_samples(image: Image.Image) -> str | None:
     if image.format is None or image.format in EIGHT_BIT_FORMATS:
         return None
     if image.format == "TIFF":
-        tags = {
-            tag: np.atleast_1d(value).tolist()
-            for tag, value in image.tag_v2.items()
-            if tag in range(BITS, SAMPLE_FORMAT + 1)
-        }
-        ((photometric,), bits, (count,)) = tags.get(PHOTOMETRIC, [0]), max(tags.get(BITS, [1])), tags.get(SAMPLES, [1])
+        tags = {tag: np.atleast_1d(value).tolist() for tag, value in image.tag_v2.items() if tag in TAGS}
+        if PHOTOMETRIC not in tags or tags.get(SUBFILE_TYPE, [0])[0] & DEPENDENT_PAGE:
+            return "it does not say what its samples stand for, or this page is a smaller copy or a mask of another"
+        (photometric,), bits, (count,) = tags[PHOTOMETRIC], max(tags.get(BITS, [1])), tags.get(SAMPLES, [1])
         kinds, extra = tags.get(SAMPLE_FORMAT, [1]), tags.get(EXTRA_SAMPLES, [])  # kinds: 1 unsigned, 2 signed, 3 float
         if len(set(kinds)) > 1 or (kinds[0] != 1 if bits <= 8 else bits == 32 and kinds[0] == 1):
             return f"its samples of {bits} bits are signed, mixed, or too large"

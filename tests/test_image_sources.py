@@ -258,6 +258,21 @@ def test_masks_and_overviews_inside_a_tiff(driver, layout, bands, tmp_path):
     np.testing.assert_array_equal(processor().process_image(opened), np.broadcast_to(expected, (3, HEIGHT, WIDTH)))
 
 
+@needs_gdal
+def test_tiffs_that_do_not_say_what_they_show(tmp_path):
+    """Readers disagree about a TIFF without a photometric interpretation. Camera files begin with a small copy."""
+    path = write(tmp_path / "image.tif", samples("uint8", 1))
+    content = path.read_bytes()
+    entry = struct.pack("<HHI", 262, 3, 1)
+    assert content.count(entry) == 1
+    path.write_bytes(content.replace(entry, struct.pack("<HHI", 263, 3, 1)))
+    assert verdict(path, samples("uint8", 1)) == "refused"
+    Image.fromarray(samples("uint8", 1)[0]).save(path, tiffinfo={254: 1})
+    with Image.open(path) as opened:
+        assert opened.tag_v2[254] == 1
+    assert verdict(path, samples("uint8", 1)) == "refused"
+
+
 # The grid: other formats
 
 
