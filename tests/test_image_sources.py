@@ -17,8 +17,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from mfrsvlm import MFRSVLMImageProcessor, image_processing_mfrsvlm
-from mfrsvlm.image_processing_mfrsvlm import image_size, open_image
+from mfrsvlm import MFRSVLMImageProcessor, image_sources_mfrsvlm
+from mfrsvlm.image_sources_mfrsvlm import image_size, open_image
 
 
 try:
@@ -519,7 +519,7 @@ def doors(folder: Path) -> dict:
 
 def test_a_turned_photograph_is_the_same_through_every_door(tmp_path, monkeypatch):
     """Pixels and size, of what the processor makes, fetches and shows, and of what `open_image` gives."""
-    monkeypatch.setattr(image_processing_mfrsvlm, "get_session", Session)
+    monkeypatch.setattr(image_sources_mfrsvlm, "get_session", Session)
     stored = np.asarray(Image.open(io.BytesIO(photograph("JPEG"))))
     expected = turned(stored, 6)
     assert expected.shape == (WIDTH, HEIGHT, 3)
@@ -633,7 +633,7 @@ def test_files_of_the_folder_and_content_are_opened(folder):
     ],
 )
 def test_what_leaves_the_folder_is_refused(folder, source, message, monkeypatch):
-    monkeypatch.setattr(image_processing_mfrsvlm, "get_session", None)  # nothing may be fetched
+    monkeypatch.setattr(image_sources_mfrsvlm, "get_session", None)  # nothing may be fetched
     source = source.format(folder=folder) if isinstance(source, str) else source
     with pytest.raises(ValueError, match=message) as error:
         open_image(source, folder)
