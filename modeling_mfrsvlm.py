@@ -846,7 +846,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
                 details = details.view(len(features.deepstack_features), num_images, tokens, -1)
                 details = details.to(inputs_embeds.device, inputs_embeds.dtype)
 
-        injection, cache = self._injection(details, layout, inputs_embeds, cache)
+        injection, cache = self._injection(details, layout, inputs_embeds, cache, kwargs.get("use_cache"))
         decoder_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -865,7 +865,12 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
         )
 
     def _injection(
-        self, details: torch.Tensor | None, layout: VisualLayout | None, inputs_embeds: torch.Tensor, cache: Cache | None
+        self,
+        details: torch.Tensor | None,
+        layout: VisualLayout | None,
+        inputs_embeds: torch.Tensor,
+        cache: Cache | None,
+        use_cache: bool | None,
     ) -> tuple[Injection | None, Cache | None]:
         """What the injectors need, computed once for all of them, and the cache with room for detail tokens."""
         config = self.config
@@ -880,8 +885,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             else:
                 summary = details.mean(dim=2).transpose(0, 1)
             return Injection(details, summary, layout, None), cache
-        use_cache = self.config.text_config.use_cache if cache is None else True
-        if cache is None and use_cache and not self.training:
+        if cache is None and (config.text_config.use_cache if use_cache is None else use_cache) and not self.training:
             cache = DynamicCache(config=config.text_config)
         if cache is not None:
             cache = with_detail_cache(cache)
