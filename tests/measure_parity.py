@@ -91,6 +91,11 @@ class Parity:
         error[..., 2] /= golden[..., 2].abs().clamp(min=1)
         self.note(stage, error.max())
 
+    def words(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits of the published vocabulary: the placeholder after it has none there, and never wins here."""
+        assert (logits[..., self.processor.image_token_id :] == -1e4).all()
+        return logits[..., : self.processor.image_token_id]
+
     def images(self, sample: dict) -> list[Image.Image]:
         names = sample.get("images") or ([sample["image"]] if "image" in sample else [])
         return [Image.open(self.reference / name) for name in names]
@@ -102,7 +107,7 @@ class Parity:
         expected = visual + [token for token in sample["input_ids"] if token != -200]
         assert inputs["input_ids"][0].tolist() == expected, f"input ids of {name}"
 
-        injectors = self.model.model.language_model.injectors.layers
+        injectors = self.model.model.injectors
         routers, gates, injected = [], [], []
         hooks = []
         for injector in injectors:
@@ -116,9 +121,10 @@ class Parity:
 
         hidden = torch.stack(outputs.hidden_states)[:, 0]
         self.compare("hidden states, before injection", f"{name}/hidden_last32", hidden[:, -32:])
-        self.compare("logits", f"{name}/logits_last32", outputs.logits[0, -32:])
+        logits = self.words(outputs.logits)[0]
+        self.compare("logits", f"{name}/logits_last32", logits[-32:])
         self.compare_stats("hidden states, before injection", f"{name}/hidden_stats", hidden)
-        self.compare_stats("logits", f"{name}/logits_stats", outputs.logits[0])
+        self.compare_stats("logits", f"{name}/logits_stats", logits)
         if images:
             first = torch.stack([gate.flatten(0, 1)[:8] for gate in gates])
             self.compare("hidden states, before injection", f"{name}/hidden_first16", hidden[:, :16])
@@ -204,13 +210,12 @@ class Parity:
 
     def gradient(self, key: str) -> torch.Tensor | None:
         """Gradient of the parameter that the published implementation calls `key`."""
-        from mfrsvlm.convert_checkpoint import rename
+        from mfrsvlm.released_layout import rename
 
         parameters = dict(self.model.named_parameters())
         if key == "model.deepstack_residual_scale":
-            injectors = self.model.model.language_model.injectors.layers
-            return torch.cat([injector.residual_scale.grad for injector in injectors])
-        ((name, _),) = rename(key, torch.empty(0))
+            return torch.cat([injector.residual_scale.grad for injector in self.model.model.injectors])
+        (name,) = rename(key, torch.empty(0))
         return parameters[name].grad
 
     def run(self) -> dict:
@@ -228,9 +233,9 @@ class Parity:
             for sample in samples
         ]
         with torch.no_grad():
-            full = [self.model(**batch).logits for batch in batches]
+            full = [self.words(self.model(**batch).logits) for batch in batches]
             self.model.to(torch.bfloat16)
-            half = [self.model(**batch.to(torch.bfloat16)).logits.float() for batch in batches]
+            half = [self.words(self.model(**batch.to(torch.bfloat16)).logits.float()) for batch in batches]
         return max(((a - b).norm() / a.norm()).item() for a, b in zip(full, half, strict=True))
 
 
