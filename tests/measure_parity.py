@@ -93,7 +93,7 @@ class Parity:
 
     def words(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits of the published vocabulary: the placeholder after it has none there, and never wins here."""
-        assert (logits[..., self.processor.image_token_id :] == -1e4).all()
+        assert (logits[..., self.processor.image_token_id :] < -9e3).all()
         return logits[..., : self.processor.image_token_id]
 
     def images(self, sample: dict) -> list[Image.Image]:

@@ -10,10 +10,13 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from huggingface_hub import metadata_load
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -882,11 +885,41 @@ VISION_SIZES = {
 }
 BACKBONE = {"image_size": 28, "patch_size": 7, "vision_feature_size": 24}
 STAGES = {"hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 1, 1]}
+# Other families: classes of the checkpoint and of its config, and what differs from the sizes above.
+DECODERS = {
+    "mistral": ("MistralForCausalLM", "MistralConfig", {}),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {}),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {}),
+    "granite": ("GraniteForCausalLM", "GraniteConfig", {"logits_scaling": 2.0, "embedding_multiplier": 3.0}),
+    "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", {}),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", {}),
+    "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", {}),
+}
+TOWERS = {
+    "siglip": ("SiglipVisionModel", "SiglipVisionConfig", VISION_SIZES),
+    "siglip2": ("Siglip2VisionModel", "Siglip2VisionConfig", {**VISION_SIZES, "num_patches": 16}),
+    "dinov2": ("Dinov2Model", "Dinov2Config", VISION_SIZES),
+    "dinov3": ("DINOv3ViTModel", "DINOv3ViTConfig", {**VISION_SIZES, "num_register_tokens": 2}),
+    "vit": ("ViTForImageClassification", "ViTConfig", VISION_SIZES),
+    "convnext": ("ConvNextForImageClassification", "ConvNextConfig", STAGES),
+    "convnextv2": ("ConvNextV2ForImageClassification", "ConvNextV2Config", STAGES),
+    "swin": (
+        "SwinForImageClassification",
+        "SwinConfig",
+        {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 2, "patch_size": 2},
+    ),
+}
 
 
-def tiny_models() -> dict[str, object]:
+def tiny_models() -> dict[str, Callable[[], Any]]:
     """Trained parts by name: language models and vision towers."""
+
+    def member(model: str, config: str, sizes: dict) -> Callable[[], Any]:
+        return lambda: getattr(transformers, model)(getattr(transformers, config)(**sizes))
+
     return {
+        **{name: member(model, config, {**TEXT_SIZES, **more}) for name, (model, config, more) in DECODERS.items()},
+        **{name: member(*family) for name, family in TOWERS.items()},
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**TEXT_SIZES)),
         "half": lambda: LlamaForCausalLM(LlamaConfig(**TEXT_SIZES)).to(torch.bfloat16),
         "spare rows": lambda: LlamaForCausalLM(LlamaConfig(**{**TEXT_SIZES, "vocab_size": 520})),
@@ -909,7 +942,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, make in tiny_models().items():
         model = make()
         model.save_pretrained(folder / name)
-        if model.can_generate():
+        if hasattr(model, "lm_head"):
             tokenizer.save_pretrained(folder / name)
         else:
             content = json.loads((CHECKPOINT / "vision_tower" / "preprocessor_config.json").read_text())
@@ -994,6 +1027,31 @@ class TestAssemble:
         assert inputs["input_ids"].shape[1] < tokens.shape[1] <= inputs["input_ids"].shape[1] + 3
         assert model(**inputs).logits.isfinite().all()
         assert "Untrained" in (output / "README.md").read_text()
+
+    @pytest.mark.parametrize(
+        "language_model, tower", [*((name, "clip") for name in DECODERS), *(("llama", name) for name in TOWERS)]
+    )
+    def test_families(self, parts: Path, tmp_path: Path, language_model: str, tower: str):
+        """Text alone gives the logits of the stock model; with an image there are a loss and an answer."""
+        hierarchical = "depths" in json.loads((parts / tower / "config.json").read_text())
+        overrides = BACKBONE if hierarchical else {}
+        assemble(str(parts / language_model), str(parts / tower), tmp_path / "output", overrides=overrides)
+        model = MFRSVLMForConditionalGeneration.from_pretrained(tmp_path / "output")
+        processor = MFRSVLMProcessor.from_pretrained(tmp_path / "output")
+        stock = transformers.AutoModelForCausalLM.from_pretrained(parts / language_model)
+        tokens = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            assert torch.equal(model(input_ids=tokens).logits[..., :VOCAB], stock(input_ids=tokens).logits)
+            image = Image.effect_noise((50, 40), 60).convert("RGB")
+            inputs = processor(images=image, text="<image>What is this?", return_tensors="pt")
+            labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == VOCAB, -100)
+            outputs = model(**inputs, labels=labels)
+            assert outputs.loss.isfinite() and outputs.logits.isfinite().all()
+            length = inputs["input_ids"].shape[1]
+            assert length < model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] <= length + 3
+            again = weights(tmp_path / "output")
+            model.save_pretrained(tmp_path / "again")
+            assert_same(weights(tmp_path / "again"), again)
 
     def test_defaults_follow_the_parts(self, parts: Path, tmp_path: Path):
         assemble(str(parts / "llama"), str(parts / "clip"), tmp_path / "vit")

@@ -80,7 +80,8 @@ class DataArguments:
         default=False, metadata={"help": "Write to an output_dir that holds files, replacing those of the same name."}
     )
     base_model: str | None = field(
-        default=None, metadata={"help": "Hub id for the model card. Default: model_name_or_path, or what that folder's card names."}
+        default=None,
+        metadata={"help": "Hub id for the model card. Default: model_name_or_path, or what that folder's card names."},
     )
     dataset_name: list[str] | None = field(default=None, metadata={"help": "Hub ids of the data, for the model card."})
 
