@@ -1,8 +1,9 @@
 """MF-RSVLM: a vision-language model for remote sensing imagery (FUSE-RSVLM, arXiv 2512.24022)."""
 
 from .configuration_mfrsvlm import MFRSVLMConfig
+from .image_processing_mfrsvlm import MFRSVLMImageProcessor
 from .modeling_mfrsvlm import MFRSVLMForConditionalGeneration, MFRSVLMModel, MFRSVLMPreTrainedModel
-from .processing_mfrsvlm import MFRSVLMImageProcessor, MFRSVLMProcessor
+from .processing_mfrsvlm import MFRSVLMProcessor
 
 
 # Saving any of these writes their code beside it, so that a derived checkpoint loads with `trust_remote_code=True`. (Not

@@ -45,11 +45,6 @@ class WindowScale:
         return self.windows_per_side**2
 
     @property
-    def num_values(self) -> int:
-        """Values that the windows of this scale take in the packed tensor of one image: windows x 3 x size x size."""
-        return self.num_windows * 3 * self.size**2
-
-    @property
     def offsets(self) -> list[tuple[int, int]]:
         """(top, left) pixel of every window on the canvas, in packing order."""
         starts = [i * self.stride for i in range(self.windows_per_side)]
@@ -100,6 +95,11 @@ def window_table(
             )
         scales.append(WindowScale(size, stride, tokens, token_stride, (canvas_size - size) // stride + 1))
     return tuple(scales)
+
+
+def packed_lengths(image_size: int, windows: Sequence[WindowScale], num_channels: int = 3) -> list[int]:
+    """Values of each part in a row of `pixel_values`: the global view, then the windows of every scale."""
+    return [num_channels * image_size**2, *(window.num_windows * num_channels * window.size**2 for window in windows)]
 
 
 @strict
@@ -332,4 +332,4 @@ def _check_ascending(name: str, values: Sequence[int], low: int, high: int, what
         raise ValueError(f"{name}={values} is out of range: {what} are {low} to {high}.")
 
 
-__all__ = ["MFRSVLMConfig", "WindowScale", "window_table"]
+__all__ = ["MFRSVLMConfig", "WindowScale", "packed_lengths", "window_table"]

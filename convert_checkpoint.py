@@ -31,9 +31,10 @@ from transformers.trainer_utils import set_seed
 from transformers.utils import logging
 
 from .configuration_mfrsvlm import MFRSVLMConfig
+from .image_processing_mfrsvlm import MFRSVLMImageProcessor
 from .model_card.card import write_model_card
 from .modeling_mfrsvlm import MFRSVLMForConditionalGeneration
-from .processing_mfrsvlm import CHAT_TEMPLATE, MFRSVLMImageProcessor, MFRSVLMProcessor
+from .processing_mfrsvlm import CHAT_TEMPLATE, MFRSVLMProcessor
 from .released_layout import (
     DTYPES,
     ConversionError,

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 
 from mfrsvlm import MFRSVLMProcessor
-from mfrsvlm.processing_mfrsvlm import pad_to_square, parse_boxes
+from mfrsvlm.image_processing_mfrsvlm import pad_to_square
+from mfrsvlm.processing_mfrsvlm import parse_boxes
 
 
 post_process = MFRSVLMProcessor.post_process_boxes
