@@ -144,18 +144,16 @@ def load_model(config: MFRSVLMConfig, state: dict[str, torch.Tensor], new: str =
     Raises:
         ConversionError: a key is unknown to the model, has the wrong shape, or is missing.
     """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # else the library prints what is said below as a table
-    with explained("These parts make no model"):
-        model, info = MFRSVLMForConditionalGeneration.from_pretrained(
-            None, config=config, state_dict=state, dtype=config.dtype, ignore_mismatched_sizes=True, output_loading_info=True
-        )
-    logging.set_verbosity(verbosity)
+    options = {"dtype": config.dtype, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    with explained("These parts make no model"), contextlib.ExitStack() as stack:
+        stack.callback(logging.set_verbosity, logging.get_verbosity())
+        logging.set_verbosity_error()  # else the library prints what is said below as a table
+        model, info = MFRSVLMForConditionalGeneration.from_pretrained(None, config=config, state_dict=state, **options)
     for name in sorted(info["unexpected_keys"]):
         raise ConversionError(f"{name} has no place in the model: does config.json belong to this checkpoint?")
     for name, shape, expected in sorted(info["mismatched_keys"]):
         raise ConversionError(f"{name} has shape {tuple(shape)}, but its place in the model {tuple(expected)}.")
-    refuse_missing("The weights", info["missing_keys"], new)
+    refuse_missing("the weights", info["missing_keys"], new)
     return model
 
 
@@ -170,7 +168,7 @@ def load_part(model_class: Any, name: str, new: str = NOTHING, **kwargs: Any) ->
 def refuse_missing(what: str, keys: set[str], allowed: str) -> None:
     missing = sorted(key for key in keys if not re.match(allowed, key))
     if missing:
-        raise ConversionError(f"{what} lack(s) {len(missing)} tensors, among them {missing[:5]}. Is a file lost?")
+        raise ConversionError(f"{len(missing)} tensors are missing from {what}, among them {missing[:5]}. Is a file lost?")
 
 
 def resolve_folder(part: str, patterns: list[str]) -> Path:
@@ -246,9 +244,7 @@ def whole_output(output: Path, overwrite: bool, sources: list[Path]) -> Iterator
             raise ConversionError(f"--output {output} and the source {source} lie in one another: choose another --output.")
     if output.exists() and not overwrite:
         raise ConversionError(f"{output} exists. Choose another --output, or pass --overwrite to replace it.")
-    if output.is_file() or (
-        output.exists() and any(output.iterdir()) and "model_type" not in read_json(output / "config.json")
-    ):
+    if output.is_file() or (output.exists() and any(output.iterdir()) and not is_model_folder(output)):
         raise ConversionError(f"{output} is no model folder (no config.json with a model_type), so it is not overwritten.")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.partial-", dir=output.parent) as scratch:
@@ -258,9 +254,9 @@ def whole_output(output: Path, overwrite: bool, sources: list[Path]) -> Iterator
         os.umask(umask := os.umask(0))
         for path in whole.iterdir():  # safetensors makes what only its owner can read, but model folders are shared
             path.chmod(0o666 & ~umask)
-        if overwrite and output.exists():
-            os.replace(output, replaced)
         try:
+            if overwrite and output.exists():
+                os.replace(output, replaced)
             os.replace(whole, output)
         except BaseException:
             if replaced.exists():
@@ -385,8 +381,9 @@ def assemble(
         # Not through AutoBackbone, which cannot load from a folder. A full CLIP or a classifier holds more than its tower,
         # and that is all that is wanted of it.
         tower = load_part(tower_class, vision_tower, UNTRAINED_TOWER, dtype=config.dtype, config=config.vision_config)
-        state = {f"model.language_model.{key}": value for key, value in decoder.get_decoder().state_dict().items()}
-        state |= {f"lm_head.{key}": value for key, value in decoder.get_output_embeddings().state_dict().items()}
+        with explained(f"{language_model} has no decoder, or no head"):
+            state = {f"model.language_model.{key}": value for key, value in decoder.get_decoder().state_dict().items()}
+            state |= {f"lm_head.{key}": value for key, value in decoder.get_output_embeddings().state_dict().items()}
         state |= {f"model.vision_tower.{key}": value for key, value in tower.state_dict().items()}
         new = UNTRAINED
         if projector is not None:
