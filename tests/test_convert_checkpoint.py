@@ -652,11 +652,6 @@ class TestDamage:
 
 
 class TestOutput:
-    def test_existing_output_is_refused(self, source: Source, capsys):
-        source.output.mkdir()
-        refused(capsys, source.command(), f"{source.output} exists", "--overwrite")
-        assert list(source.output.iterdir()) == []
-
     @pytest.mark.parametrize("linked", [False, True])
     def test_overwrite_replaces_the_whole_model_folder(self, source: Source, linked: bool):
         folder = source.convert()
@@ -669,19 +664,30 @@ class TestOutput:
         assert {value.dtype for value in weights(folder).values()} == {torch.bfloat16}
         assert source.siblings() == {"released", "tower", "output", folder.name}
 
-    @pytest.mark.parametrize("content", [None, "{}", "not JSON"])
-    def test_overwrite_spares_other_folders(self, source: Source, capsys, content: str | None):
-        source.output.mkdir()
-        (source.output / "thesis.tex").write_text("years of work")
-        if content is not None:
-            (source.output / "config.json").write_text(content)
-        refused(capsys, source.command("--overwrite"), str(source.output))
-        assert (source.output / "thesis.tex").read_text() == "years of work"
-
-    def test_overwrite_spares_files(self, source: Source, capsys):
-        source.output.write_text("a file")
-        refused(capsys, source.command("--overwrite"), "no model folder")
-        assert source.output.read_text() == "a file"
+    @pytest.mark.parametrize(
+        "files, option, needle",
+        [
+            ({}, None, "--overwrite"),
+            ({"config.json": '{"model_type": "other"}'}, None, "--overwrite"),
+            ({"thesis.tex": "years of work"}, "--overwrite", "no model folder"),
+            ({"thesis.tex": "years of work", "config.json": "{}"}, "--overwrite", "no model folder"),
+            ({"thesis.tex": "years of work", "config.json": "not JSON"}, "--overwrite", "config.json"),
+            (None, "--overwrite", "no model folder"),
+        ],
+        ids=str,
+    )
+    def test_what_is_there_is_spared(self, source: Source, capsys, files: dict | None, option: str | None, needle: str):
+        if files is None:
+            source.output.write_text("a file")
+        else:
+            source.output.mkdir()
+        for name, text in (files or {}).items():
+            (source.output / name).write_text(text)
+        refused(capsys, source.command(*filter(None, [option])), str(source.output), needle)
+        if files is None:
+            assert source.output.read_text() == "a file"
+        else:
+            assert {path.name: path.read_text() for path in source.output.iterdir()} == files
 
     @pytest.mark.parametrize("output", ["released", "tower", "released/out", "tower/a/b", "."])
     def test_output_and_source_must_lie_apart(self, source: Source, capsys, output: str):
@@ -1286,6 +1292,20 @@ class TestCard:
         convert_released(source.folder, str(shutil.move(source.tower, source.folder)), source.output, overwrite=True)
         data = metadata_load(source.output / "README.md")
         assert (data["license"], data["base_model"]) == ("llama2", "x/y")
+
+    @pytest.mark.parametrize("said", [{}, {"base_model": "mine/own"}])
+    def test_derived(self, parts: Path, tmp_path: Path, said: dict):
+        trainer = pytest.importorskip("mfrsvlm.training.trainer")
+        assemble(str(parts / "llama"), str(parts / "clip"), tmp_path / "start")
+        (tmp_path / "start" / "README.md").write_text("---\nlicense: mit\nbase_model: a/b\n---\n")
+        model = MFRSVLMForConditionalGeneration.from_pretrained(tmp_path / "start")
+        args = trainer.MFRSVLMTrainingArguments(output_dir=str(tmp_path / "run"), use_cpu=True, report_to="none")
+        run = trainer.MFRSVLMTrainer(model=model, args=args)
+        run.card_details = said
+        (tmp_path / "run").mkdir(exist_ok=True)
+        run.create_model_card()
+        data = metadata_load(tmp_path / "run" / "README.md")
+        assert (data["license"], data["base_model"]) == ("mit", said.get("base_model", "a/b"))
 
     def test_what_the_caller_says_wins(self, tmp_path: Path):
         from mfrsvlm.model_card.card import write_model_card
