@@ -45,6 +45,7 @@ SHARED = Path(__file__).parents[2] / "shared"
 CHECKPOINT = REFERENCE / "checkpoint"
 MANIFEST = json.loads((REFERENCE / "manifest.json").read_text())
 REMOVED = object()
+INDEX = "released/pytorch_model.bin.index.json"
 FIRST, SECOND = "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"
 VOCAB = 512  # of the checkpoint; the model has one row more, for <image>
 
@@ -426,11 +427,6 @@ class TestVariants:
         source.configure(mm_vision_tower=name)
         source.convert()
 
-    @pytest.mark.parametrize("file", ["adapter_config.json", "non_lora_trainables.bin"])
-    def test_lora_folder(self, source: Source, capsys, file: str):
-        (source.folder / file).write_text("{}")
-        refused(capsys, source.command(), "LoRA", file, "merge")
-
     @pytest.mark.parametrize(
         "fields, needles",
         [
@@ -501,31 +497,14 @@ def overwrite(name: str, content: bytes):
     return lambda source: (source.folder.parent / name).write_bytes(content)
 
 
-def retensor(change):
-    """Changes the dictionary of tensors and writes it as one file."""
-
-    def damage(source: Source) -> None:
-        tensors = source.tensors()
-        change(tensors)
-        source.write(tensors)
-
-    return damage
-
-
 def add(**tensors: torch.Tensor):
-    return retensor(lambda given: given.update({key.replace("__", "."): value for key, value in tensors.items()}))
+    """Adds tensors, or replaces them, and writes all as one file."""
+    given = {key.replace("__", "."): value for key, value in tensors.items()}
+    return lambda source: source.write(source.tensors() | given)
 
 
-def reindex(**names: str):
-    """Changes the weight map of the index and leaves the shards alone."""
-
-    def damage(source: Source) -> None:
-        path = source.folder / "pytorch_model.bin.index.json"
-        index = json.loads(path.read_text())
-        index["weight_map"].update(names)
-        path.write_text(json.dumps(index))
-
-    return damage
+def without(name: str):
+    return lambda source: source.write({key: value for key, value in source.tensors().items() if key != name})
 
 
 def key_in_two_shards(source: Source) -> None:
@@ -533,73 +512,55 @@ def key_in_two_shards(source: Source) -> None:
     torch.save(torch.load(first, weights_only=True) | {"lm_head.weight": torch.zeros(512, 64)}, first)
 
 
+# fmt: off
 DAMAGES = {
     "no config.json": (lose("released/config.json"), ["released/config.json cannot be read", "No such file"]),
     "config.json no JSON": (overwrite("released/config.json", b"{"), ["config.json cannot be read as a JSON object"]),
     "config.json a list": (overwrite("released/config.json", b"[]"), ["config.json cannot be read as a JSON object"]),
     "config.json binary": (overwrite("released/config.json", b"\xff\xfe\x00"), ["config.json cannot be read"]),
+    "LoRA config": (overwrite("released/adapter_config.json", b"{}"), ["LoRA", "adapter_config.json", "merge"]),
+    "LoRA rest": (overwrite("released/non_lora_trainables.bin", b""), ["LoRA", "non_lora_trainables.bin", "merge"]),
     "no tokenizer.model": (lose("released/tokenizer.model"), ["tokenizer.model is missing"]),
     "tokenizer.model damaged": (overwrite("released/tokenizer.model", b"no"), ["tokenizer of", "released cannot be read"]),
     "no preprocessor": (lose("tower/preprocessor_config.json"), ["tower/preprocessor_config.json cannot be read"]),
     "preprocessor empty": (overwrite("tower/preprocessor_config.json", b"{}"), ["lacks ['image_mean', 'image_std']"]),
     "preprocessor of another tower": (
         overwrite("tower/preprocessor_config.json", b'{"image_mean": [0.5], "image_std": [0.5], "crop_size": 224}'),
-        ["preprocessor_config.json describes no image processor of a tower of 336 pixels", "448 pixels"],
-    ),
+        ["preprocessor_config.json describes no image processor of a tower of 336 pixels", "448 pixels"]),
     "generation config no JSON": (overwrite("released/generation_config.json", b"{"), ["generation_config.json"]),
     "no tower config": (lose("tower/config.json"), ["tower/config.json cannot be read"]),
     "no tower weights": (lose("tower/pytorch_model.bin"), ["tower holds no weights"]),
-    "no weights": (
-        lose(*(f"released/{name}" for name in (FIRST, SECOND, "pytorch_model.bin.index.json"))),
-        ["holds no weights"],
-    ),
-    "no index": (lose("released/pytorch_model.bin.index.json"), ["holds no weights", "index"]),
+    "no weights": (lose(f"released/{FIRST}", f"released/{SECOND}", INDEX), ["holds no weights"]),
+    "no index": (lose(INDEX), ["holds no weights", "index"]),
     "missing shard": (lose(f"released/{SECOND}"), [SECOND, "missing"]),
-    "index no JSON": (overwrite("released/pytorch_model.bin.index.json", b"<html>"), ["index.json cannot be read"]),
-    "index without map": (overwrite("released/pytorch_model.bin.index.json", b"{}"), ["index.json has no weight_map"]),
+    "index no JSON": (overwrite(INDEX, b"<html>"), ["index.json cannot be read"]),
+    "index without map": (overwrite(INDEX, b"{}"), ["index.json has no weight_map of keys to file names"]),
     "index reaches outside": (
-        reindex(**{"lm_head.weight": f"../released/{SECOND}"}),
-        ["index.json has no weight_map of keys to file names"],
-    ),
+        overwrite(INDEX, f'{{"weight_map": {{"lm_head.weight": "../released/{SECOND}"}}}}'.encode()),
+        ["index.json has no weight_map of keys to file names"]),
     "key in two shards": (key_in_two_shards, [SECOND, "lm_head.weight comes twice"]),
     "unknown key": (add(model__adapter__weight=torch.ones(2, 3)), ["'model.adapter.weight'", "(2, 3)"]),
     "known key with a tail": (add(lm_head__weight__lora_A=torch.ones(1)), ["lm_head.weight.lora_A"]),
     "layer too many": (
-        add(model__layers__10__mlp__up_proj__weight=torch.ones(128, 64)),
-        ["layers.10.mlp.up_proj.weight has no place"],
-    ),
-    "injector too many": (
-        add(model__deepstack_residual_scale=torch.ones(5)),
-        ["injectors.4.residual_scale has no place"],
-    ),
-    "missing key": (
-        retensor(lambda t: t.pop("model.layers.4.mlp.up_proj.weight")),
-        ["1 tensors", "layers.4.mlp.up_proj.weight"],
-    ),
-    "missing injector": (retensor(lambda t: t.pop("model.deepstack_gate_proj.2.bias")), ["injectors.2.gate_proj.bias"]),
+        add(model__layers__10__mlp__up_proj__weight=torch.ones(128, 64)), ["layers.10.mlp.up_proj.weight has no place"]),
+    "injector too many": (add(model__deepstack_residual_scale=torch.ones(5)), ["injectors.4.residual_scale has no place"]),
+    "missing key": (without("model.layers.4.mlp.up_proj.weight"), ["1 tensors", "layers.4.mlp.up_proj.weight"]),
+    "missing injector": (without("model.deepstack_gate_proj.2.bias"), ["injectors.2.gate_proj.bias"]),
     "mis-shaped": (add(model__norm__weight=torch.ones(65)), ["norm.weight has shape (65,)", "(64,)"]),
     "empty": (add(model__norm__weight=torch.ones(0)), ["norm.weight has shape (0,)", "(64,)"]),
-    "mis-shaped scale": (
-        add(model__deepstack_residual_scale=torch.ones(4, 2)),
-        ["deepstack_residual_scale has shape (4, 2)"],
-    ),
-    "scale without a dimension": (
-        add(model__deepstack_residual_scale=torch.ones(())),
-        ["deepstack_residual_scale has shape ()"],
-    ),
+    "mis-shaped scale": (add(model__deepstack_residual_scale=torch.ones(4, 2)), ["residual_scale has shape (4, 2)"]),
+    "scale without a dimension": (add(model__deepstack_residual_scale=torch.ones(())), ["residual_scale has shape ()"]),
     "same tensor under two names": (
-        add(
-            vision_model__embeddings__class_embedding=torch.ones(32),
-            model__vision_tower__vision_tower__vision_model__embeddings__class_embedding=torch.ones(32),
-        ),
-        ["embeddings.class_embedding comes twice"],
-    ),
+        add(vision_model__embeddings__class_embedding=torch.ones(32),
+            model__vision_tower__vision_tower__vision_model__embeddings__class_embedding=torch.ones(32)),
+        ["embeddings.class_embedding comes twice"]),
     "quantized": (add(lm_head__weight=torch.ones(512, 64).to(torch.int8)), ["lm_head.weight", "torch.int8", "quantized"]),
     "no tensor": (add(epoch=3), ["pytorch_model.bin holds a int at 'epoch'"]),
     "nested": (lambda s: s.write({"state_dict": s.tensors()}), ["holds a dict at 'state_dict'"]),
     "no dictionary": (lambda s: torch.save([torch.ones(1)], s.folder / FIRST), [FIRST, "holds a list, not a dictionary"]),
     "LFS pointer": (overwrite(f"released/{FIRST}", b"version https://git-lfs.github.com/spec/v1\noid x\n"), [FIRST, "LFS"]),
 }
+# fmt: on
 
 
 class TestDamage:

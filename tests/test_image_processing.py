@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from transformers import CLIPVisionConfig
 
-from mfrsvlm import MFRSVLMConfig, MFRSVLMImageProcessor, image_processing_mfrsvlm
+from mfrsvlm import MFRSVLMConfig, MFRSVLMImageProcessor, image_processing_mfrsvlm, image_sources_mfrsvlm
 from mfrsvlm.configuration_mfrsvlm import packed_lengths, window_table
 from mfrsvlm.image_processing_mfrsvlm import cut_windows, join_windows
 
@@ -266,7 +266,7 @@ def test_pil_modes_of_8_bits(mode):
     ],
 )
 def test_three_channels_are_likelier_than_four_or_one(shape, expected):
-    assert image_processing_mfrsvlm.to_array(np.zeros(shape, np.uint8), None, 3).shape[1:] == expected
+    assert image_sources_mfrsvlm.to_array(np.zeros(shape, np.uint8), None, 3).shape[1:] == expected
 
 
 @pytest.mark.parametrize("shape", [(3, 20, 3), (4, 20, 4), (1, 20, 1), (3, 3, 3)])
@@ -461,7 +461,7 @@ class FakeSession:
 
 def test_urls(monkeypatch):
     image = Image.fromarray(noise(20, 30))
-    monkeypatch.setattr(image_processing_mfrsvlm, "get_session", lambda: FakeSession(encoded(image, "PNG")))
+    monkeypatch.setattr(image_sources_mfrsvlm, "get_session", lambda: FakeSession(encoded(image, "PNG")))
     outputs = tiny()("https://example.com/image.png", return_tensors="pt")
     assert_same(outputs, tiny()(image, return_tensors="pt"))
     with pytest.raises(ValueError, match=r"Image 1 of 2.*https://example\.com/missing\.png.*404 Not Found"):

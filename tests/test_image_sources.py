@@ -17,8 +17,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from mfrsvlm import MFRSVLMImageProcessor, image_processing_mfrsvlm
-from mfrsvlm.image_processing_mfrsvlm import image_size, open_image
+from mfrsvlm import MFRSVLMImageProcessor, image_sources_mfrsvlm
+from mfrsvlm.image_sources_mfrsvlm import image_size, open_image
 
 
 try:
@@ -256,6 +256,21 @@ def test_masks_and_overviews_inside_a_tiff(driver, layout, bands, tmp_path):
     assert verdict(path, expected) == "exact"
     opened = Image.open(path)
     np.testing.assert_array_equal(processor().process_image(opened), np.broadcast_to(expected, (3, HEIGHT, WIDTH)))
+
+
+@needs_gdal
+def test_tiffs_that_do_not_say_what_they_show(tmp_path):
+    """Readers disagree about a TIFF without a photometric interpretation. Camera files begin with a small copy."""
+    path = write(tmp_path / "image.tif", samples("uint8", 1))
+    content = path.read_bytes()
+    entry = struct.pack("<HHI", 262, 3, 1)
+    assert content.count(entry) == 1
+    path.write_bytes(content.replace(entry, struct.pack("<HHI", 263, 3, 1)))
+    assert verdict(path, samples("uint8", 1)) == "refused"
+    Image.fromarray(samples("uint8", 1)[0]).save(path, tiffinfo={254: 1})
+    with Image.open(path) as opened:
+        assert opened.tag_v2[254] == 1
+    assert verdict(path, samples("uint8", 1)) == "refused"
 
 
 # The grid: other formats
@@ -504,7 +519,7 @@ def doors(folder: Path) -> dict:
 
 def test_a_turned_photograph_is_the_same_through_every_door(tmp_path, monkeypatch):
     """Pixels and size, of what the processor makes, fetches and shows, and of what `open_image` gives."""
-    monkeypatch.setattr(image_processing_mfrsvlm, "get_session", Session)
+    monkeypatch.setattr(image_sources_mfrsvlm, "get_session", Session)
     stored = np.asarray(Image.open(io.BytesIO(photograph("JPEG"))))
     expected = turned(stored, 6)
     assert expected.shape == (WIDTH, HEIGHT, 3)
@@ -618,7 +633,7 @@ def test_files_of_the_folder_and_content_are_opened(folder):
     ],
 )
 def test_what_leaves_the_folder_is_refused(folder, source, message, monkeypatch):
-    monkeypatch.setattr(image_processing_mfrsvlm, "get_session", None)  # nothing may be fetched
+    monkeypatch.setattr(image_sources_mfrsvlm, "get_session", None)  # nothing may be fetched
     source = source.format(folder=folder) if isinstance(source, str) else source
     with pytest.raises(ValueError, match=message) as error:
         open_image(source, folder)

@@ -1,0 +1,362 @@
+"""The door that images come in by: from whatever names an image to an upright image whose samples are those of its source.
+
+Pillow reads some files in another way than they say: it keeps the high byte of 16-bit colours, or the first of two bands.
+The header of a source is therefore asked before it is decoded, and what would get lost is refused. What a value means is
+read from its type or declared by the caller, never guessed from other values.
+"""
+
+import base64
+import contextlib
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import IO, Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+import numpy as np
+import torch
+from huggingface_hub import get_session
+from PIL import ExifTags, Image, ImageOps
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
+from transformers.image_utils import ChannelDimension
+
+
+# Modes that hold 8 bits a channel and convert to RGB, and modes of one channel whose range the caller must state.
+EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"}
+DEEP_MODES = {"I", "I;16", "I;16B", "I;16L", "F"}
+# File formats with 8 bits a sample and no bands but colours and alpha. The headers of others are asked.
+EIGHT_BIT_FORMATS = {"BMP", "GIF", "JPEG", "MPO", "TGA", "WEBP"}
+HEADER_BYTES = 2**20  # a JPEG 2000 file has its size marker by then, behind its metadata
+TAGS = (254, 258, 262, 266, 277, 284, 338, 339)  # of a TIFF
+SUBFILE_TYPE, BITS, PHOTOMETRIC, FILL_ORDER, SAMPLES, PLANAR, EXTRA_SAMPLES, SAMPLE_FORMAT = TAGS
+COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}  # bands that a photometric interpretation names
+GREY, RGB = 1, 2  # photometric interpretations; 0 is grey from white to black
+DEPENDENT_PAGE = 0b101  # bits of the subfile type: a smaller copy, or a mask, of another page (GeoTIFFs hold both)
+SOURCE_KEYS = ("bytes", "image", "base64", "image_url", "url", "path")  # of `datasets` images and parts of a chat
+FETCH_SECONDS = 30
+ADVICE = "Read it with rasterio, choose its bands, and pass an array: uint8, or any other with value_range=(black, white)."
+
+
+def open_image(source: Any, folder: str | os.PathLike[str] | None = None) -> Any:
+    """Opens an image, checks that Pillow gives the samples of its source, and turns it upright as its EXIF data say.
+
+    Args:
+        source: a path, `file://` or http(s) address, data URI, base64 text, bytes, PIL image, `{"bytes", "path"}` of a
+            `datasets` image, or part of a chat (`{"type": "image", ...}`, `{"type": "image_url", ...}`). Arrays and tensors
+            are returned as they are.
+        folder: where the images of a data file lie. Paths start there; what leaves it, and an address, is refused. `None`
+            opens everything.
+
+    Returns:
+        A PIL image, or the array. Its width and height are those of the frame that the model sees.
+
+    Raises:
+        ValueError: the image cannot be opened or decoded, lies outside of the folder, has several frames, more than 8 bits
+            in colour, or other bands than colours and alpha.
+        TypeError: the source is none of the above.
+    """
+    image = open_source(source, folder)
+    if not isinstance(image, Image.Image):
+        return image
+    try:
+        check_source(image)
+        return upright(image)
+    except ValueError as error:
+        raise ValueError(f"cannot open image {shown(source)}: {error}") from error
+
+
+def image_size(image: Any, input_data_format: str | None = None, num_channels: int = 3) -> tuple[int, int]:
+    """(height, width) of an opened image or an array in the frame that the model sees, which boxes are written in."""
+    if isinstance(image, Image.Image):
+        width, height = upright(image).size
+        return height, width
+    height, width = to_array(image, input_data_format, num_channels).shape[1:]
+    return height, width
+
+
+def open_source(source: Any, folder: str | os.PathLike[str] | None = None) -> Any:
+    """Opens an image without decoding it. Arguments and errors are those of `open_image`.
+
+    Not `transformers.image_utils.load_image`, which converts to RGB at once: 16-bit values would be clipped, the frames
+    of an animation lost and large images decoded before they can be refused.
+    """
+    if isinstance(source, (Image.Image, np.ndarray, torch.Tensor)):
+        return source
+    if isinstance(source, Mapping):
+        for key in (key for key in SOURCE_KEYS if source.get(key) is not None):
+            return open_source(f"data:;base64,{source[key]}" if key == "base64" else source[key], folder)
+        raise ValueError(f"{shown(dict(source))} holds no image: it has none of the keys {', '.join(SOURCE_KEYS)}.")
+    if not isinstance(source, (str, bytes, bytearray, os.PathLike)):
+        raise TypeError(
+            f"expected a PIL image, an array, a tensor, a path, an address or bytes, got {type(source).__name__}."
+        )
+    try:
+        return Image.open(locate(source, folder))
+    except Exception as error:  # decoders and networks raise almost anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = f"cannot identify its format, its depth or its bands. If it is a raster: {ADVICE}"
+        raise ValueError(f"cannot open image {shown(source)}: {reason}") from error
+
+
+def locate(source: Any, folder: str | os.PathLike[str] | None) -> str | io.BytesIO:
+    """Path or content of an image."""
+    if isinstance(source, (bytes, bytearray)):
+        return io.BytesIO(source)
+    path = text = os.fsdecode(source)
+    scheme = text[:8].lower()
+    if scheme.startswith("data:"):
+        return io.BytesIO(base64.b64decode("".join(text.partition(",")[2].split()), validate=True))
+    if scheme.startswith(("http://", "https://")):
+        if folder is not None:
+            raise ValueError(f"it is an address, and only files in {str(folder)!r} may be opened here")
+        response = get_session().get(text, follow_redirects=True, timeout=FETCH_SECONDS)
+        response.raise_for_status()
+        return io.BytesIO(response.content)
+    if scheme.startswith("file://"):
+        path = url2pathname(urlsplit(text).path)
+    if folder is not None:
+        path = os.path.join(folder, path)
+        if not Path(path).resolve().is_relative_to(Path(folder).resolve()):
+            raise ValueError(f"it leaves {str(folder)!r}, and only files in there may be opened here")
+    if os.path.isfile(path):
+        return path
+    if path != text:
+        raise ValueError(f"there is no file {shown(path)}")
+    try:
+        return io.BytesIO(base64.b64decode("".join(text.split()), validate=True))
+    except ValueError as error:
+        raise ValueError("it is neither a file, nor an http(s) address, nor base64 text") from error
+
+
+def shown(source: Any) -> str:
+    """A source in an error: content by its length, and what is long shortened."""
+    if isinstance(source, (bytes, bytearray)):
+        return f"of {len(source)} bytes"
+    text = f"{source.format} {source.size}" if isinstance(source, Image.Image) else repr(source)
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
+def check_source(image: Image.Image) -> None:
+    """Refuses a PIL image of which Pillow gives other samples than its source has, or one of several frames.
+
+    The header is asked before anything is decoded: Pillow keeps the high byte of 16-bit colours and calls them RGB.
+    """
+    with damage("its header"):
+        frames = count_frames(image)
+        lost = lost_samples(image) if frames == 1 else None
+    if frames != 1:
+        raise ValueError(f"it has {frames} frames. Pass the one you mean, for example after image.seek(i) and image.copy().")
+    if lost:
+        raise ValueError(f"{lost}. {ADVICE}")
+
+
+@contextlib.contextmanager
+def source_file(image: Image.Image) -> Iterator[IO[bytes]]:
+    """The file of a PIL image from its start, also after decoding, when Pillow has let go of it."""
+    files: list[Any] = [getattr(image, name, None) for name in ("fp", "_fp")]
+    name = getattr(image, "filename", "")
+    for file in (file for file in files if hasattr(file, "read") and not file.closed):
+        position = file.tell()
+        file.seek(0)
+        yield file
+        file.seek(position)
+        return
+    if not name or not os.path.isfile(name):
+        raise ValueError("it was decoded, and its file is gone. Pass the file, or image.copy() if it held 8 bits a sample")
+    with open(name, "rb") as file:
+        yield file
+
+
+def count_frames(image: Image.Image) -> int:
+    """Frames that show something of their own.
+
+    The overviews and masks of a GeoTIFF do not count, nor the previews that drones and phones store in a JPEG ("MPO").
+    """
+    if image.format != "TIFF" or not getattr(image, "is_animated", True):
+        return 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))
+    with source_file(image) as file:  # not by image.n_frames, which fails on a mask: Pillow has no mode for it
+        head = file.read(8)
+        directory = ImageFileDirectory_v2(head + file.read(8) if head[2] == 43 else head)  # 43: BigTIFF
+        pages: dict[int, int] = {}
+        while directory.next and directory.next not in pages:
+            start = directory.next
+            file.seek(start)
+            directory.load(file)
+            pages[start] = directory.get(SUBFILE_TYPE, 0)
+    return sum(not kind & DEPENDENT_PAGE for kind in pages.values())
+
+
+def lost_samples(image: Image.Image) -> str | None:
+    """What of the source Pillow would drop or change; `None` if every sample of its colours survives."""
+    if image.format is None or image.format in EIGHT_BIT_FORMATS:
+        return None
+    if image.format == "TIFF":
+        tags = {tag: np.atleast_1d(value).tolist() for tag, value in image.tag_v2.items() if tag in TAGS}
+        if PHOTOMETRIC not in tags or tags.get(SUBFILE_TYPE, [0])[0] & DEPENDENT_PAGE:
+            return "it does not say what its samples stand for, or this page is a smaller copy or a mask of another"
+        (photometric,), bits, (count,) = tags[PHOTOMETRIC], max(tags.get(BITS, [1])), tags.get(SAMPLES, [1])
+        kinds, extra = tags.get(SAMPLE_FORMAT, [1]), tags.get(EXTRA_SAMPLES, [])  # kinds: 1 unsigned, 2 signed, 3 float
+        if len(set(kinds)) > 1 or (kinds[0] != 1 if bits <= 8 else bits == 32 and kinds[0] == 1):
+            return f"its samples of {bits} bits are signed, mixed, or too large"
+        if bits > 8 and photometric != GREY:
+            return f"it holds {bits} bits a sample in colour"
+        if tags.get(PLANAR) == [2] and (bits < 8 or photometric == 0 or tags.get(FILL_ORDER, [1]) != [1]):
+            return "its bands lie apart, and Pillow does not unpack such samples"
+        if count > COLOURS.get(photometric, 0) and photometric != RGB and extra != [2]:  # 2: alpha
+            return f"it has {count} bands, other bands than red, green and blue"
+        return "its colours are multiplied by alpha" if 1 in extra else None
+    if image.format == "PNG" and image.mode not in ("RGB", "RGBA"):
+        return None  # 16 bits of grey have a mode of their own
+    if image.format not in ("PNG", "JPEG2000"):
+        return (
+            f"nothing here tells the depth of a {image.format} file: pass image.convert('RGB') if it holds 8 bits a sample"
+        )
+    with source_file(image) as file:
+        head = file.read(HEADER_BYTES)
+    if image.format == "PNG":
+        return "it holds 16 bits a sample in colour" if head[24] == 16 else None
+    start = head.index(b"\xff\x4f\xff\x51") + 40  # behind the size marker: count of components, then three bytes for each
+    count = int.from_bytes(head[start : start + 2], "big")
+    if count == 2 or set(head[start + 2 : start + 2 + 3 * count]) != {7, 1}:  # 8 bits unsigned, no subsampling
+        return f"its {count} bands are not colours of 8 bits"
+    return None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turns an image as its EXIF data say, for which it is decoded."""
+    with damage("it"):
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+        return ImageOps.exif_transpose(image) if turned else image
+
+
+@contextlib.contextmanager
+def damage(what: str) -> Iterator[None]:
+    """Turns whatever a decoder raises on a damaged file into a `ValueError` of one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{what} cannot be read (the file may be damaged): {reason}") from error
+
+
+def read_planes(image: Any, given: SimpleNamespace) -> list[Image.Image]:
+    """Checks one image. Returns one image in RGB, or one in grey for every channel (8 bits, or floats in [0, 1])."""
+    to_rgb = bool(given.do_convert_rgb) and given.num_channels == 3
+    limits = (given.do_pad, given.max_aspect_ratio, given.max_image_pixels)
+    if isinstance(image, Image.Image):
+        check_extent(image.height, image.width, *limits)
+        check_source(image)
+        if image.mode not in EIGHT_BIT_MODES and (given.value_range is None or image.mode not in DEEP_MODES):
+            raise ValueError(
+                f"its mode is {image.mode!r}, not 8 bits a channel, and nothing in it says what is white: state it with "
+                "value_range=(black, white), for example the 2nd and the 98th percentile."
+            )
+        image = upright(image)
+        with damage("it"):
+            image.load()
+            image = image.convert("RGB") if to_rgb and image.mode not in ("RGB", *DEEP_MODES) else image
+        if not to_rgb and image.mode not in ({"RGB"} if given.num_channels == 3 else {"1", "L", *DEEP_MODES}):
+            raise ValueError(
+                f"its mode {image.mode!r} is not num_channels={given.num_channels} bands: pass them as an array."
+            )
+        if image.mode == "RGB" and to_rgb and given.value_range is None:
+            return [image]
+        array = np.atleast_3d(image).transpose(2, 0, 1)
+        array = array.astype(np.uint8) * 255 if array.dtype == bool else array
+    else:
+        array = to_array(image, given.input_data_format, given.num_channels)
+        check_extent(array.shape[1], array.shape[2], *limits)
+    array = to_eight_bits(array, given.value_range, quantise=bool(given.do_rescale))
+    if to_rgb and len(array) in (1, 4):
+        array = np.repeat(array, 3, axis=0) if len(array) == 1 else array[:3]
+    if len(array) != given.num_channels:
+        rule = "set do_convert_rgb" if given.num_channels == 3 else "pass an array with as many bands"
+        raise ValueError(f"it has {len(array)} channels, but num_channels={given.num_channels}: {rule}.")
+    if given.num_channels == 3 and array.dtype == np.uint8:
+        return [Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0)))]
+    # Apart, because Pillow takes the fourth of four channels for alpha and weighs the others with it.
+    return [Image.fromarray(np.ascontiguousarray(channel)) for channel in array]
+
+
+def check_extent(height: int, width: int, do_pad: bool | None, max_aspect_ratio: float, max_image_pixels: int) -> None:
+    """Refuses images that are empty, a thread, or would not fit in memory as a square."""
+    pixels, what = f"height {height} and width {width}", " after padding to a square" if do_pad else ""
+    if min(height, width) < 1:
+        raise ValueError(f"it is empty: {pixels}.")
+    if max(height, width) > max_aspect_ratio * min(height, width):
+        raise ValueError(f"{pixels} differ by more than max_aspect_ratio={max_aspect_ratio:g}. Cut it into pieces.")
+    count = max(height, width) ** 2 if do_pad else height * width
+    if count > max_image_pixels:
+        raise ValueError(
+            f"{pixels} make {count} pixels{what}, more than max_image_pixels={max_image_pixels}. Cut it into pieces."
+        )
+
+
+def to_array(image: Any, input_data_format: str | ChannelDimension | None, num_channels: int) -> np.ndarray:
+    """Brings an array or tensor (H, W), (H, W, C) or (C, H, W) with 1, 3, 4 or `num_channels` channels to (C, H, W)."""
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy()
+    if np.ma.is_masked(image):
+        raise ValueError(f"{np.ma.count_masked(image)} of its values are masked: fill them with what shall be seen there.")
+    image = np.ma.getdata(image)
+    if image.ndim == 2:
+        return image[None]
+    if image.ndim != 3:
+        raise ValueError(f"an array must have 2 or 3 dimensions, got shape {image.shape}.")
+    counts = [count for count in (1, 4, 3) if count != num_channels] + [num_channels]  # the likeliest last
+    if input_data_format is None:
+        # Both ends may look like channels if the image is tiny or thin.
+        first, last = (counts.index(n) if n in counts else -1 for n in (image.shape[0], image.shape[2]))
+        if first == last and image.shape != (1, 1, 1):
+            which = "neither end" if first < 0 else "more than one end"
+            raise ValueError(
+                f"{which} of shape {image.shape} is a channel dimension of {sorted(counts)}: pass such an array, or "
+                'input_data_format, "channels_first" or "channels_last".'
+            )
+        input_data_format = ChannelDimension.FIRST if first >= last else ChannelDimension.LAST
+    image = np.moveaxis(image, -1, 0) if ChannelDimension(input_data_format) == ChannelDimension.LAST else image
+    if len(image) not in counts:
+        raise ValueError(f"{len(image)} channels in shape {image.shape} (channels first): pass one of {sorted(counts)}.")
+    return image
+
+
+def to_eight_bits(image: np.ndarray, value_range: Sequence[float] | None, quantise: bool) -> np.ndarray:
+    """Checks the values of an array and brings them to uint8, or floats to [0, 1] unless `quantise`.
+
+    What a value means is read from its type or declared, never from the other values: a dark tile must not be read in
+    another way than the bright one beside it.
+    """
+    is_float, limits = image.dtype.kind == "f", (0, 1) if image.dtype.kind == "f" else (0, 255)
+    if image.dtype.kind not in "iuf":
+        raise ValueError(f"an array must hold integers or floats, got dtype {image.dtype}.")
+    if is_float and not np.isfinite(image).all():
+        raise ValueError(f"{np.count_nonzero(~np.isfinite(image))} values are NaN or infinite: fill them first.")
+    if value_range is not None:
+        black, white = value_range
+        if not is_float and not np.iinfo(image.dtype).min <= black < white <= np.iinfo(image.dtype).max:
+            raise ValueError(f"value_range={value_range} does not fit samples of {image.dtype}.")
+        wide: Any = image.astype(np.float64 if image.itemsize > 2 and image.dtype != np.float32 else np.float32)
+        wide -= black
+        wide *= 1 / (white - black)
+        np.clip(wide, 0, 1, out=wide)
+        return np.rint(wide * 255).astype(np.uint8) if quantise else wide.astype(np.float32)
+    if image.dtype == np.uint8:
+        return image
+    if not is_float and image.itemsize < 8:
+        raise ValueError(f"samples of {image.dtype} do not say what is white: pass value_range=(black, white), or uint8.")
+    low, high = image.min(), image.max()
+    if low < limits[0] or high > limits[1]:
+        raise ValueError(
+            f"values of {image.dtype} range from {low:g} to {high:g}, outside {limits[0]}..{limits[1]}: clip them, or state "
+            "what they mean with value_range=(black, white)."
+        )
+    image = image.astype(np.float32 if is_float else np.uint8)
+    return np.rint(image * 255).astype(np.uint8) if is_float and quantise else image
+
+
+__all__ = ["image_size", "open_image"]
