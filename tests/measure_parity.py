@@ -111,8 +111,12 @@ class Parity:
         routers, gates, injected = [], [], []
         hooks = []
         for injector in injectors:
-            hooks.append(injector.router.register_forward_hook(lambda module, args, output: routers.append(output[0])))
-            hooks.append(injector.gate_proj.register_forward_hook(lambda m, args, output: gates.append(output.sigmoid())))
+            hooks.append(injector.router.register_forward_hook(lambda m, args, out: routers.append(out[0, 0])))
+            hooks.append(
+                injector.gate_proj.register_forward_hook(
+                    lambda m, args, output: gates.append(output.sigmoid().flatten(0, 2))
+                )
+            )
             hooks.append(injector.register_forward_hook(lambda module, args, output: injected.append(output[0])))
         with torch.no_grad():
             outputs = self.model(**inputs, output_hidden_states=True)
@@ -126,7 +130,7 @@ class Parity:
         self.compare_stats("hidden states, before injection", f"{name}/hidden_stats", hidden)
         self.compare_stats("logits", f"{name}/logits_stats", logits)
         if images:
-            first = torch.stack([gate.flatten(0, 1)[:8] for gate in gates])
+            first = torch.stack([gate[:8] for gate in gates])
             self.compare("hidden states, before injection", f"{name}/hidden_first16", hidden[:, :16])
             self.compare("router weights", f"{name}/router_weights", torch.stack(routers))
             self.compare("gates", f"{name}/gate_first8", first)
@@ -144,17 +148,15 @@ class Parity:
             )
 
     def run_vision(self, name: str, inputs: dict) -> None:
-        pixels = {key: inputs[key] for key in ("pixel_values", "pixel_values_local")}
-        raw = []
-        hook = self.model.model.multi_modal_projector.register_forward_pre_hook(lambda m, args: raw.append(args[0]))
         with torch.no_grad():
-            features = self.model.get_image_features(**pixels, output_hidden_states=True)
-        hook.remove()
+            features = self.model.get_image_features(inputs["pixel_values"], output_hidden_states=True)
+            raw_details = self.model.model.get_detail_features(inputs["pixel_values"])[:, 0]
         hidden = torch.stack(features.hidden_states)[:, 0]
         details = torch.stack([stack[0] for stack in features.deepstack_features])
-        raw_details = torch.stack([stack[0] for stack in raw if stack.ndim == 3][: len(details)])
-        self.compare("pixels", f"{name}/pixel_values", inputs["pixel_values"][0])
-        self.compare_stats("pixels", f"{name}/pixel_stats", inputs["pixel_values"][0])
+        side = self.model.config.image_size
+        global_view = inputs["pixel_values"][0, : 3 * side**2].view(3, side, side)
+        self.compare("pixels", f"{name}/pixel_values", global_view)
+        self.compare_stats("pixels", f"{name}/pixel_stats", global_view)
         self.compare("vision hidden states", f"{name}/vision_hidden_stride36", hidden[:, ::36])
         self.compare_stats("vision hidden states", f"{name}/vision_hidden_stats", hidden)
         self.compare("visual tokens, projected", f"{name}/global_projected", features.pooler_output[0])
