@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import transformers
 from huggingface_hub.dataclasses import strict
+from packaging.version import Version
 from transformers import AutoConfig
-from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.configuration_utils import PreTrainedConfig
 
 
 # A number that may be left out and is then derived from the parts. To a reader of the config it is never None.
@@ -20,10 +22,32 @@ if TYPE_CHECKING:
 else:
     Derived = int | None
 
+# All that depends on the version of transformers; the package supports 5.16.1 and later.
+TRANSFORMERS = Version(transformers.__version__).release
+CACHE = "cache" if TRANSFORMERS >= (5, 24) else "past_key_values"  # what forwards and outputs call the cache
+CAN_SELECT_HIDDEN_STATES = TRANSFORMERS >= (5, 23)  # output_hidden_states=[...] keeps these alone
+CHUNKS_CARRY_IMAGES = TRANSFORMERS >= (5, 23)  # chunked prefill hands each chunk its share of the encoded images
+GENERATE_ENCODES_IMAGES = TRANSFORMERS >= (5, 19)  # generate() encodes images once and takes mm_encoder_outputs
+
+_CONDITIONAL_GENERATION = "modeling_mfrsvlm.MFRSVLMForConditionalGeneration"
 AUTO_MAP = {
     "AutoConfig": "configuration_mfrsvlm.MFRSVLMConfig",
     "AutoModel": "modeling_mfrsvlm.MFRSVLMModel",
-    "AutoModelForImageTextToText": "modeling_mfrsvlm.MFRSVLMForConditionalGeneration",
+    "AutoModelForImageTextToText": _CONDITIONAL_GENERATION,
+    # Tools that know only one of these names load the same model: trainers, adapters, lmms-eval.
+    "AutoModelForCausalLM": _CONDITIONAL_GENERATION,
+    "AutoModelForMultimodalLM": _CONDITIONAL_GENERATION,
+}
+
+
+CLIP_VIT_L_14_336 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
 }
 
 
@@ -109,13 +133,13 @@ class MFRSVLMConfig(PreTrainedConfig):
     pixels on a canvas of 672, and gated injection before decoder layers 4, 8, 12 and 16 (counted from one).
 
     Args:
-        vision_config: vision encoder; `clip_vision_model` or any backbone of `AutoBackbone` (`resnet`, ...).
-        text_config: decoder; one of `llama`, `mistral`, `qwen2`, `qwen3`.
-        image_token_id: id of the `<image>` placeholder. Defaults to `text_config.vocab_size`: it is masked before the
-            embedding, so nothing is resized.
-        image_size: side of the global view, pixels. Defaults to the encoder's own (336 for a backbone without one).
-        patch_size: side of the square that one visual token stands for, pixels. Defaults to the encoder's own (14 for
-            a backbone without one). The global view gives `(image_size // patch_size) ** 2` visual tokens.
+        vision_config: vision encoder: a ViT with `num_hidden_layers` (`clip_vision_model`, `siglip_vision_model`,
+            `dinov2`, `dinov3_vit`, ...), or a hierarchical backbone with `depths` (`resnet`, `convnext`, `swin`, ...).
+        text_config: decoder: any model type of `AutoModel` whose model has a list of `layers`.
+        image_token_id: id of the `<image>` placeholder, one row of the decoder's embedding. Defaults to the last row.
+        image_size: side of the global view, pixels. Defaults to a ViT's own, to 336 for a hierarchical backbone.
+        patch_size: side of the square that one visual token stands for, pixels. Defaults to a ViT's own, to 14 for a
+            hierarchical backbone. The global view gives `(image_size // patch_size) ** 2` visual tokens.
         vision_feature_layer: which encoder output gives the visual tokens. Index into the hidden states of a ViT (0 is
             the embedding, -1 the last layer) or into the stages of a backbone (0 is the stem, 1 the first stage).
         vision_feature_size: channels of the visual features. Defaults to the ViT's width; the stages of a backbone
@@ -150,22 +174,11 @@ class MFRSVLMConfig(PreTrainedConfig):
     """
 
     model_type = "mfrsvlm"
-    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
-    sub_configs_defaults = {
-        "vision_config": SubConfigSpec(
-            config_class=AutoConfig,
-            model_type="clip_vision_model",
-            init_kwargs={
-                "hidden_size": 1024,
-                "intermediate_size": 4096,
-                "num_hidden_layers": 24,
-                "num_attention_heads": 16,
-                "image_size": 336,
-                "patch_size": 14,
-                "projection_dim": 768,
-            },
-        ),
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_hidden_states"]
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    base_model_tp_plan = {
+        "injectors.*.detail_proj": "colwise_gather_output",
+        "injectors.*.gate_proj": "colwise_gather_output",
     }
 
     vision_config: Any = None
@@ -202,22 +215,24 @@ class MFRSVLMConfig(PreTrainedConfig):
     cross_attention_heads: int = 8
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self.vision_config = _sub_config(self.vision_config, "clip_vision_model", CLIP_VIT_L_14_336)
+        self.text_config = _sub_config(self.text_config, "llama", {})
         super().__post_init__(**kwargs)
         # `save_pretrained` adds only the class that it saves, but a checkpoint must load through each of these.
         self.auto_map = {**AUTO_MAP, **(getattr(self, "auto_map", None) or {})}
         vision_config, text_config = self.vision_config, self.text_config
         if self.image_token_id is None:
-            self.image_token_id = text_config.vocab_size
+            self.image_token_id = text_config.vocab_size - 1
         if self.image_size is None:
-            self.image_size = vision_config.image_size if self.has_vit else 336
+            self.image_size = 336 if self.is_hierarchical else _vit_image_size(vision_config)
         if self.patch_size is None:
-            self.patch_size = vision_config.patch_size if self.has_vit else 14
+            self.patch_size = 14 if self.is_hierarchical else getattr(vision_config, "patch_size", None)
         if self.vision_feature_size is None:
-            self.vision_feature_size = vision_config.hidden_size if self.has_vit else 1024
+            self.vision_feature_size = 1024 if self.is_hierarchical else getattr(vision_config, "hidden_size", None)
         # A decoder that ties its embeddings says so in its own config.
         if not self.tie_word_embeddings and getattr(text_config, "tie_word_embeddings", False):
             self.tie_word_embeddings = True
-        if not self.has_vit:
+        if self.is_hierarchical and hasattr(vision_config, "stage_names"):
             # A backbone returns only the stages it is asked for.
             stages = {*self.detail_feature_layers, self.vision_feature_layer % (self.num_vision_layers + 1)}
             vision_config.out_indices = sorted(stage for stage in stages if stage <= self.num_vision_layers)
@@ -226,16 +241,21 @@ class MFRSVLMConfig(PreTrainedConfig):
         self.injection_layers = list(self.injection_layers)
 
     @property
-    def has_vit(self) -> bool:
-        """Whether the encoder is a ViT read at its hidden states, and not a backbone read at its stages."""
-        return self.vision_config.model_type == "clip_vision_model"
+    def is_hierarchical(self) -> bool:
+        """Whether the encoder is a backbone read at its stages, and not a ViT read at its hidden states."""
+        return hasattr(self.vision_config, "depths")
 
     @property
     def num_vision_layers(self) -> int:
-        """Number of the last encoder output: transformer layers of a ViT, stages of a backbone."""
-        if self.has_vit:
-            return self.vision_config.num_hidden_layers
-        return len(self.vision_config.stage_names) - 1
+        """Number of the last encoder output: transformer layers of a ViT, stages of a hierarchical backbone."""
+        if self.is_hierarchical:
+            return len(self.vision_config.stage_names) - 1
+        return int(self.vision_config.num_hidden_layers)
+
+    @property
+    def num_channels(self) -> int:
+        """Bands of an image."""
+        return int(getattr(self.vision_config, "num_channels", 3))
 
     @property
     def tokens_per_side(self) -> int:
@@ -260,20 +280,31 @@ class MFRSVLMConfig(PreTrainedConfig):
         """Windows of every scale, in packing order."""
         return window_table(self.image_size, self.patch_size, self.canvas_scale, self.window_sizes, self.window_overlap)
 
+    @property
+    def packed_lengths(self) -> list[int]:
+        """Values of the global view and of the windows of every scale, in a row of `pixel_values`."""
+        return packed_lengths(self.image_size, self.windows if self.has_details else (), self.num_channels)
+
     def validate_architecture(self) -> None:
         """Raises `ValueError` naming both sides of every conflict.
 
         Called by `@strict` after initialisation, which wraps it in a `StrictDataclassClassValidationError`.
         """
-        if self.has_vit:
-            for name in ("image_size", "patch_size"):
-                ours, encoders = getattr(self, name), getattr(self.vision_config, name)
-                if ours != encoders:
-                    raise ValueError(f"{name}={ours} differs from vision_config.{name}={encoders}.")
-            if self.vision_feature_size != self.vision_config.hidden_size:
+        encoder = self.vision_config
+        needed = ("stage_names",) if self.is_hierarchical else ("num_hidden_layers", "hidden_size", "patch_size")
+        lacking = [name for name in needed if not isinstance(getattr(encoder, name, None), (int, list, tuple))]
+        if lacking:
+            raise ValueError(
+                f"vision_config of type {encoder.model_type!r} lacks {lacking}: an encoder is a ViT with one hidden_size, "
+                "one patch_size and num_hidden_layers, or a hierarchical backbone with depths and stage_names."
+            )
+        if not self.is_hierarchical:
+            if self.patch_size != encoder.patch_size:
+                raise ValueError(f"patch_size={self.patch_size} differs from vision_config.patch_size={encoder.patch_size}.")
+            if self.vision_feature_size != encoder.hidden_size:
                 raise ValueError(
                     f"vision_feature_size={self.vision_feature_size} differs from "
-                    f"vision_config.hidden_size={self.vision_config.hidden_size}."
+                    f"vision_config.hidden_size={encoder.hidden_size}."
                 )
         windows = self.windows  # validates sizes, overlap and canvas
         depth = self.num_vision_layers
@@ -321,8 +352,25 @@ class MFRSVLMConfig(PreTrainedConfig):
                 f"cross_attention_size={self.cross_attention_size} must be a multiple of "
                 f"cross_attention_heads={self.cross_attention_heads}."
             )
-        if self.image_token_id < 0:
-            raise ValueError(f"image_token_id={self.image_token_id} must not be negative.")
+        if not 0 <= self.image_token_id < self.text_config.vocab_size:
+            raise ValueError(
+                f"image_token_id={self.image_token_id} is no row of the decoder's embedding, which has "
+                f"text_config.vocab_size={self.text_config.vocab_size}: resize the embedding first."
+            )
+
+
+def _sub_config(part: Any, model_type: str, defaults: dict[str, Any]) -> Any:
+    """A part's config from a config, the dictionary of one, or nothing."""
+    if part is None:
+        part = {"model_type": model_type, **defaults}
+    return AutoConfig.for_model(**{"model_type": model_type, **part}) if isinstance(part, dict) else part
+
+
+def _vit_image_size(vision_config: Any) -> Any:
+    size = getattr(vision_config, "image_size", None)
+    if size is None and hasattr(vision_config, "num_patches"):  # SigLIP 2 counts patches
+        return math.isqrt(vision_config.num_patches) * vision_config.patch_size
+    return size
 
 
 def _check_ascending(name: str, values: Sequence[int], low: int, high: int, what: str) -> None:

@@ -1,48 +1,63 @@
-"""MF-RSVLM: CLIP (or a convolutional backbone), multi-scale sliding windows, and injection into a Llama-like decoder.
+"""MF-RSVLM: a vision encoder, multi-scale sliding windows, and injection into the layers of a stock decoder.
 
 The skeleton is that of LLaVA: `vision_tower` -> `multi_modal_projector` -> `language_model`. Two things are added, both
 from the paper *FUSE-RSVLM* (arXiv 2512.24022): windows over a high-resolution canvas are encoded at several depths of
-the tower and stitched into *detail stacks*, and *injectors* feed these stacks back into several decoder layers.
+the tower and stitched into *detail stacks*, and *injectors* feed these stacks back into several decoder layers. The
+decoder runs its own forward: an injector is a forward pre-hook on its layer, and what it needs travels down the forward
+as the keyword argument `injection`.
 
-Letters in shape comments: B samples, S positions, N images over the batch, T tokens an image, K detail stacks,
-n windows, t tokens a window side, C vision channels, d decoder channels. All visual state enters and leaves as
-arguments; nothing is kept on a module between calls.
+Letters in shape comments: B samples, S positions, N images over the batch, r rows that share an image (beams), T tokens
+an image, K detail stacks, n windows, t tokens a window side, C vision channels, d decoder channels. All visual state
+enters and leaves as arguments; nothing is kept on a module between calls.
 """
 
 import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoBackbone, AutoModel, LlamaModel, MistralModel, Qwen2Model, Qwen3Model
+from transformers import AutoBackbone, AutoModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
-from transformers.generation import GenerationMixin, PromptLookupCandidateGenerator
-from transformers.generation import utils as generation_utils
+from transformers.generation import CandidateGenerator, GenerationMixin, PromptLookupCandidateGenerator
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
-from transformers.masking_utils import create_masks_for_generate
+from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+    ModelOutput,
+)
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import can_return_tuple, logging, output_capturing
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_mfrsvlm import MFRSVLMConfig, WindowScale
+from .configuration_mfrsvlm import (
+    CACHE,
+    CAN_SELECT_HIDDEN_STATES,
+    CHUNKS_CARRY_IMAGES,
+    GENERATE_ENCODES_IMAGES,
+    MFRSVLMConfig,
+    WindowScale,
+)
 
 
 logger = logging.get_logger(__name__)
 
-# Whether chunked prefill hands each chunk its share of the encoded images.
-CHUNKS_CARRY_IMAGES = hasattr(generation_utils, "_slice_mm_encoder_output")
-
 # Key position of detail tokens that no query may see. Any real position is smaller.
 NEVER_VISIBLE = torch.iinfo(torch.int64).max
+# A score that the softmax turns into zero in every dtype, and that stays finite in float16.
+MASKED_SCORE = -1e4
+# Engines that run the decoder on their own and hand it the visual tokens only.
+FOREIGN_ENGINES = ("vllm", "sglang")
 
 
 @dataclass
@@ -61,30 +76,24 @@ class MFRSVLMImageFeatures(BaseModelOutputWithPooling):
 
 @dataclass
 class MFRSVLMModelOutputWithPast(BaseModelOutputWithPast):
-    """Args:
-    image_hidden_states: the projected visual tokens of all images, (N * T, d).
+    """As its base, and:
+
+    Args:
+        image_hidden_states: the projected visual tokens of all images, (N * T, d).
     """
 
     image_hidden_states: torch.Tensor | None = None
 
 
 @dataclass
-class MFRSVLMCausalLMOutputWithPast(ModelOutput):
-    """Args:
-    loss: next-token loss over the positions whose label is not -100, shape ().
-    logits: (B, S, vocabulary), or the positions chosen by `logits_to_keep`.
-    past_key_values: the cache. With cross-attention injection it is an `EncoderDecoderCache` that also holds the
-        detail tokens: continue from the returned object, not from the one passed in.
-    hidden_states: inputs of the decoder layers before injection, and the final normalised state, each (B, S, d).
-    attentions: of the decoder layers, each (B, heads, S, S).
-    image_hidden_states: the projected visual tokens of all images, (N * T, d).
+class MFRSVLMCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """As its base. With cross-attention injection the cache is an `EncoderDecoderCache` that also holds the detail tokens:
+    continue from the returned object, not from the one passed in.
+
+    Args:
+        image_hidden_states: the projected visual tokens of all images, (N * T, d).
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
 
 
@@ -100,25 +109,6 @@ class MFRSVLMMultiModalProjector(nn.Module):
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         return self.linear_2(self.act(self.linear_1(image_features)))
-
-
-def unpack_windows(pixel_values_local: torch.Tensor, windows: tuple[WindowScale, ...]) -> list[torch.Tensor]:
-    """Views the packed windows of N images, (N, sum of n * 3 * size^2), as one (N * n, 3, size, size) per scale.
-
-    Raises:
-        ValueError: the packed length is not what the window table asks for.
-    """
-    lengths = [window.num_values for window in windows]
-    if pixel_values_local.ndim != 2 or pixel_values_local.shape[1] != sum(lengths):
-        raise ValueError(
-            f"pixel_values_local has shape {tuple(pixel_values_local.shape)}, but windows of "
-            f"{[window.size for window in windows]} pixels, {[window.num_windows for window in windows]} an image, need "
-            f"(images, {sum(lengths)}). Use the processor of this checkpoint."
-        )
-    return [
-        packed.reshape(-1, 3, window.size, window.size)
-        for packed, window in zip(pixel_values_local.split(lengths, dim=1), windows, strict=True)
-    ]
 
 
 def resample_to_grid(feature_maps: torch.Tensor, side: int) -> torch.Tensor:
@@ -176,22 +166,67 @@ class VisualLayout(NamedTuple):
     """Where the N images lie in a batch of B x S positions. Made without reading a value on the host."""
 
     mask: torch.Tensor  # (B, S) bool, visual positions
-    rank: torch.Tensor  # (B, S), which of the N * T visual tokens a visual position holds; 0 elsewhere
-    position: torch.Tensor  # (N * T,), flat position b * S + s of every visual token; 0 where it has none
+    token: torch.Tensor  # (B, S), which of the N * T visual tokens a visual position holds; 0 elsewhere
+    slot: torch.Tensor  # (B, S), which of the N * r * T updates a visual position takes; 0 elsewhere
+    position: torch.Tensor  # (N, r, T), flat position b * S + s of every visual token; 0 where it has none
     row: torch.Tensor  # (N,), sample of every image
-    same_sample: torch.Tensor  # (N, N) bool, images that share a sample
+    sequence: torch.Tensor | None  # (B, S), number of the sequence in a packed row; None where no row is packed
+
+    @property
+    def same_sample(self) -> torch.Tensor:
+        """(N, N) bool, images that share a sample, and in a packed row the sequence."""
+        same = self.row[:, None] == self.row[None, :]
+        if self.sequence is None:
+            return same
+        sequence = self.sequence.flatten()[self.position[:, 0, 0]]  # (N,)
+        return same & (sequence[:, None] == sequence[None, :])
 
 
-def visual_layout(mask: torch.Tensor, num_images: int, tokens_per_image: int) -> VisualLayout:
-    """Numbers the visual positions of `mask` (B, S) in reading order, T to an image."""
-    total = num_images * tokens_per_image
-    flat = mask.flatten()
-    rank = (flat.cumsum(0) - 1).clamp(min=0, max=total - 1)
+def visual_layout(
+    mask: torch.Tensor, num_images: int, tokens: int, repeats: int = 1, sequence: torch.Tensor | None = None
+) -> VisualLayout:
+    """Numbers the visual positions of `mask` (B, S) in reading order, T to an image.
+
+    With `repeats` = r, every r rows that follow each other are copies of one sample and share its images.
+    """
+    batch_size, length = mask.shape
+    total = num_images * tokens
+    flat = mask[::repeats].flatten()
+    token = (flat.cumsum(0) - 1).clamp(min=0, max=total - 1)
     positions = torch.arange(flat.shape[0], device=mask.device)
     # Text positions write to a slot past the end that is cut off again, so that the shapes stay static.
-    position = positions.new_zeros(total + 1).scatter(0, torch.where(flat, rank, total), positions)[:total]
-    row = position[::tokens_per_image] // mask.shape[1]
-    return VisualLayout(mask, rank.view(mask.shape), position, row, row[:, None] == row[None, :])
+    position = positions.new_zeros(total + 1).scatter(0, torch.where(flat, token, total), positions)[:total]
+    position = position.view(num_images, 1, tokens)
+    copies = torch.arange(repeats, device=mask.device)[:, None]
+    row = position // length
+    token = token.view(-1, 1, length)
+    slot = (token // tokens * repeats + copies) * tokens + token % tokens  # (B / r, r, S)
+    return VisualLayout(
+        mask=mask,
+        token=token.expand(-1, repeats, -1).reshape(batch_size, length),
+        slot=slot.reshape(batch_size, length),
+        position=(row * repeats + copies) * length + position % length,
+        row=row[:, 0, 0],
+        sequence=sequence,
+    )
+
+
+class DetailMemory(NamedTuple):
+    """What cross-attention knows of the images of this call and of earlier ones."""
+
+    cache: Any  # keys, values and places of the detail tokens, a layer an injector and one more; None without a cache
+    slots: torch.Tensor | None  # (N,), sample * images a sample + place in the sample, of the new images
+    images_per_sample: int  # slots that every sample has for its new images
+    visible: torch.Tensor | None  # (B, S, I) bool, which of the I images of its sample a position sees; None: no image
+
+
+class Injection(NamedTuple):
+    """What travels down the decoder's forward to the injectors."""
+
+    details: torch.Tensor | None  # (K, N, T, d), the detail stacks of the images of this call
+    summary: torch.Tensor | None  # of gated injectors: means (N, K, d) or variances (K, N, T), the same for every layer
+    layout: VisualLayout | None  # where the images of this call lie
+    memory: DetailMemory | None  # cross-attention only
 
 
 class MFRSVLMStackRouter(nn.Module):
@@ -206,25 +241,28 @@ class MFRSVLMStackRouter(nn.Module):
         self.key_norm = nn.LayerNorm(hidden_size)
         self.key_proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, visual: torch.Tensor, details: torch.Tensor, same_sample: torch.Tensor) -> torch.Tensor:
-        """(N, T, d) and (K, N, T, d) to weights (N, K) that sum to one."""
-        query = visual.mean(dim=1)  # (N, d)
-        key = details.mean(dim=2).transpose(0, 1)  # (N, K, d)
+    def forward(self, visual: torch.Tensor, means: torch.Tensor, layout: VisualLayout) -> torch.Tensor:
+        """(N, r, T, d) and the stacks' means (N, K, d) to weights (N, r, K) that sum to one."""
+        query, key = visual.mean(dim=2), means
         if self.scope == "sample":
             # All images have T tokens, so the mean over the tokens of a sample is the mean of its images' means.
-            share = same_sample.to(query.dtype)
+            share = layout.same_sample.to(query.dtype)
             share = share / share.sum(dim=1, keepdim=True)  # (N, N)
-            query = share @ query
+            query = torch.einsum("nm,mrd->nrd", share, query)
             key = torch.einsum("nm,mkd->nkd", share, key)
         query = self.query_proj(self.query_norm(query))
         key = self.key_proj(self.key_norm(key))
-        scores = torch.einsum("nkd,nd->nk", key, query / query.shape[-1] ** 0.5)  # scaled first, for float16
-        finite = torch.isfinite(scores).all(dim=1, keepdim=True)
-        return torch.where(finite, scores, torch.zeros_like(scores)).softmax(dim=1)
+        scores = torch.einsum("nkd,nrd->nrk", key, query / query.shape[-1] ** 0.5)  # scaled first, for float16
+        return finite_softmax(scores, dim=2)
 
 
 class MFRSVLMTokenRouter(nn.Module):
-    """One weight per detail stack and visual token, from low-rank queries and keys of the tokens themselves."""
+    """One weight per detail stack and visual token, from low-rank queries and keys of the tokens themselves.
+
+    The key of a detail token y is W LN(y) + b. It is never computed: with g and c the scale and the shift of the norm, a
+    query q scores it (y - mean(y)) . (W g)^T q / std(y) + q . (W c + b), and subtracting the mean may fall on the
+    projected query instead. So no tensor of the size of the details is made.
+    """
 
     def __init__(self, config: MFRSVLMConfig) -> None:
         super().__init__()
@@ -234,16 +272,65 @@ class MFRSVLMTokenRouter(nn.Module):
         self.key_norm = nn.LayerNorm(hidden_size)
         self.key_proj = nn.Linear(hidden_size, config.routing_size)
 
-    def forward(self, visual: torch.Tensor, details: torch.Tensor) -> torch.Tensor:
-        """(N, T, d) and (K, N, T, d) to weights (K, N, T) that sum to one over the stacks."""
+    def forward(
+        self, visual: torch.Tensor, details: torch.Tensor, variance: torch.Tensor, embedding: torch.Tensor
+    ) -> torch.Tensor:
+        """Weights (K, N, r, T) that sum to one over the stacks.
+
+        Args:
+            visual: (N, r, T, d).
+            details: (K, N, T, d), without the stack embedding.
+            variance: (K, N, T), of the channels of `details`, in float32.
+            embedding: (K, d), added to the details of a stack.
+        """
+        size = details.shape[-1]
         query = self.query_proj(self.query_norm(visual))
-        key = self.key_proj(self.key_norm(details))
-        scores = torch.einsum("kntr,ntr->knt", key, query / query.shape[-1] ** 0.5)
-        finite = torch.isfinite(scores).all(dim=0, keepdim=True)
-        return torch.where(finite, scores, torch.zeros_like(scores)).softmax(dim=0)
+        query = query / query.shape[-1] ** 0.5  # scaled first, for float16
+        projected = query @ (self.key_proj.weight * self.key_norm.weight)  # (N, r, T, d)
+        projected = projected - projected.mean(dim=-1, keepdim=True)
+        shift = embedding - embedding.mean(dim=-1, keepdim=True)
+        # var(x + e) = var(x) + 2 cov(x, e) + var(e)
+        covariance = torch.einsum("kntd,kd->knt", details, shift / size).float()
+        variance = variance + 2 * covariance + shift.float().square().mean(dim=-1)[:, None, None]
+        scores = torch.einsum("kntd,nrtd->knrt", details, projected) + torch.einsum("kd,nrtd->knrt", embedding, projected)
+        scores = scores.float() * (variance.clamp(min=0) + self.key_norm.eps).rsqrt()[:, :, None]
+        # The same for every stack, so it changes no weight; but a parameter without a gradient would stop DDP.
+        constant = query @ self.key_proj(self.key_norm.bias)
+        return finite_softmax(scores + constant, dim=0).to(details.dtype)
 
 
-class MFRSVLMGatedInjector(GradientCheckpointingLayer):
+def finite_softmax(scores: torch.Tensor, dim: int) -> torch.Tensor:
+    """Softmax that weighs all alike where a score is not finite, as the published model does."""
+    finite = torch.isfinite(scores).all(dim=dim, keepdim=True)
+    return torch.where(finite, scores, torch.zeros_like(scores)).softmax(dim=dim)
+
+
+class MFRSVLMInjector(GradientCheckpointingLayer):
+    """Base of the injectors: a forward pre-hook on a decoder layer."""
+
+    decoder_config: Any  # of the decoder that runs the layer
+
+    def before_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Takes `injection` out of the layer's keyword arguments and injects it into the hidden states, `args[0]`."""
+        injection = kwargs.pop("injection", None)
+        if injection is not None:
+            return (self(args[0], injection), *args[1:]), kwargs
+        engine = str(getattr(self.decoder_config, "_attn_implementation", None))
+        if engine.startswith(FOREIGN_ENGINES):
+            raise NotImplementedError(
+                f"The decoder runs under {engine!r}, which hands it no detail stacks: the answers would be wrong without a "
+                "word. Use generate(), or an engine with a plugin for MF-RSVLM."
+            )
+        return args, kwargs
+
+
+def drop_injection(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """The pre-hook of a layer without an injector: attention functions need not know our keyword."""
+    kwargs.pop("injection", None)
+    return args, kwargs
+
+
+class MFRSVLMGatedInjector(MFRSVLMInjector):
     """Mixes the detail stacks and adds the mixture to the visual positions through a gate (FUSE-RSVLM).
 
     With m the mixture and n = LN(m): h <- h + scale * sigmoid(W_g [LN(h); n]) * (W_d n). Other positions pass unchanged.
@@ -255,7 +342,7 @@ class MFRSVLMGatedInjector(GradientCheckpointingLayer):
         self.router: nn.Module
         if config.routing == "token":
             self.router = MFRSVLMTokenRouter(config)
-            # Mixing alone would lose which phase a feature came from, so every stack carries a mark of its own.
+            # Mixing alone would lose which phase a feature came from, so every stack has an embedding of its own.
             self.stack_embedding = nn.Parameter(torch.zeros(config.num_detail_stacks, hidden_size))
         else:
             self.router = MFRSVLMStackRouter(config)
@@ -267,31 +354,35 @@ class MFRSVLMGatedInjector(GradientCheckpointingLayer):
         self.gate_proj = nn.Linear(2 * hidden_size, hidden_size)
         self.residual_scale = nn.Parameter(torch.full((1,), float(config.injection_init)))
 
-    def forward(self, hidden_states: torch.Tensor, details: torch.Tensor, layout: VisualLayout) -> torch.Tensor:
-        """(B, S, d) and (K, N, T, d) to (B, S, d)."""
-        num_images, tokens, hidden_size = details.shape[1:]
-        visual = hidden_states.flatten(0, 1)[layout.position].view(num_images, tokens, hidden_size)
+    def forward(self, hidden_states: torch.Tensor, injection: Injection) -> torch.Tensor:
+        """(B, S, d) to (B, S, d)."""
+        details, summary, layout, _ = injection
+        if details is None or layout is None:
+            return hidden_states
+        visual = hidden_states.flatten(0, 1)[layout.position]  # (N, r, T, d)
         if self.routing == "token":
-            details = details + self.stack_embedding[:, None, None]
-            mixed = torch.einsum("knt,kntd->ntd", self.router(visual, details), details)
+            weights = self.router(visual, details, summary, self.stack_embedding)
+            mixed = torch.einsum("knrt,kntd->nrtd", weights, details)
+            mixed = mixed + torch.einsum("knrt,kd->nrtd", weights, self.stack_embedding)
         else:
-            mixed = torch.einsum("nk,kntd->ntd", self.router(visual, details, layout.same_sample), details)
+            mixed = torch.einsum("nrk,kntd->nrtd", self.router(visual, summary, layout), details)
         mixed = self.detail_norm(mixed)
         gate = self.gate_proj(torch.cat([self.hidden_norm(visual), mixed], dim=-1)).sigmoid()
-        update = self.residual_scale * gate * self.detail_proj(mixed)  # (N, T, d)
-        update = update.flatten(0, 1)[layout.rank]  # (B, S, d)
+        update = self.residual_scale * gate * self.detail_proj(mixed)
+        update = update.flatten(0, 2)[layout.slot]  # (B, S, d)
         return hidden_states + torch.where(layout.mask[..., None], update, torch.zeros_like(update))
 
 
-class MFRSVLMCrossAttentionInjector(GradientCheckpointingLayer):
+class MFRSVLMCrossAttentionInjector(MFRSVLMInjector):
     """Lets every position attend to the detail tokens of the images before it, through a gate that starts at zero.
 
     h <- h + tanh(gate) * W_o attention(W_q LN(h), keys, values). Keys and values are computed once, at prefill.
     """
 
-    def __init__(self, config: MFRSVLMConfig) -> None:
+    def __init__(self, config: MFRSVLMConfig, rank: int) -> None:
         super().__init__()
         hidden_size, size = config.text_config.hidden_size, config.cross_attention_size
+        self.rank = rank  # its layer in the cache
         self.num_heads = config.cross_attention_heads
         self.hidden_norm = nn.LayerNorm(hidden_size)
         self.detail_norm = nn.LayerNorm(hidden_size)
@@ -316,278 +407,66 @@ class MFRSVLMCrossAttentionInjector(GradientCheckpointingLayer):
 
         return heads(self.k_proj(details) + origin), heads(self.v_proj(details) + origin)
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        details: torch.Tensor | None,
-        slots: Any,
-        visible: torch.Tensor,
-        sees_any: torch.Tensor,
-        images_per_sample: int,
-        rank: int,
-        past_key_values: Any = None,
-    ) -> torch.Tensor:
-        """
-        Args:
-            hidden_states: (B, S, d).
-            details: (K, N, T, d) of images that are new in this call; `None` if all are cached.
-            slots: (N,), see `sample_slots`.
-            visible: (B, 1, S, L) bool, which of the L detail tokens each position attends to.
-            sees_any: (B, S, 1) bool, whether a position sees an image at all; one that does not passes unchanged.
-            images_per_sample: slots that every sample has for the new images.
-            rank: number of this injector, its layer in the cache.
-            past_key_values: cache of the detail tokens.
-
-        Returns:
-            (B, S, d)
-        """
+    def forward(self, hidden_states: torch.Tensor, injection: Injection) -> torch.Tensor:
+        """(B, S, d) to (B, S, d). A position that sees no image passes unchanged."""
+        details, _, layout, memory = injection
+        if memory is None or memory.visible is None:
+            return hidden_states
         batch_size, length, _ = hidden_states.shape
+        images = memory.images_per_sample
 
         def by_sample(states: torch.Tensor) -> torch.Tensor:
-            _, heads, tokens, size = states.shape
-            rows = states.new_zeros(batch_size * images_per_sample, heads, tokens, size).index_copy(0, slots, states)
-            # (B * images, heads, K * T, size) -> (B, heads, images * K * T, size)
-            return rows.view(batch_size, images_per_sample, heads, tokens, size).transpose(1, 2).flatten(2, 3)
+            num_images, heads, tokens, size = states.shape
+            rows = batch_size // repeats
+            states = states.new_zeros(rows * images, heads, tokens, size).index_copy(0, memory.slots, states)
+            # (B / r * images, heads, K * T, size) -> (B, heads, images * K * T, size)
+            states = states.view(rows, images, heads, tokens, size).transpose(1, 2).flatten(2, 3)
+            return states if repeats == 1 else states.repeat_interleave(repeats, dim=0)
 
-        if details is not None:
+        if details is not None and layout is not None:
+            repeats = layout.position.shape[1]
             key, value = map(by_sample, self.keys_and_values(details))
-            if past_key_values is not None:
-                key, value = past_key_values.update(key, value, rank)
+            if memory.cache is not None:
+                key, value = memory.cache.update(key, value, self.rank)
         else:
-            key, value = past_key_values.layers[rank].keys, past_key_values.layers[rank].values
+            key, value = memory.cache.layers[self.rank].keys, memory.cache.layers[self.rank].values
 
         query = self.q_proj(self.hidden_norm(hidden_states))
         query = query.view(batch_size, length, self.num_heads, -1).transpose(1, 2)  # (B, heads, S, size / heads)
-        attended = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=visible)
+        head_size, total = query.shape[-1], memory.visible.shape[-1]
+        if total > 1:
+            # Which images a position sees is the same for all tokens of an image. So it enters as further channels, one an
+            # image, in place of a mask of S x L entries: the query holds the score, the key which image it belongs to.
+            score = torch.where(memory.visible, 0.0, MASKED_SCORE).to(query.dtype)[:, None]  # (B, 1, S, I)
+            owner = torch.eye(total, dtype=key.dtype, device=key.device).repeat_interleave(key.shape[2] // total, dim=0)
+            query = torch.cat([query, score.expand(-1, self.num_heads, -1, -1)], dim=-1)
+            key = torch.cat([key, owner.expand(batch_size, self.num_heads, -1, -1)], dim=-1)
+        attended = nn.functional.scaled_dot_product_attention(query, key, value, scale=head_size**-0.5)
         attended = attended.transpose(1, 2).flatten(2)  # (B, S, size)
+        sees_any = memory.visible.any(dim=-1, keepdim=True)
         update = torch.where(sees_any, self.o_proj(attended), torch.zeros_like(hidden_states))
         return hidden_states + self.gate.tanh() * update
 
 
-class MFRSVLMInjectors(nn.Module):
-    """The injectors of all injection layers. A plain module with a forward, so that PEFT can save it as one."""
-
-    def __init__(self, config: MFRSVLMConfig) -> None:
-        super().__init__()
-        kind = MFRSVLMGatedInjector if config.injection_type == "gated" else MFRSVLMCrossAttentionInjector
-        self.layers = nn.ModuleList([kind(config) for _ in config.injection_layers])
-
-    def forward(self, rank: int, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.layers[rank](hidden_states, *args, **kwargs)
-
-
-# The mixin stands before a decoder class in the bases of another one, and is no model by itself.
-DecoderBase: Any = PreTrainedModel if TYPE_CHECKING else object
-
-
-class MFRSVLMDecoderMixin(DecoderBase):
-    """Adds the injection to the forward of a Llama-like decoder; everything else is the decoder's own.
-
-    `details` are the K stacks of the N images of the batch, `visual_pos_masks` the positions of their visual tokens.
-    """
-
-    def __init__(self, config: Any, injection_config: MFRSVLMConfig) -> None:
-        super().__init__(config)
-        self.injection_type = injection_config.injection_type
-        self.injection_layers = tuple(injection_config.injection_layers)
-        self.injectors = MFRSVLMInjectors(injection_config)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, MFRSVLMGatedInjector):
-            init.constant_(module.residual_scale, module.injection_init)
-            if module.routing == "token":
-                init.normal_(module.stack_embedding, std=self.config.initializer_range)
-        elif isinstance(module, MFRSVLMCrossAttentionInjector):
-            init.zeros_(module.gate)
-            init.normal_(module.stack_embedding, std=self.config.initializer_range)
-            init.normal_(module.place_embedding, std=self.config.initializer_range)
-
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | dict[str, torch.Tensor] | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        visual_pos_masks: torch.Tensor | None = None,
-        details: torch.Tensor | None = None,
-        images_per_sample: int = 1,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """As the decoder's own, and:
-
-        Args:
-            visual_pos_masks: (B, S) bool, the positions of the visual tokens, N * T in all.
-            details: (K, N, T, d), the detail stacks of the images in reading order.
-            images_per_sample: most images that one sample of the batch holds (cross-attention only).
-        """
-        if (input_ids is None) ^ (inputs_embeds is not None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None and self.injection_type == "cross_attention" and self.injection_layers:
-            past_key_values = with_detail_cache(past_key_values)
-        cache, detail_cache = past_key_values, None
-        if isinstance(past_key_values, EncoderDecoderCache):
-            cache, detail_cache = past_key_values.self_attention_cache, past_key_values.cross_attention_cache
-
-        past_length = cache.get_seq_length() if cache is not None else 0
-        columns = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
-        if position_ids is None:
-            position_ids = columns.unsqueeze(0)
-
-        causal_mask: Any = attention_mask  # a static cache comes with one mask per kind of layer, ready made
-        if not isinstance(attention_mask, dict):
-            causal_mask = create_masks_for_generate(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=cache,
-                position_ids=position_ids,
-            )
-        layout = None
-        if details is not None and visual_pos_masks is not None:
-            layout = visual_layout(visual_pos_masks, details.shape[1], details.shape[2])
-        slots = visible = sees_any = None
-        if self.injection_type == "cross_attention":
-            slots = None if layout is None else sample_slots(layout, images_per_sample)
-            visible, sees_any = self._visible_details(columns, layout, slots, details, images_per_sample, detail_cache)
-
-        hidden_states = inputs_embeds
-        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        for layer_idx, decoder_layer in enumerate(self.layers[: self.config.num_hidden_layers]):
-            if layer_idx in self.injection_layers:
-                rank = self.injection_layers.index(layer_idx)
-                if visible is not None:
-                    hidden_states = self.injectors(
-                        rank,
-                        hidden_states,
-                        details,
-                        slots,
-                        visible,
-                        sees_any,
-                        images_per_sample,
-                        rank,
-                        past_key_values=detail_cache,
-                    )
-                elif layout is not None and self.injection_type == "gated":
-                    hidden_states = self.injectors(rank, hidden_states, details, layout)
-            if isinstance(causal_mask, dict):
-                layer_mask = causal_mask[self.config.layer_types[layer_idx]]
-            else:
-                layer_mask = causal_mask
-            hidden_states = decoder_layer(
-                hidden_states,
-                attention_mask=layer_mask,
-                position_embeddings=position_embeddings,
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=use_cache,
-                **kwargs,
-            )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
-
-    def _visible_details(
-        self,
-        columns: torch.Tensor,
-        layout: VisualLayout | None,
-        slots: Any,
-        details: Any,
-        images_per_sample: int,
-        detail_cache: Any,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Which detail tokens each position attends to, (B, 1, S, L), and whether it sees any, (B, S, 1).
-
-        Both are `None` if the batch holds no image at all.
-
-        A detail token is placed at the first visual token of its image. The places are cached beside the keys, as
-        one more layer, so that they follow every reordering of the cache.
-        """
-        places_layer = len(self.injection_layers)
-        places = None
-        if layout is not None:
-            num_stacks, num_images, tokens, _ = details.shape
-            place = columns[layout.position[::tokens] % layout.mask.shape[1]]  # (N,)
-            present = torch.arange(num_images, device=place.device) * tokens < layout.mask.sum()
-            place = torch.where(present, place, NEVER_VISIBLE)
-            places = place.new_full((layout.mask.shape[0] * images_per_sample,), NEVER_VISIBLE)
-            places = places.index_copy(0, slots, place).view(layout.mask.shape[0], images_per_sample)
-            places = places.repeat_interleave(num_stacks * tokens, dim=1)[:, None, :, None]  # (B, 1, images * K * T, 1)
-            if detail_cache is not None:
-                places, _ = detail_cache.update(places, places, places_layer)
-        elif detail_cache is not None and detail_cache.get_seq_length(places_layer):
-            places = detail_cache.layers[places_layer].keys
-        if places is None:
-            return None, None
-        visible = places.transpose(2, 3) <= columns[None, None, :, None]
-        sees_any = visible.any(dim=-1, keepdim=True)
-        # A position that sees no image would divide zero by zero: it attends anywhere and is silenced after.
-        return visible | ~sees_any, sees_any[:, 0]
-
-
-def sample_slots(layout: VisualLayout, images_per_sample: int) -> torch.Tensor:
-    """Slot `sample * images_per_sample + place in the sample` of every image, (N,)."""
-    earlier = torch.tril(layout.same_sample, diagonal=-1).sum(dim=1)
-    return layout.row * images_per_sample + earlier.clamp(max=images_per_sample - 1)
-
-
-def with_detail_cache(past_key_values: Cache) -> EncoderDecoderCache:
+def with_detail_cache(cache: Cache) -> EncoderDecoderCache:
     """Puts a cache for the detail tokens beside a decoder's cache, which cannot take extra layers itself.
 
     Raises:
         ValueError: the decoder's cache is in use already, so the detail tokens of its images are lost.
     """
-    if isinstance(past_key_values, EncoderDecoderCache):
-        return past_key_values
-    if not torch.compiler.is_compiling() and not is_empty(past_key_values):
+    if isinstance(cache, EncoderDecoderCache):
+        return cache
+    if not torch.compiler.is_compiling() and not is_empty(cache):
         raise ValueError(
-            f"past_key_values holds {past_key_values.get_seq_length()} positions but no detail tokens. With cross-attention "
-            "injection, continue from the `past_key_values` that the model returned."
+            f"The cache holds {cache.get_seq_length()} positions but no detail tokens. With cross-attention injection, "
+            "continue from the cache that the model returned."
         )
-    return EncoderDecoderCache(past_key_values, DynamicCache())
+    return EncoderDecoderCache(cache, DynamicCache())
 
 
-def hidden_states_at(layers: Sequence[int]) -> list[int] | bool:
-    """Value of `output_hidden_states` that keeps only these; all of them where `transformers` is too old to choose."""
-    return list(layers) if hasattr(output_capturing, "select_hidden_states") else True
-
-
-def is_empty(past_key_values: Cache | None) -> bool:
+def is_empty(cache: Cache | None) -> bool:
     """Whether nothing is cached yet. Asking a static cache waits for the device, so ask only where that is all right."""
-    return past_key_values is None or bool(past_key_values.get_seq_length() == 0)
-
-
-class MFRSVLMLlamaModel(MFRSVLMDecoderMixin, LlamaModel):
-    pass
-
-
-class MFRSVLMMistralModel(MFRSVLMDecoderMixin, MistralModel):
-    pass
-
-
-class MFRSVLMQwen2Model(MFRSVLMDecoderMixin, Qwen2Model):
-    pass
-
-
-class MFRSVLMQwen3Model(MFRSVLMDecoderMixin, Qwen3Model):
-    pass
-
-
-# Decoders whose forward is embedding, rotary positions, layers and a norm, and nothing else. Others (Gemma scales its
-# embeddings, Granite its residuals) would run and be wrong, so they are refused.
-DECODERS = {
-    "llama": MFRSVLMLlamaModel,
-    "mistral": MFRSVLMMistralModel,
-    "qwen2": MFRSVLMQwen2Model,
-    "qwen3": MFRSVLMQwen3Model,
-}
+    return cache is None or bool(cache.get_seq_length() == 0)
 
 
 class MFRSVLMPreTrainedModel(PreTrainedModel):
@@ -598,12 +477,25 @@ class MFRSVLMPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MFRSVLMGatedInjector", "MFRSVLMCrossAttentionInjector"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = getattr(self.config.text_config, "initializer_range", 0.02)
+        if isinstance(module, MFRSVLMGatedInjector):
+            init.constant_(module.residual_scale, module.injection_init)
+            if module.routing == "token":
+                init.normal_(module.stack_embedding, std=std)
+        elif isinstance(module, MFRSVLMCrossAttentionInjector):
+            init.zeros_(module.gate)
+            init.normal_(module.stack_embedding, std=std)
+            init.normal_(module.place_embedding, std=std)
 
 
 class MFRSVLMModel(MFRSVLMPreTrainedModel):
@@ -611,27 +503,94 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
 
     def __init__(self, config: MFRSVLMConfig) -> None:
         super().__init__(config)
-        if config.has_vit:
-            self.vision_tower = AutoModel.from_config(config.vision_config)
-        else:
-            self.vision_tower = AutoBackbone.from_config(config.vision_config)
+        vision_config = config.vision_config
+        if config.is_hierarchical:
+            if not hasattr(vision_config, "num_heads") and not hasattr(vision_config, "num_attention_heads"):
+                vision_config._attn_implementation = "eager"  # no attention, so the switch of the other parts means nothing
+            self.vision_tower = AutoBackbone.from_config(vision_config)
             self.stage_projections = nn.ModuleDict(
                 {
                     str(stage): nn.Linear(channels, config.vision_feature_size)
-                    for stage, channels in zip(config.vision_config.out_indices, self.vision_tower.channels, strict=True)
+                    for stage, channels in zip(vision_config.out_indices, self.vision_tower.channels, strict=True)
                 }
             )
+        else:
+            self.vision_tower = AutoModel.from_config(vision_config)
+            self._check_window_sizes()
+        self._freeze_unread_parameters()
         self.multi_modal_projector = MFRSVLMMultiModalProjector(config)
         if config.visual_position_embeddings:
             self.visual_position_embedding = nn.Embedding(config.image_seq_length, config.text_config.hidden_size)
-        decoder_class = DECODERS.get(config.text_config.model_type)
-        if decoder_class is None:
-            raise ValueError(
-                f"text_config.model_type={config.text_config.model_type!r} is not supported; supported decoders are "
-                f"{sorted(DECODERS)}."
-            )
-        self.language_model = decoder_class._from_config(config.text_config, injection_config=config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        if config.injection_type == "gated":
+            self.injectors = nn.ModuleList([MFRSVLMGatedInjector(config) for _ in config.injection_layers])
+        else:
+            ranks = range(len(config.injection_layers))
+            self.injectors = nn.ModuleList([MFRSVLMCrossAttentionInjector(config, rank) for rank in ranks])
+        self._hook_injectors()
         self.post_init()
+
+    def _check_window_sizes(self) -> None:
+        """Raises `ValueError` if the ViT has no positions for the sizes that it would be shown."""
+        config = self.config
+        sizes = {config.image_size, *(config.window_sizes if config.window_encoding == "native" else ())}
+        own_size = getattr(config.vision_config, "image_size", None)
+        takes_argument = "interpolate_pos_encoding" in inspect.signature(self.vision_tower.forward).parameters
+        interpolates = takes_argument or any(
+            hasattr(module, "interpolate_pos_encoding") or hasattr(module, "resize_positional_embeddings")
+            for module in self.vision_tower.modules()
+        )
+        if not interpolates and own_size is not None and sizes - {own_size}:
+            fixed = [name for name, _ in self.vision_tower.named_parameters() if "position" in name]
+            if fixed:
+                raise ValueError(
+                    f"vision_config of type {config.vision_config.model_type!r} has positions for {own_size} pixels only "
+                    f'({fixed[0]}), so it cannot encode {sorted(sizes - {own_size})} pixels. Use window_encoding="resize" '
+                    f"and image_size={own_size}."
+                )
+
+    def _freeze_unread_parameters(self) -> None:
+        """Of a ViT, freezes what lies behind the last layer that is read: DDP would wait for gradients that never come."""
+        config = self.config
+        if config.is_hierarchical:
+            return
+        deepest = max([config.vision_feature_layer % (config.num_vision_layers + 1), *config.detail_feature_layers])
+        layers = next(m for m in self.vision_tower.modules() if isinstance(m, nn.ModuleList) and len(m) >= deepest)
+        read = {id(p) for layer in layers[:deepest] for p in layer.parameters()}
+        passed = False
+        for name, parameter in self.vision_tower.named_parameters():
+            passed = passed or id(parameter) in read
+            if (passed and id(parameter) not in read) or name.endswith("mask_token"):
+                parameter.requires_grad_(False)
+
+    def _hook_injectors(self) -> None:
+        """Makes every injector a pre-hook of its decoder layer.
+
+        Raises:
+            ValueError: the decoder has no list of layers, or would not hand its keyword arguments down to them.
+        """
+        decoder = self.language_model
+        layers = getattr(decoder, "layers", None)
+        lacking = None
+        if not isinstance(layers, nn.ModuleList):
+            lacking = "a list of `layers`"
+        elif not all(
+            any(p.kind is p.VAR_KEYWORD for p in inspect.signature(module.forward).parameters.values())
+            for module in (decoder, *layers)
+        ):
+            lacking = "keyword arguments that its forward hands down to its layers"
+        if lacking is not None:
+            raise ValueError(
+                f"text_config.model_type={self.config.text_config.model_type!r} cannot be injected into: {type(decoder).__name__} "
+                f"lacks {lacking}."
+            )
+        for layer in layers:
+            if layer in (hooked := [layers[index] for index in self.config.injection_layers]):
+                injector = self.injectors[hooked.index(layer)]
+                injector.decoder_config = decoder.config
+                layer.register_forward_pre_hook(injector.before_layer, with_kwargs=True)
+            else:
+                layer.register_forward_pre_hook(drop_injection, with_kwargs=True)
 
     def train(self, mode: bool = True) -> "MFRSVLMModel":
         """As usual, but batch normalisation stays in evaluation mode: windows of a few images are no statistic."""
@@ -641,50 +600,76 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
                 module.eval()
         return self
 
-    def _vision_features(self, outputs: ModelOutput, layers: Sequence[int]) -> list[torch.Tensor]:
-        """Feature maps of the tower at the given layers, each (n, C, h, w), without CLS."""
-        if self.config.has_vit:
-            maps = []
-            for layer in layers:
-                tokens = outputs.hidden_states[layer][:, 1:]  # (n, h * w, C)
-                side = int(tokens.shape[1] ** 0.5)
-                maps.append(tokens.transpose(1, 2).unflatten(2, (side, side)))
-            return maps
-        stages = self.config.vision_config.out_indices
-        maps = []
-        for layer in layers:
-            stage = layer % (self.config.num_vision_layers + 1)
-            feature_map = outputs.feature_maps[stages.index(stage)]  # (n, channels, h, w)
-            maps.append(self.stage_projections[str(stage)](feature_map.movedim(1, -1)).movedim(-1, 1))
-        return maps
+    def _encode(self, pixels: torch.Tensor, layers: Sequence[int], **kwargs: Any) -> tuple[ModelOutput, list[torch.Tensor]]:
+        """Runs the tower on (n, channels, size, size): its outputs, and feature maps (n, C, h, w) at the given layers."""
+        config, size = self.config, pixels.shape[-1]
+        if config.is_hierarchical:
+            outputs = self.vision_tower(pixels, return_dict=True, **kwargs)
+            stages = [layer % (config.num_vision_layers + 1) for layer in layers]
+            maps = [outputs.feature_maps[config.vision_config.out_indices.index(stage)] for stage in stages]
+            return outputs, [
+                self.stage_projections[str(stage)](feature_map.movedim(1, -1)).movedim(-1, 1)
+                for stage, feature_map in zip(stages, maps, strict=True)
+            ]
+        if "interpolate_pos_encoding" in inspect.signature(self.vision_tower.forward).parameters:
+            kwargs["interpolate_pos_encoding"] = size != config.vision_config.image_size
+        side = size // config.patch_size
+        if config.vision_config.model_type == "siglip2_vision_model":
+            # Takes patches in place of images, (n, h * w, patch * patch * channels).
+            patches = pixels.unfold(2, config.patch_size, config.patch_size).unfold(3, config.patch_size, config.patch_size)
+            pixels = patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+            kwargs["pixel_attention_mask"] = torch.ones(pixels.shape[:2], dtype=torch.long, device=pixels.device)
+            kwargs["spatial_shapes"] = torch.full((len(pixels), 2), side, dtype=torch.long, device=pixels.device)
+        kwargs.setdefault("output_hidden_states", list(layers) if CAN_SELECT_HIDDEN_STATES else True)
+        outputs = self.vision_tower(pixels, return_dict=True, **kwargs)
+        # (n, prefix + h * w, C) -> (n, C, h, w): class and register tokens come first
+        tokens = [outputs.hidden_states[layer][:, -(side**2) :] for layer in layers]
+        return outputs, [layer_tokens.transpose(1, 2).unflatten(2, (side, side)) for layer_tokens in tokens]
+
+    def _unpack(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        """Views of the rows (N, L): the global views (N, channels, s, s), then (N * n, channels, size, size) per scale."""
+        config = self.config
+        lengths = config.packed_lengths
+        if pixel_values.ndim != 2 or pixel_values.shape[1] != sum(lengths):
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}, but this model needs (images, {sum(lengths)}): "
+                f"{config.num_channels} channels of a global view of {config.image_size} pixels"
+                + "".join(f", {w.num_windows} windows of {w.size}" for w in config.windows if config.has_details)
+                + ". A shorter row lacks windows or was made with other settings: use the processor of this checkpoint."
+            )
+        sizes = [config.image_size, *(window.size for window in config.windows)]
+        parts = pixel_values.to(self.vision_tower.dtype).split(lengths, dim=1)
+        return [part.reshape(-1, config.num_channels, s, s) for part, s in zip(parts, sizes, strict=False)]
 
     def _encode_windows(self, pixels: torch.Tensor, window: WindowScale, chunk_size: int | None) -> list[torch.Tensor]:
-        """Encodes (N * n, 3, size, size); one (N * n, C, t, t) per depth."""
+        """Encodes (N * n, channels, size, size); one (N * n, C, t, t) per depth."""
         config = self.config
         chunks = []
-        for chunk in pixels.split(chunk_size or len(pixels)):
+        for chunk in pixels.split(chunk_size or config.window_chunk_size or len(pixels)):
             if config.window_encoding == "resize" and window.size != config.image_size:
                 chunk = nn.functional.interpolate(
                     chunk, size=(config.image_size, config.image_size), mode="bilinear", align_corners=False
                 )
-            kwargs: dict[str, Any] = {}
-            if config.has_vit:
-                kwargs = {"interpolate_pos_encoding": chunk.shape[-1] != config.image_size}
-            wanted = config.has_vit and hidden_states_at(config.detail_feature_layers)
-            outputs = self.vision_tower(chunk, output_hidden_states=wanted, return_dict=True, **kwargs)
-            maps = self._vision_features(outputs, config.detail_feature_layers)
+            _, maps = self._encode(chunk, config.detail_feature_layers)
             chunks.append([resample_to_grid(depth, window.tokens_per_side) for depth in maps])
         return [torch.cat(depth) for depth in zip(*chunks, strict=True)]
 
-    def _detail_stacks(self, pixel_values_local: torch.Tensor, chunk_size: int | None) -> torch.Tensor:
-        """Packed windows of N images to unprojected detail stacks (K, N, T, C)."""
+    def get_detail_features(self, pixel_values: torch.Tensor, window_chunk_size: int | None = None) -> torch.Tensor:
+        """Encodes the windows of N images at every depth, and stitches them into detail stacks, before the projector.
+
+        Args:
+            pixel_values: (N, L), as the processor returns them.
+            window_chunk_size: windows an encoder pass; defaults to the config's.
+
+        Returns:
+            (K, N, T, C), ordered by scale, depth, row phase, column phase.
+        """
         config = self.config
-        num_images = pixel_values_local.shape[0]
         canvas_side = config.canvas_scale * config.tokens_per_side
         stacks = []
-        for window, pixels in zip(config.windows, unpack_windows(pixel_values_local, config.windows), strict=True):
-            for depth in self._encode_windows(pixels, window, chunk_size):
-                depth = depth.unflatten(0, (num_images, window.num_windows))  # (N, n, C, t, t)
+        for window, pixels in zip(config.windows, self._unpack(pixel_values)[1:], strict=True):
+            for depth in self._encode_windows(pixels, window, window_chunk_size):
+                depth = depth.unflatten(0, (len(pixel_values), window.num_windows))  # (N, n, C, t, t)
                 canvas = stitch_windows(depth, window, canvas_side, config.window_weighting)
                 stacks.append(split_phases(canvas, config.canvas_scale))  # (phases, N, T, C)
         return torch.cat(stacks)
@@ -692,94 +677,87 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
     @merge_with_config_defaults
     @can_return_tuple
     def get_image_features(
-        self,
-        pixel_values: torch.Tensor,
-        pixel_values_local: torch.Tensor | None = None,
-        window_chunk_size: int | None = None,
-        **kwargs: Any,
+        self, pixel_values: torch.Tensor, window_chunk_size: int | None = None, **kwargs: Any
     ) -> MFRSVLMImageFeatures:
         """Encodes N images: their global views and, for a model with injection, their windows.
 
         Args:
-            pixel_values: (N, 3, image_size, image_size), the normalised global views.
-            pixel_values_local: (N, packed), the normalised windows of every scale as the processor packs them.
+            pixel_values: (N, L), one row an image: the normalised global view and the windows of every scale, as the
+                processor packs them.
             window_chunk_size: windows an encoder pass; defaults to the config's.
 
         Raises:
-            ValueError: windows are missing or their number does not fit the config or the global views.
+            ValueError: the rows do not have the length that the config asks for.
         """
         config = self.config
-        if window_chunk_size is None:
-            window_chunk_size = config.window_chunk_size
-        dtype = self.vision_tower.dtype  # of its floating point parameters: quantised weights have another
         wanted = kwargs.pop("output_hidden_states", None) or getattr(config.vision_config, "output_hidden_states", False)
-        kwargs["output_hidden_states"] = wanted or (config.has_vit and hidden_states_at([config.vision_feature_layer]))
-        outputs = self.vision_tower(pixel_values.to(dtype), return_dict=True, **kwargs)
-        (global_map,) = self._vision_features(outputs, [config.vision_feature_layer])
+        if wanted:
+            kwargs["output_hidden_states"] = True
+        global_views = self._unpack(pixel_values)[0]
+        outputs, (global_map,) = self._encode(global_views, [config.vision_feature_layer], **kwargs)
         visual = resample_to_grid(global_map, config.tokens_per_side).flatten(2).transpose(1, 2)  # (N, T, C)
-        if config.has_vit and self.training:
-            # Nothing depends on the tower's post-layernorm, but DDP waits for a gradient of every parameter.
-            visual = visual + 0 * outputs.pooler_output.sum()
-
-        details = None
-        if config.has_details:
-            if pixel_values_local is None or len(pixel_values_local) != len(pixel_values):
-                got = "none" if pixel_values_local is None else f"those of {len(pixel_values_local)}"
-                raise ValueError(
-                    f"pixel_values holds {len(pixel_values)} images, so pixel_values_local must hold windows of as many, "
-                    f"but it holds {got}. Pass both as the processor returns them."
-                )
-            stacks = self._detail_stacks(pixel_values_local.to(dtype), window_chunk_size)
-            details = [list(self.multi_modal_projector(stack)) for stack in stacks]
-
-        visual = self.multi_modal_projector(visual)  # (N, T, D)
+        visual = self.multi_modal_projector(visual)  # (N, T, d)
         if config.visual_position_embeddings:
             visual = visual + self.visual_position_embedding.weight
+        details = None
+        if config.has_details:
+            stacks = self.multi_modal_projector(self.get_detail_features(pixel_values, window_chunk_size))
+            details = [list(stack) for stack in stacks]  # views of one tensor
         return MFRSVLMImageFeatures(
-            last_hidden_state=outputs.last_hidden_state if config.has_vit else outputs.feature_maps[-1],
+            last_hidden_state=outputs.feature_maps[-1] if config.is_hierarchical else outputs.last_hidden_state,
             pooler_output=list(visual),
             hidden_states=outputs.hidden_states if wanted else None,
             attentions=outputs.attentions,
             deepstack_features=details,
         )
 
-    def get_placeholder_mask(self, input_ids: torch.Tensor | None, inputs_embeds: Any) -> torch.Tensor:
+    def get_placeholder_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """(B, S) bool: which positions hold a visual token."""
-        image_token_id = self.config.image_token_id
         if input_ids is not None:
-            return input_ids == image_token_id
-        if image_token_id >= self.config.text_config.vocab_size:
-            return inputs_embeds.new_zeros(inputs_embeds.shape[:2], dtype=torch.bool)
-        placeholder = self.get_input_embeddings()(torch.full((), image_token_id, device=inputs_embeds.device))
-        return (inputs_embeds == placeholder).all(-1)
-
-    def _check_image_tokens(self, mask: torch.Tensor, image_features: list[torch.Tensor] | None) -> None:
-        """Compares placeholders with features, on the CPU only: elsewhere it would wait for the device."""
-        per_sample = mask.sum(dim=1)
-        num_tokens = int(per_sample.sum())
-        if image_features is None:
-            if num_tokens:
-                logger.warning_once(
-                    f"The prompts hold {num_tokens} image tokens, but there are no pixel_values: the model sees no image. "
-                    "Pass all that the processor returns."
-                )
-            return
-        num_features = sum(map(len, image_features))
-        if num_tokens != num_features:
-            raise ValueError(
-                f"Image features and image tokens do not match: {num_tokens} tokens, {num_features} features. Every image "
-                f"needs {self.config.image_seq_length} tokens, which the processor writes for each `<image>`."
-            )
-        if not self.splits_images and (per_sample % self.config.image_seq_length).any():
-            raise ValueError(
-                f"An image is split: the samples hold {per_sample.tolist()} image tokens, but an image has "
-                f"{self.config.image_seq_length}, and this model weighs details image by image. Prefill without chunks."
-            )
+            return input_ids == self.config.image_token_id
+        token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
     @property
     def splits_images(self) -> bool:
         """Whether an image may be prefilled in pieces: only where every token is routed for itself."""
         return not self.config.has_details or (self.config.injection_type == "gated" and self.config.routing == "token")
+
+    def _check_image_tokens(self, mask: torch.Tensor, num_features: int) -> None:
+        """Compares placeholders with features, on every device."""
+        tokens = self.config.image_seq_length
+        per_sample = mask.sum(dim=1)
+        torch_compilable_check(
+            per_sample.sum() == num_features,
+            lambda: (
+                f"Image features and image tokens do not match: {int(per_sample.sum())} tokens, {num_features} features. Every "
+                f"image needs {tokens} tokens, which the processor writes for each `<image>`; with a cache, pass the images "
+                "that are new."
+            ),
+        )
+        if not self.splits_images:
+            torch_compilable_check(
+                (per_sample % tokens == 0).all(),
+                lambda: (
+                    f"An image is split: the samples hold {per_sample.tolist()} image tokens, but an image has {tokens}, and "
+                    "this model weighs details image by image. Prefill without chunks."
+                ),
+            )
+
+    def _check_positions(self, position_ids: torch.Tensor | None, length: int, cache: Cache | None) -> None:
+        """Refuses positions that the decoder does not have. Reads them on the CPU only, elsewhere it would wait."""
+        if position_ids is None:
+            last: Any = length - 1 + (0 if cache is None else cache.get_seq_length())
+        else:
+            last = position_ids.max()
+        limit = getattr(self.config.text_config, "max_position_embeddings", None)
+        if limit is None or torch.compiler.is_compiling() or (isinstance(last, torch.Tensor) and last.device.type != "cpu"):
+            return
+        if last >= limit:
+            raise ValueError(
+                f"The prompt reaches position {int(last)}, visual tokens included, but the decoder has {limit} "
+                "(text_config.max_position_embeddings). Shorten the text or pass fewer images."
+            )
 
     def _empty_image_features(self, device: torch.device) -> MFRSVLMImageFeatures:
         """Features of a blank image that no position shows.
@@ -787,13 +765,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
         Where parameters are sharded or their gradients averaged over ranks, a rank whose batch holds only text must
         run the tower and the injectors all the same, or the others wait for it forever.
         """
-        config = self.config
-        size = config.image_size
-        pixel_values_local = None
-        if config.has_details:
-            length = sum(window.num_values for window in config.windows)
-            pixel_values_local = torch.zeros(1, length, device=device)
-        return self.get_image_features(torch.zeros(1, 3, size, size, device=device), pixel_values_local, return_dict=True)
+        return self.get_image_features(torch.zeros(1, sum(self.config.packed_lengths), device=device), return_dict=True)
 
     def _ranks_need_images(self) -> bool:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -807,102 +779,154 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        pixel_values_local: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         window_chunk_size: int | None = None,
         mm_encoder_outputs: dict[str, MFRSVLMImageFeatures] | None = None,
-        **kwargs: Any,
+        cache: Cache | None = None,
+        image_repeats: int = 1,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MFRSVLMModelOutputWithPast:
         """
         Args:
             input_ids: (B, S), with `config.image_token_id` at every visual position.
-            pixel_values: (N, 3, image_size, image_size), images in reading order over the batch.
-            pixel_values_local: (N, packed), their windows.
+            pixel_values: (N, L), images in reading order over the batch, one row an image.
             attention_mask: (B, past + S), 0 at padding on either side.
+            position_ids: (B, S). Where they restart in a row without mask and cache, the row is packed, and its sequences
+                do not see each other's images.
+            past_key_values: the cache, under either name.
+            inputs_embeds: (B, S, d) in place of ids, with the placeholder's embedding at every visual position.
             mm_encoder_outputs: `{"image": get_image_features(...)}`, instead of the pixels.
+            image_repeats: how many rows that follow each other share the images of one sample (beams).
 
         Raises:
-            ValueError: the prompt is longer than the decoder's positions; both or neither of two exclusive arguments
-                are given; on the CPU, the image tokens do not match the images.
+            ValueError: a position exceeds the decoder's; both or neither of two exclusive arguments are given; the image
+                tokens do not match the images.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         if pixel_values is not None and mm_encoder_outputs is not None:
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
-        given: Any = input_ids if inputs_embeds is None else inputs_embeds
-        length = given.shape[1]
-        max_positions = self.config.text_config.max_position_embeddings
-        if length > max_positions:
-            raise ValueError(
-                f"The prompt has {length} positions, visual tokens included, but the decoder has {max_positions} "
-                "(text_config.max_position_embeddings). Shorten the text or pass fewer images."
-            )
+        if cache is not None and past_key_values is not None:
+            raise ValueError("You cannot specify both `cache` and `past_key_values`: they are one argument.")
+        cache = past_key_values if cache is None else cache
 
-        image_outputs = (mm_encoder_outputs or {}).get("image")
-        if image_outputs is None and pixel_values is not None:
-            image_outputs = self.get_image_features(
-                pixel_values, pixel_values_local, window_chunk_size=window_chunk_size, return_dict=True
-            )
-        mask = self.get_placeholder_mask(input_ids, inputs_embeds)
-        if mask.device.type == "cpu" and not torch.compiler.is_compiling():
-            if image_outputs is not None or is_empty(past_key_values):
-                self._check_image_tokens(mask, None if image_outputs is None else image_outputs.pooler_output)
-        if image_outputs is None and self._ranks_need_images() and is_empty(past_key_values):
-            image_outputs = self._empty_image_features(mask.device)
-
+        features = (mm_encoder_outputs or {}).get("image")
+        if features is None and pixel_values is not None:
+            features = self.get_image_features(pixel_values, window_chunk_size=window_chunk_size, return_dict=True)
         if inputs_embeds is None:
-            # The placeholder may lie outside the vocabulary, so it is looked up as some token and overwritten.
-            inputs_embeds = self.get_input_embeddings()(given.masked_fill(mask, 0))
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        self._check_positions(position_ids, inputs_embeds.shape[1], cache)
+        mask = self.get_placeholder_mask(input_ids, inputs_embeds)
+        if features is not None:
+            self._check_image_tokens(mask[::image_repeats], sum(map(len, features.pooler_output)))
+        elif mask.device.type == "cpu" and not torch.compiler.is_compiling() and is_empty(cache) and mask.any():
+            logger.warning_once(
+                f"The prompts hold {int(mask.sum())} image tokens, but there are no pixel_values: the model sees no image. "
+                "Pass all that the processor returns."
+            )
+        if features is None and self._ranks_need_images() and is_empty(cache):
+            features = self._empty_image_features(mask.device)
 
-        image_features, injection = None, {}
-        if image_outputs is not None:
-            image_features = torch.cat(list(image_outputs.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
-            inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), image_features)
-            if image_outputs.deepstack_features is not None:
-                injection = self._injection_arguments(image_outputs.deepstack_features, mask, inputs_embeds)
+        visual = layout = details = None
+        if features is not None:
+            visual = torch.cat(list(features.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)  # (N * T, d)
+            tokens = self.config.image_seq_length
+            # Pieces of images (chunked prefill) count as one image: they come only where no border matters.
+            num_images, tokens = (len(visual) // tokens, tokens) if len(visual) % tokens == 0 else (1, len(visual))
+            packed = position_ids is not None and attention_mask is None and cache is None
+            sequence = find_packed_sequence_indices(position_ids.expand(len(mask), -1)) if packed else None
+            layout = visual_layout(mask, num_images, tokens, image_repeats, sequence)
+            inputs_embeds = torch.where(mask[..., None], visual[layout.token], inputs_embeds)
+            if features.deepstack_features is not None:
+                # K lists of N tensors (T, d) -> (K, N, T, d)
+                details = torch.cat([image for stack in features.deepstack_features for image in stack])
+                details = details.view(len(features.deepstack_features), num_images, tokens, -1)
+                details = details.to(inputs_embeds.device, inputs_embeds.dtype)
 
+        injection, cache = self._injection(details, layout, inputs_embeds, cache)
+        decoder_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            **injection,
+            injection=injection,
+            **{CACHE: decoder_cache},
             **{**kwargs, "return_dict": True},
         )
         return MFRSVLMModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=image_features,
+            image_hidden_states=visual,
+            **{CACHE: cache if isinstance(cache, EncoderDecoderCache) else outputs[CACHE] if CACHE in outputs else None},
         )
 
-    def _injection_arguments(
-        self, deepstack_features: list[list[torch.Tensor]], mask: torch.Tensor, inputs_embeds: torch.Tensor
-    ) -> dict[str, Any]:
-        # K lists of N tensors (T, d) -> (K, N * T, d)
-        details = torch.cat([image for stack in deepstack_features for image in stack])
-        details = details.unflatten(0, (len(deepstack_features), -1))
-        details = details.to(inputs_embeds.device, inputs_embeds.dtype)
-        tokens = self.config.image_seq_length
-        if details.shape[1] % tokens == 0:
-            details = details.unflatten(1, (-1, tokens))  # (K, N, T, d)
-        elif self.splits_images:
-            details = details.unsqueeze(1)  # pieces of images; token routing needs no image borders
-        else:
-            raise ValueError(
-                f"An image is split: {details.shape[1]} image tokens in this chunk, but an image has {tokens}, and this "
-                "model weighs details image by image. Prefill without chunks, or so that chunks end between images."
-            )
-        arguments: dict[str, Any] = {"visual_pos_masks": mask, "details": details}
-        if self.config.injection_type == "cross_attention":
-            # The one value read on the host, at prefill: how many key slots a sample needs. A single sample has all.
-            images = details.shape[1] if len(mask) == 1 else int(mask.sum(dim=1).max()) // tokens
-            arguments["images_per_sample"] = max(images, 1)
-        return arguments
+    def _injection(
+        self, details: torch.Tensor | None, layout: VisualLayout | None, inputs_embeds: torch.Tensor, cache: Cache | None
+    ) -> tuple[Injection | None, Cache | None]:
+        """What the injectors need, computed once for all of them, and the cache with room for detail tokens."""
+        config = self.config
+        if not config.has_details:
+            return None, cache
+        if config.injection_type == "gated":
+            if details is None:
+                return None, cache
+            if config.routing == "token":
+                # One stack at a time: a copy of all in float32 would be twice their size.
+                summary = torch.stack([stack.float().var(dim=-1, correction=0) for stack in details])
+            else:
+                summary = details.mean(dim=2).transpose(0, 1)
+            return Injection(details, summary, layout, None), cache
+        use_cache = self.config.text_config.use_cache if cache is None else True
+        if cache is None and use_cache and not self.training:
+            cache = DynamicCache(config=config.text_config)
+        if cache is not None:
+            cache = with_detail_cache(cache)
+        past_length = 0 if cache is None else cache.self_attention_cache.get_seq_length()
+        columns = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
+        memory = self._detail_memory(columns, layout, details, getattr(cache, "cross_attention_cache", None))
+        return Injection(details, None, layout, memory), cache
+
+    def _detail_memory(
+        self, columns: torch.Tensor, layout: VisualLayout | None, details: torch.Tensor | None, cache: Cache | None
+    ) -> DetailMemory:
+        """Which images each position sees: those that start at or before it, in its own sample.
+
+        The first position of every image is cached beside its keys, as one more layer, so that it follows every
+        reordering of the cache.
+        """
+        last = len(self.config.injection_layers)
+        slots = visible = None
+        images = 1
+        if layout is not None:
+            rows, repeats = len(layout.mask) // layout.position.shape[1], layout.position.shape[1]
+            num_images, tokens = len(layout.row), layout.position.shape[2]
+            # The one value read on the host, at prefill: how many images a sample holds at most. All of them is a bound.
+            images = num_images
+            if rows > 1 and not torch.compiler.is_compiling():
+                images = max(int(layout.mask[::repeats].sum(dim=1).max()) // tokens, 1)
+            earlier = torch.tril(layout.row[:, None] == layout.row[None, :], diagonal=-1).sum(dim=1)
+            slots = layout.row * images + earlier.clamp(max=images - 1)
+            place = columns[layout.position[:, 0, 0] % layout.mask.shape[1]]  # (N,)
+            present = torch.arange(num_images, device=place.device) * tokens < layout.mask[::repeats].sum()
+            place = torch.where(present, place, NEVER_VISIBLE)
+            places = place.new_full((rows * images,), NEVER_VISIBLE).index_copy(0, slots, place)
+            places = places.view(rows, images).repeat_interleave(repeats, dim=0)  # (B, I)
+            sequence = None
+            if layout.sequence is not None:
+                own = layout.sequence.flatten()[layout.position[:, 0, 0]]
+                sequence = own.new_full((rows * images,), -1).index_copy(0, slots, own).view(rows, images)
+            if cache is not None:
+                places = cache.update(places[:, None, :, None], places[:, None, :, None], last)[0][:, 0, :, 0]
+            visible = places[:, None] <= columns[:, None]  # (B, S, I)
+            if sequence is not None:
+                visible = visible & (sequence[:, None] == layout.sequence[..., None])
+        elif cache is not None and cache.get_seq_length(last):
+            visible = cache.layers[last].keys[:, 0, None, :, 0] <= columns[:, None]
+        return DetailMemory(cache, slots, images, visible)
 
 
 class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
@@ -921,21 +945,16 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
         return self.lm_head
 
     def get_image_features(
-        self,
-        pixel_values: torch.Tensor,
-        pixel_values_local: torch.Tensor | None = None,
-        window_chunk_size: int | None = None,
-        **kwargs: Any,
+        self, pixel_values: torch.Tensor, window_chunk_size: int | None = None, **kwargs: Any
     ) -> MFRSVLMImageFeatures:
         """See `MFRSVLMModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, pixel_values_local, window_chunk_size=window_chunk_size, **kwargs)
+        return self.model.get_image_features(pixel_values, window_chunk_size=window_chunk_size, **kwargs)
 
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
-        pixel_values_local: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -944,49 +963,91 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         window_chunk_size: int | None = None,
         mm_encoder_outputs: dict[str, MFRSVLMImageFeatures] | None = None,
-        **kwargs: Any,
+        cache: Cache | None = None,
+        image_repeats: int = 1,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MFRSVLMCausalLMOutputWithPast:
         """As `MFRSVLMModel.forward`, and:
 
         Args:
             labels: (B, S), -100 where no loss is wanted. Image tokens never count.
             logits_to_keep: how many positions from the end to compute logits for (0: all), or their indices.
+
+        Example:
+
+        ```python
+        >>> from PIL import Image
+        >>> from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        >>> model = AutoModelForImageTextToText.from_pretrained("demo/model", trust_remote_code=True)
+        >>> processor = AutoProcessor.from_pretrained("demo/model", trust_remote_code=True)
+        >>> content = [{"type": "image"}, {"type": "text", "text": "How many ships are there?"}]
+        >>> prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        >>> inputs = processor(images=Image.open("scene.png"), text=prompt, return_tensors="pt")
+        >>> answer = model.generate(**inputs, max_new_tokens=32)[:, inputs.input_ids.shape[1] :]
+        >>> print(processor.batch_decode(answer, skip_special_tokens=True)[0])
+        ```
         """
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
-            pixel_values_local=pixel_values_local,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             window_chunk_size=window_chunk_size,
             mm_encoder_outputs=mm_encoder_outputs,
+            cache=cache,
+            image_repeats=image_repeats,
             return_dict=True,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        logits = scale_logits(self.lm_head(outputs.last_hidden_state[:, keep]), self.config.text_config)
+        # The placeholder is a row of the vocabulary but no word: no loss, no sample and no beam may see a chance for it.
+        logits[..., self.config.image_token_id] = MASKED_SCORE
 
         loss = None
         if labels is not None:
-            labels = labels.masked_fill(labels == self.config.image_token_id, -100)
+            words = labels != self.config.image_token_id
+            given = kwargs.get("num_items_in_batch")
+            if given is not None:
+                # The trainer counts the labels before they are masked here.
+                counted = labels != -100
+                kwargs["num_items_in_batch"] = given * (counted & words).sum() / counted.sum().clamp(min=1)
+            labels = labels.masked_fill(~words, -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
         return MFRSVLMCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
         )
 
-    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+        # Rows are repeated for beams and for several sequences, images are not: the forward knows how many rows share them.
+        if expand_size == 1:
+            return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+        shared = {name: kwargs.pop(name) for name in ("pixel_values", "mm_encoder_outputs") if kwargs.get(name) is not None}
+        input_ids, kwargs = super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
+        return input_ids, {**kwargs, **shared, "image_repeats": expand_size}
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> dict[str, Any]:
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+        if model_kwargs.get("use_cache", True):
+            # What was encoded has served: decoding reads the cache. Emptied, since the caller's frame holds the same object.
+            model_kwargs.pop("pixel_values", None)
+            (model_kwargs.pop("mm_encoder_outputs", None) or {}).clear()
+        return model_kwargs
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
         generator = super()._get_candidate_generator(*args, **kwargs)
         if isinstance(generator, PromptLookupCandidateGenerator):
-            # It proposes pieces of the prompt, placeholders among them, and looks each up in a row of scores. The model
-            # never agrees to a placeholder, but the row has to reach that far.
-            generator.vocab_size = max(generator.vocab_size, self.config.image_token_id + 1)
+            return MFRSVLMPromptLookup(generator, self.config.image_token_id)
         return generator
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
@@ -1014,29 +1075,73 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
                 "model weighs details image by image. Leave it out, or choose chunks that end between images."
             )
 
+    def _new_images(self, pixel_values: torch.Tensor, input_ids: torch.Tensor, past_length: int) -> torch.Tensor | None:
+        """Of the rows of `pixel_values`, those whose image tokens are not cached yet; `None` if none is left."""
+        per_sample = (input_ids == self.config.image_token_id).sum(dim=1) // self.config.image_seq_length
+        cached = (input_ids[:, :past_length] == self.config.image_token_id).sum(dim=1) // self.config.image_seq_length
+        if len(pixel_values) != per_sample.sum():
+            return pixel_values
+        images = zip(pixel_values.split(per_sample.tolist()), cached.tolist(), strict=True)
+        pixel_values = torch.cat([of_sample[seen:] for of_sample, seen in images])
+        return pixel_values if len(pixel_values) else None
+
     def generate(self, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As in `transformers`.
+        """As in `transformers`. A conversation that goes on from a cache may pass all its images, or those that are new.
 
         Raises:
             ValueError: `prefill_chunk_size` would split an image that the model has to see whole; `assistant_model` does
-                not know the placeholder.
+                not know the placeholder; this version of transformers does not take `mm_encoder_outputs`.
         """
         if kwargs.get("mm_encoder_outputs"):
-            # Beams and several sequences repeat the features in place: the caller's own must stay as they are.
-            kwargs["mm_encoder_outputs"] = {name: copy.copy(value) for name, value in kwargs["mm_encoder_outputs"].items()}
+            if not GENERATE_ENCODES_IMAGES:
+                raise ValueError(
+                    f"generate() of transformers {transformers.__version__} does not take mm_encoder_outputs, 5.19 and later "
+                    "do. Pass pixel_values."
+                )
+            # It is emptied after prefill: the caller's own must stay as it is.
+            kwargs["mm_encoder_outputs"] = dict(kwargs["mm_encoder_outputs"])
         assistant = kwargs.get("assistant_model")
         if assistant is not None and assistant.get_input_embeddings().num_embeddings <= self.config.image_token_id:
-            if assistant.config.model_type != self.config.model_type:
-                raise ValueError(
-                    f"assistant_model has {assistant.get_input_embeddings().num_embeddings} embeddings, so it cannot read "
-                    f"image_token_id={self.config.image_token_id}. Use an MF-RSVLM assistant, or prompt_lookup_num_tokens."
-                )
+            raise ValueError(
+                f"assistant_model has {assistant.get_input_embeddings().num_embeddings} embeddings, so it cannot read "
+                f"image_token_id={self.config.image_token_id}. Use an MF-RSVLM assistant, or prompt_lookup_num_tokens."
+            )
         settings = generation_config if generation_config is not None else self.generation_config
         chunk_size = kwargs.get("prefill_chunk_size") or getattr(settings, "prefill_chunk_size", None)
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if chunk_size and input_ids is not None:
             self._check_chunks(input_ids == self.config.image_token_id, chunk_size)
+        cache = kwargs.get("cache") if kwargs.get("cache") is not None else kwargs.get("past_key_values")
+        if input_ids is not None and kwargs.get("pixel_values") is not None and not is_empty(cache):
+            kwargs["pixel_values"] = self._new_images(kwargs["pixel_values"], input_ids, int(cache.get_seq_length()))
         return super().generate(inputs, generation_config, *args, **kwargs)
+
+
+def scale_logits(logits: torch.Tensor, text_config: Any) -> torch.Tensor:
+    """What some decoders do to their logits behind the head: Granite divides, Cohere multiplies, Gemma caps."""
+    if getattr(text_config, "logits_scaling", None) is not None:
+        logits = logits / text_config.logits_scaling
+    if getattr(text_config, "logit_scale", None) is not None:
+        logits = logits * text_config.logit_scale
+    if getattr(text_config, "final_logit_softcapping", None) is not None:
+        logits = (logits / text_config.final_logit_softcapping).tanh() * text_config.final_logit_softcapping
+    return logits
+
+
+class MFRSVLMPromptLookup(CandidateGenerator):
+    """Prompt lookup whose candidates end before the first placeholder: a piece of the prompt may run into an image."""
+
+    def __init__(self, generator: PromptLookupCandidateGenerator, image_token_id: int) -> None:
+        self.generator = generator
+        self.image_token_id = image_token_id
+
+    def get_candidates(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+        candidates, logits = self.generator.get_candidates(input_ids, *args, **kwargs)
+        words = (candidates[:, input_ids.shape[1] :] != self.image_token_id).long().cumprod(dim=1)
+        return candidates[:, : input_ids.shape[1] + int(words.sum())], logits
+
+    def update_candidate_strategy(self, *args: Any, **kwargs: Any) -> None:
+        self.generator.update_candidate_strategy(*args, **kwargs)
 
 
 __all__ = [

@@ -61,8 +61,7 @@ def tiny_inputs(config: MFRSVLMConfig, images: list[int], text: int | list[int] 
     Samples are drawn one after the other, so that sample i is the same whatever stands beside it.
     """
     texts = [text] * len(images) if isinstance(text, int) else text
-    rows, pixels, packed = [], [], []
-    length = sum(window.num_values for window in config.windows)
+    rows, pixels = [], []
     for index, (count, words) in enumerate(zip(images, texts, strict=True)):
         generator = torch.Generator().manual_seed(1000 * seed + index)
         ids = torch.randint(3, 90, (words,), generator=generator).tolist()
@@ -71,8 +70,7 @@ def tiny_inputs(config: MFRSVLMConfig, images: list[int], text: int | list[int] 
         for image in range(count):
             parts += [*visual, ids[image % words]]
         rows.append(parts + ids[2:])
-        pixels += [torch.randn(3, config.image_size, config.image_size, generator=generator) for _ in range(count)]
-        packed += [torch.randn(length, generator=generator) for _ in range(count)]
+        pixels += [torch.randn(sum(config.packed_lengths), generator=generator) for _ in range(count)]
     width = max(map(len, rows))
     pad = config.text_config.pad_token_id
     fill = [[pad] * (width - len(row)) for row in rows]
@@ -85,6 +83,4 @@ def tiny_inputs(config: MFRSVLMConfig, images: list[int], text: int | list[int] 
     }
     if pixels:
         inputs["pixel_values"] = torch.stack(pixels)
-        if config.has_details:
-            inputs["pixel_values_local"] = torch.stack(packed)
     return inputs
