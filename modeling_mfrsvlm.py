@@ -484,6 +484,13 @@ class MFRSVLMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """As in `transformers`; an encoder without attention ignores the switch."""
+        if isinstance(attn_implementation, str) and not self.config.vision_has_attention:
+            names = dict.fromkeys(("", "text_config"), attn_implementation)
+            attn_implementation = {**names, "vision_config": "eager"}
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -505,8 +512,8 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
         super().__init__(config)
         vision_config = config.vision_config
         if config.is_hierarchical:
-            if not hasattr(vision_config, "num_heads") and not hasattr(vision_config, "num_attention_heads"):
-                vision_config._attn_implementation = "eager"  # no attention, so the switch of the other parts means nothing
+            if not config.vision_has_attention:
+                vision_config._attn_implementation = "eager"  # so the switch of the other parts means nothing to it
             self.vision_tower = AutoBackbone.from_config(vision_config)
             self.stage_projections = nn.ModuleDict(
                 {
@@ -516,7 +523,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             )
         else:
             self.vision_tower = AutoModel.from_config(vision_config)
-            self._check_window_sizes()
+        self._check_window_sizes()
         self._freeze_unread_parameters()
         self.multi_modal_projector = MFRSVLMMultiModalProjector(config)
         if config.visual_position_embeddings:
@@ -531,23 +538,39 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
         self.post_init()
 
     def _check_window_sizes(self) -> None:
-        """Raises `ValueError` if the ViT has no positions for the sizes that it would be shown."""
-        config = self.config
-        sizes = {config.image_size, *(config.window_sizes if config.window_encoding == "native" else ())}
-        own_size = getattr(config.vision_config, "image_size", None)
-        takes_argument = "interpolate_pos_encoding" in inspect.signature(self.vision_tower.forward).parameters
-        interpolates = takes_argument or any(
-            hasattr(module, "interpolate_pos_encoding") or hasattr(module, "resize_positional_embeddings")
-            for module in self.vision_tower.modules()
+        """Raises `ValueError` if the encoder cannot take an image of the sizes that it would be shown."""
+        config, tower = self.config, self.vision_tower
+        sizes = sorted(
+            {config.image_size, *(config.window_sizes if config.window_encoding == "native" and config.has_details else ())}
         )
-        if not interpolates and own_size is not None and sizes - {own_size}:
-            fixed = [name for name, _ in self.vision_tower.named_parameters() if "position" in name]
-            if fixed:
-                raise ValueError(
-                    f"vision_config of type {config.vision_config.model_type!r} has positions for {own_size} pixels only "
-                    f'({fixed[0]}), so it cannot encode {sorted(sizes - {own_size})} pixels. Use window_encoding="resize" '
-                    f"and image_size={own_size}."
-                )
+        advice = (
+            f'Use window_encoding="resize", or other sizes than image_size={config.image_size} and {config.window_sizes}.'
+        )
+        if config.is_hierarchical:
+            # Only a trial tells how small a map the last stage still takes; on the meta device it costs nothing.
+            with torch.device("meta"), torch.no_grad():
+                trial = AutoBackbone.from_config(copy.deepcopy(config.vision_config)).eval()
+                for size in sizes:
+                    try:
+                        trial(torch.zeros(1, config.num_channels, size, size))
+                    except (RuntimeError, ValueError) as error:
+                        raise ValueError(
+                            f"vision_config of type {config.vision_config.model_type!r} cannot encode {size} pixels: "
+                            f"{str(error).splitlines()[0]} {advice}"
+                        ) from error
+            return
+        own_size = getattr(config.vision_config, "image_size", None)
+        others = [size for size in sizes if size != own_size]
+        interpolates = "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters or any(
+            hasattr(module, "interpolate_pos_encoding") or hasattr(module, "resize_positional_embeddings")
+            for module in tower.modules()
+        )
+        learned = [name for name, _ in tower.named_parameters() if "position" in name]
+        if own_size is not None and others and learned and not interpolates:
+            raise ValueError(
+                f"vision_config of type {config.vision_config.model_type!r} has positions for {own_size} pixels only "
+                f"({learned[0]}), so it cannot encode {others}. {advice}"
+            )
 
     def _freeze_unread_parameters(self) -> None:
         """Of a ViT, freezes what lies behind the last layer that is read: DDP would wait for gradients that never come."""
@@ -581,8 +604,8 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             lacking = "keyword arguments that its forward hands down to its layers"
         if lacking is not None:
             raise ValueError(
-                f"text_config.model_type={self.config.text_config.model_type!r} cannot be injected into: {type(decoder).__name__} "
-                f"lacks {lacking}."
+                f"text_config.model_type={self.config.text_config.model_type!r} cannot be injected into: "
+                f"{type(decoder).__name__} lacks {lacking}."
             )
         for layer in layers:
             if layer in (hooked := [layers[index] for index in self.config.injection_layers]):
@@ -730,8 +753,8 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
         torch_compilable_check(
             per_sample.sum() == num_features,
             lambda: (
-                f"Image features and image tokens do not match: {int(per_sample.sum())} tokens, {num_features} features. Every "
-                f"image needs {tokens} tokens, which the processor writes for each `<image>`; with a cache, pass the images "
+                f"Image features and image tokens do not match: {int(per_sample.sum())} tokens, {num_features} features. "
+                f"Every image needs {tokens} tokens, which the processor writes for each `<image>`; with a cache, pass the images "
                 "that are new."
             ),
         )
@@ -739,8 +762,8 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             torch_compilable_check(
                 (per_sample % tokens == 0).all(),
                 lambda: (
-                    f"An image is split: the samples hold {per_sample.tolist()} image tokens, but an image has {tokens}, and "
-                    "this model weighs details image by image. Prefill without chunks."
+                    f"An image is split: the samples hold {per_sample.tolist()} image tokens, but an image has {tokens}, "
+                    "and this model weighs details image by image. Prefill without chunks."
                 ),
             )
 
@@ -846,7 +869,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
                 details = details.view(len(features.deepstack_features), num_images, tokens, -1)
                 details = details.to(inputs_embeds.device, inputs_embeds.dtype)
 
-        injection, cache = self._injection(details, layout, inputs_embeds, cache)
+        injection, cache = self._injection(details, layout, inputs_embeds, cache, kwargs.get("use_cache"))
         decoder_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -865,7 +888,12 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
         )
 
     def _injection(
-        self, details: torch.Tensor | None, layout: VisualLayout | None, inputs_embeds: torch.Tensor, cache: Cache | None
+        self,
+        details: torch.Tensor | None,
+        layout: VisualLayout | None,
+        inputs_embeds: torch.Tensor,
+        cache: Cache | None,
+        use_cache: bool | None,
     ) -> tuple[Injection | None, Cache | None]:
         """What the injectors need, computed once for all of them, and the cache with room for detail tokens."""
         config = self.config
@@ -880,8 +908,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             else:
                 summary = details.mean(dim=2).transpose(0, 1)
             return Injection(details, summary, layout, None), cache
-        use_cache = self.config.text_config.use_cache if cache is None else True
-        if cache is None and use_cache and not self.training:
+        if cache is None and (config.text_config.use_cache if use_cache is None else use_cache) and not self.training:
             cache = DynamicCache(config=config.text_config)
         if cache is not None:
             cache = with_detail_cache(cache)
@@ -1095,8 +1122,8 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
         if kwargs.get("mm_encoder_outputs"):
             if not GENERATE_ENCODES_IMAGES:
                 raise ValueError(
-                    f"generate() of transformers {transformers.__version__} does not take mm_encoder_outputs, 5.19 and later "
-                    "do. Pass pixel_values."
+                    f"generate() of transformers {transformers.__version__} does not take mm_encoder_outputs, 5.19 and "
+                    "later do. Pass pixel_values."
                 )
             # It is emptied after prefill: the caller's own must stay as it is.
             kwargs["mm_encoder_outputs"] = dict(kwargs["mm_encoder_outputs"])
