@@ -10,13 +10,8 @@ from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCa
 from mfrsvlm import MFRSVLMForConditionalGeneration
 from mfrsvlm.configuration_mfrsvlm import CHUNKS_CARRY_IMAGES, GENERATE_ENCODES_IMAGES, window_table
 from mfrsvlm.image_processing_mfrsvlm import cut_windows
-from mfrsvlm.modeling_mfrsvlm import (
-    DetailMemory,
-    Injection,
-    split_phases,
-    stitch_windows,
-    visual_layout,
-)
+from mfrsvlm.injection_mfrsvlm import DetailMemory, Injection, visual_layout
+from mfrsvlm.modeling_mfrsvlm import split_phases, stitch_windows
 
 
 CHOICES = {
