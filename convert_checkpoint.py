@@ -414,6 +414,10 @@ def assembled_config(vision_config: Any, text_config: Any, options: dict[str, An
     if unknown:
         raise ConversionError(f"Fields {unknown} cannot be set; those that can are {sorted(fields)}.")
     with explained("These parts and options make no model"):
+        side, patch_size = (getattr(vision_config, name, None) for name in ("image_size", "patch_size"))
+        if not hasattr(vision_config, "depths") and isinstance(side, int) and isinstance(patch_size, int):
+            # Some ViTs cut off what is no whole patch: SigLIP so400m reads 378 of its 384 pixels.
+            options = {"image_size": side - side % patch_size, **options}
         sizes: dict[str, Any] = {name: options[name] for name in ("image_size", "patch_size") if name in options}
         bare: dict[str, Any] = {"window_sizes": [], "injection_layers": [], "detail_feature_layers": []}
         probe = MFRSVLMConfig(vision_config=vision_config, text_config=text_config, **sizes, **bare)
