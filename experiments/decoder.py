@@ -23,7 +23,7 @@ from transformers import AttentionInterface, PreTrainedTokenizerFast
 from mfrsvlm.experiments.dataset import SceneImages, to_pixels
 from mfrsvlm.experiments.guidance import Guidance
 from mfrsvlm.modeling_mfrsvlm import MFRSVLMForConditionalGeneration, MFRSVLMImageFeatures
-from mfrsvlm.processing_mfrsvlm import CHAT_TEMPLATE, MFRSVLMImageProcessor, MFRSVLMProcessor, cut_windows
+from mfrsvlm.processing_mfrsvlm import MFRSVLMImageProcessor, MFRSVLMProcessor, cut_windows, make_chat_template
 from mfrsvlm.scenes import KINDS, TASKS, Question, Scene, ask
 from mfrsvlm.scenes.questions import PLURALS
 
@@ -86,7 +86,7 @@ def make_processor(config: Any, tokenizer: Any, canvas_source: str = "image") ->
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
-    return MFRSVLMProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE)
+    return MFRSVLMProcessor(image_processor, tokenizer, chat_template=make_chat_template(tokenizer))
 
 
 def encode_scenes(
