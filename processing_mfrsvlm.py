@@ -1,5 +1,6 @@
 """Processor of MF-RSVLM: prompts to ids with image placeholders, and their images to pixels."""
 
+import bisect
 import math
 import os
 import re
@@ -282,7 +283,38 @@ class MFRSVLMProcessor(ProcessorMixin):
                         "or before none, or set add_special_tokens."
                     )
                 kwargs["add_special_tokens"] = False
-            return super().__call__(images=images, text=text, **kwargs)
+            outputs = super().__call__(images=images, text=text, **kwargs)
+        if "offset_mapping" in outputs:
+            found = outputs["offset_mapping"]
+            rows = zip(
+                outputs.get("overflow_to_sample_mapping", range(len(found))), outputs["input_ids"], found, strict=True
+            )
+            offsets: Any = [self._offsets_in_prompt(prompts[int(row)], ids, pairs) for row, ids, pairs in rows]
+            as_found = {torch.Tensor: torch.tensor, np.ndarray: np.array}.get(type(found), list)
+            outputs["offset_mapping"] = as_found(offsets)
+            if "text_replacement_offsets" in outputs:
+                outputs["text_replacement_offsets"] = [[] for _ in prompts]
+        return outputs
+
+    def _offsets_in_prompt(self, prompt: str, ids: Any, offsets: Any) -> list[tuple[int, int]]:
+        """Offsets into a prompt as it was given, from those into the prompt with each marker as often as it has tokens.
+
+        With them, and with padding where the text ended, every version of transformers finds the answers in a conversation.
+        """
+        markers = [match.span() for match in re.finditer(re.escape(self.image_token), prompt)]
+        visual = sum(int(token) == self.image_token_id for token in ids)
+        added = (visual // max(1, len(markers)) - 1) * len(self.image_token)
+        ends = [end + number * added for number, (_, end) in enumerate(markers, start=1)]  # with all tokens of each
+        result: list[tuple[int, int]] = []
+        for start, end in ((int(start), int(end)) for start, end in offsets):
+            before = bisect.bisect_right(ends, start)
+            start, end = start - before * added, end - before * added
+            if start == end:
+                start = end = max(end, result[-1][1] if result else 0)
+            elif before < len(markers) and start >= markers[before][0]:
+                start, end = markers[before]
+            result.append((start, end))
+        return result
 
     def _call_prefix(self, images: Any, text: Any, **kwargs: Any) -> BatchFeature:
         images, text, _, _ = self.prepare_inputs_layout(images=images, text=text)
@@ -378,7 +410,8 @@ class MFRSVLMProcessor(ProcessorMixin):
             side = padding_side or self.tokenizer.padding_side
             outputs["offset_mapping"] = []
             for ids, offsets in zip(outputs["input_ids"], rows["offset_mapping"], strict=True):
-                fill = [(0, 0)] * (len(ids) - len(offsets))
+                end = offsets[-1][1] if offsets and side == "right" else 0
+                fill = [(end, end)] * (len(ids) - len(offsets))
                 outputs["offset_mapping"].append(fill + offsets if side == "left" else offsets + fill)
         if return_text_replacement_offsets:
             outputs["text_replacement_offsets"] = [[] for _ in text]

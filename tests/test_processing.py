@@ -417,6 +417,14 @@ def test_token_types_and_offsets(tiny):
         ):
             assert types == [int(token == tiny.image_token_id) for token in ids]
             assert len(offsets) == len(ids)
+            for token, (start, end) in zip(ids, offsets, strict=True):
+                written = tiny.tokenizer.decode([token]).strip()
+                if tiny.image_placement == "inline" and token == tiny.image_token_id:
+                    assert prompts[0][start:end] == IMAGE_TOKEN
+                elif start == end:
+                    assert token in tiny.tokenizer.all_special_ids
+                else:
+                    assert written in prompts["No" in tiny.tokenizer.decode(ids)][start:end]
     assert "attention_mask" not in tiny(text="Hello", return_attention_mask=False)
     bare = tiny(text="Hello", add_special_tokens=False)["input_ids"][0]
     assert bare == tiny.tokenizer("Hello", add_special_tokens=False).input_ids
