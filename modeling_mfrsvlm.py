@@ -416,7 +416,7 @@ class MFRSVLMCrossAttentionInjector(MFRSVLMInjector):
         images = memory.images_per_sample
 
         def by_sample(states: torch.Tensor) -> torch.Tensor:
-            num_images, heads, tokens, size = states.shape
+            _, heads, tokens, size = states.shape
             rows = batch_size // repeats
             states = states.new_zeros(rows * images, heads, tokens, size).index_copy(0, memory.slots, states)
             # (B / r * images, heads, K * T, size) -> (B, heads, images * K * T, size)
@@ -754,8 +754,8 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             per_sample.sum() == num_features,
             lambda: (
                 f"Image features and image tokens do not match: {int(per_sample.sum())} tokens, {num_features} features. "
-                f"Every image needs {tokens} tokens, which the processor writes for each `<image>`; with a cache, pass the images "
-                "that are new."
+                f"Every image needs {tokens} tokens, which the processor writes for each `<image>`; with a cache, pass the "
+                "images that are new."
             ),
         )
         if not self.splits_images:
@@ -1036,13 +1036,16 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
 
         loss = None
         if labels is not None:
-            words = labels != self.config.image_token_id
-            given = kwargs.get("num_items_in_batch")
-            if given is not None:
-                # The trainer counts the labels before they are masked here.
-                counted = labels != -100
-                kwargs["num_items_in_batch"] = given * (counted & words).sum() / counted.sum().clamp(min=1)
-            labels = labels.masked_fill(~words, -100)
+            image_token_id = self.config.image_token_id
+            targets = kwargs.get("shift_labels", labels[:, 1:])  # what the loss sees
+            if kwargs.get("num_items_in_batch") is not None:
+                # The trainer counts the targets before those of image tokens are masked here.
+                counted = targets != -100
+                share = (counted & (targets != image_token_id)).sum() / counted.sum().clamp(min=1)
+                kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] * share
+            if "shift_labels" in kwargs:
+                kwargs["shift_labels"] = targets.masked_fill(targets == image_token_id, -100)
+            labels = labels.masked_fill(labels == image_token_id, -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
         return MFRSVLMCausalLMOutputWithPast(
             loss=loss,
