@@ -108,7 +108,8 @@ def main() -> None:
     facts["hardware"] = f"{threads} thread(s) of {platform.machine()} ({capability}), torch {torch.__version__}"
     record.write_text(json.dumps(facts, indent=2))
     (args.output / "accuracy.json").write_text(json.dumps({name: facts[name] for name in ("seeing", "blind")}, indent=1))
-    write_model_card(args.output, model.config, "trained", "MF-RSVLM, a small model of synthetic scenes", evidence(facts))
+    name = "MF-RSVLM, a small model of synthetic scenes"
+    write_model_card(args.output, model.config, "trained", name, evidence(facts), license="apache-2.0")
 
 
 def evidence(facts: dict[str, Any]) -> str:

@@ -91,6 +91,11 @@ class Parity:
         error[..., 2] /= golden[..., 2].abs().clamp(min=1)
         self.note(stage, error.max())
 
+    def words(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits of the published vocabulary: the placeholder after it has none there, and never wins here."""
+        assert (logits[..., self.processor.image_token_id :] < -9e3).all()
+        return logits[..., : self.processor.image_token_id]
+
     def images(self, sample: dict) -> list[Image.Image]:
         names = sample.get("images") or ([sample["image"]] if "image" in sample else [])
         return [Image.open(self.reference / name) for name in names]
@@ -102,12 +107,16 @@ class Parity:
         expected = visual + [token for token in sample["input_ids"] if token != -200]
         assert inputs["input_ids"][0].tolist() == expected, f"input ids of {name}"
 
-        injectors = self.model.model.language_model.injectors.layers
+        injectors = self.model.model.injectors
         routers, gates, injected = [], [], []
         hooks = []
         for injector in injectors:
-            hooks.append(injector.router.register_forward_hook(lambda module, args, output: routers.append(output[0])))
-            hooks.append(injector.gate_proj.register_forward_hook(lambda m, args, output: gates.append(output.sigmoid())))
+            hooks.append(injector.router.register_forward_hook(lambda m, args, out: routers.append(out[0, 0])))
+            hooks.append(
+                injector.gate_proj.register_forward_hook(
+                    lambda m, args, output: gates.append(output.sigmoid().flatten(0, 2))
+                )
+            )
             hooks.append(injector.register_forward_hook(lambda module, args, output: injected.append(output[0])))
         with torch.no_grad():
             outputs = self.model(**inputs, output_hidden_states=True)
@@ -116,11 +125,12 @@ class Parity:
 
         hidden = torch.stack(outputs.hidden_states)[:, 0]
         self.compare("hidden states, before injection", f"{name}/hidden_last32", hidden[:, -32:])
-        self.compare("logits", f"{name}/logits_last32", outputs.logits[0, -32:])
+        logits = self.words(outputs.logits)[0]
+        self.compare("logits", f"{name}/logits_last32", logits[-32:])
         self.compare_stats("hidden states, before injection", f"{name}/hidden_stats", hidden)
-        self.compare_stats("logits", f"{name}/logits_stats", outputs.logits[0])
+        self.compare_stats("logits", f"{name}/logits_stats", logits)
         if images:
-            first = torch.stack([gate.flatten(0, 1)[:8] for gate in gates])
+            first = torch.stack([gate[:8] for gate in gates])
             self.compare("hidden states, before injection", f"{name}/hidden_first16", hidden[:, :16])
             self.compare("router weights", f"{name}/router_weights", torch.stack(routers))
             self.compare("gates", f"{name}/gate_first8", first)
@@ -138,17 +148,15 @@ class Parity:
             )
 
     def run_vision(self, name: str, inputs: dict) -> None:
-        pixels = {key: inputs[key] for key in ("pixel_values", "pixel_values_local")}
-        raw = []
-        hook = self.model.model.multi_modal_projector.register_forward_pre_hook(lambda m, args: raw.append(args[0]))
         with torch.no_grad():
-            features = self.model.get_image_features(**pixels, output_hidden_states=True)
-        hook.remove()
+            features = self.model.get_image_features(inputs["pixel_values"], output_hidden_states=True)
+            raw_details = self.model.model.get_detail_features(inputs["pixel_values"])[:, 0]
         hidden = torch.stack(features.hidden_states)[:, 0]
         details = torch.stack([stack[0] for stack in features.deepstack_features])
-        raw_details = torch.stack([stack[0] for stack in raw if stack.ndim == 3][: len(details)])
-        self.compare("pixels", f"{name}/pixel_values", inputs["pixel_values"][0])
-        self.compare_stats("pixels", f"{name}/pixel_stats", inputs["pixel_values"][0])
+        side = self.model.config.image_size
+        global_view = inputs["pixel_values"][0, : 3 * side**2].view(3, side, side)
+        self.compare("pixels", f"{name}/pixel_values", global_view)
+        self.compare_stats("pixels", f"{name}/pixel_stats", global_view)
         self.compare("vision hidden states", f"{name}/vision_hidden_stride36", hidden[:, ::36])
         self.compare_stats("vision hidden states", f"{name}/vision_hidden_stats", hidden)
         self.compare("visual tokens, projected", f"{name}/global_projected", features.pooler_output[0])
@@ -204,13 +212,12 @@ class Parity:
 
     def gradient(self, key: str) -> torch.Tensor | None:
         """Gradient of the parameter that the published implementation calls `key`."""
-        from mfrsvlm.convert_checkpoint import rename
+        from mfrsvlm.released_layout import rename
 
         parameters = dict(self.model.named_parameters())
         if key == "model.deepstack_residual_scale":
-            injectors = self.model.model.language_model.injectors.layers
-            return torch.cat([injector.residual_scale.grad for injector in injectors])
-        ((name, _),) = rename(key, torch.empty(0))
+            return torch.cat([injector.residual_scale.grad for injector in self.model.model.injectors])
+        (name,) = rename(key, torch.empty(0))
         return parameters[name].grad
 
     def run(self) -> dict:
@@ -228,9 +235,9 @@ class Parity:
             for sample in samples
         ]
         with torch.no_grad():
-            full = [self.model(**batch).logits for batch in batches]
+            full = [self.words(self.model(**batch).logits) for batch in batches]
             self.model.to(torch.bfloat16)
-            half = [self.model(**batch.to(torch.bfloat16)).logits.float() for batch in batches]
+            half = [self.words(self.model(**batch.to(torch.bfloat16)).logits.float()) for batch in batches]
         return max(((a - b).norm() / a.norm()).item() for a, b in zip(full, half, strict=True))
 
 

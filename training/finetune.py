@@ -80,7 +80,8 @@ class DataArguments:
         default=False, metadata={"help": "Write to an output_dir that holds files, replacing those of the same name."}
     )
     base_model: str | None = field(
-        default=None, metadata={"help": "Hub id for the model card. Default: model_name_or_path if that is no folder."}
+        default=None,
+        metadata={"help": "Hub id for the model card. Default: model_name_or_path, or what that folder's card names."},
     )
     dataset_name: list[str] | None = field(default=None, metadata={"help": "Hub ids of the data, for the model card."})
 
@@ -228,9 +229,8 @@ def finetune(options: ModelArguments, data: DataArguments, args: MFRSVLMTraining
         eval_dataset=datasets.get("eval"),
         processing_class=processor,
     )
-    is_folder = os.path.isdir(options.model_name_or_path)  # whose path means nothing to others
     trainer.card_details = {
-        "base_model": data.base_model or (None if is_folder else options.model_name_or_path),
+        "base_model": data.base_model,
         "datasets": data.dataset_name,
         "name": None if args.hub_model_id is None else args.hub_model_id.rpartition("/")[2],
     }

@@ -252,7 +252,8 @@ class MFRSVLMTrainer(Trainer):
         """Writes the card of this package in place of the stock one, whose arguments are not used."""
         if self.is_world_process_zero():
             config = self.accelerator.unwrap_model(self.model).config
-            write_model_card(Path(self.args.output_dir), config, origin="trained", **self.card_details)
+            details = {"parts": {"trained from": config.name_or_path}, **self.card_details}
+            write_model_card(Path(self.args.output_dir), config, origin="trained", **details)
 
 
 def _move(source: Path, target: Path) -> None:
