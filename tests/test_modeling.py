@@ -106,7 +106,9 @@ def test_phases_are_shifted_subgrids_row_offset_first():
 def test_a_row_of_the_wrong_length_is_refused_with_the_length_it_needs(injecting_model):
     inputs = tiny_inputs(injecting_model.config, [1])
     for pixels in (inputs["pixel_values"][:, :2352], inputs["pixel_values"].view(1, 1, -1)):
-        with pytest.raises(ValueError, match=r"\(images, 52332\): 3 channels of a global view of 28 pixels, 9 windows of 28"):
+        with pytest.raises(
+            ValueError, match=r"\(images, 52332\): 3 channels of a global view of 28 pixels, 9 windows of 28"
+        ):
             injecting_model(**{**inputs, "pixel_values": pixels})
 
 
