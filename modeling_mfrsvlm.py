@@ -12,6 +12,7 @@ enters and leaves as arguments; nothing is kept on a module between calls.
 """
 
 import copy
+import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -305,16 +306,19 @@ def finite_softmax(scores: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.where(finite, scores, torch.zeros_like(scores)).softmax(dim=dim)
 
 
-class MFRSVLMInjector(GradientCheckpointingLayer):
-    """Base of the injectors: a forward pre-hook on a decoder layer."""
+class MFRSVLMInjectors(nn.ModuleList):
+    """The injectors by rank, and the forward pre-hooks by which they enter the decoder's layers.
 
-    decoder_config: Any  # of the decoder that runs the layer
+    A hook looks its injector up at every call: PEFT puts the copy that it trains in place of a module.
+    """
 
-    def before_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    decoder_config: Any  # of the decoder that runs the layers
+
+    def before_layer(self, rank: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Takes `injection` out of the layer's keyword arguments and injects it into the hidden states, `args[0]`."""
         injection = kwargs.pop("injection", None)
         if injection is not None:
-            return (self(args[0], injection), *args[1:]), kwargs
+            return (self[rank](args[0], injection), *args[1:]), kwargs
         engine = str(getattr(self.decoder_config, "_attn_implementation", None))
         if engine.startswith(FOREIGN_ENGINES):
             raise NotImplementedError(
@@ -330,7 +334,7 @@ def drop_injection(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     return args, kwargs
 
 
-class MFRSVLMGatedInjector(MFRSVLMInjector):
+class MFRSVLMGatedInjector(GradientCheckpointingLayer):
     """Mixes the detail stacks and adds the mixture to the visual positions through a gate (FUSE-RSVLM).
 
     With m the mixture and n = LN(m): h <- h + scale * sigmoid(W_g [LN(h); n]) * (W_d n). Other positions pass unchanged.
@@ -373,7 +377,7 @@ class MFRSVLMGatedInjector(MFRSVLMInjector):
         return hidden_states + torch.where(layout.mask[..., None], update, torch.zeros_like(update))
 
 
-class MFRSVLMCrossAttentionInjector(MFRSVLMInjector):
+class MFRSVLMCrossAttentionInjector(GradientCheckpointingLayer):
     """Lets every position attend to the detail tokens of the images before it, through a gate that starts at zero.
 
     h <- h + tanh(gate) * W_o attention(W_q LN(h), keys, values). Keys and values are computed once, at prefill.
@@ -530,10 +534,10 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             self.visual_position_embedding = nn.Embedding(config.image_seq_length, config.text_config.hidden_size)
         self.language_model = AutoModel.from_config(config.text_config)
         if config.injection_type == "gated":
-            self.injectors = nn.ModuleList([MFRSVLMGatedInjector(config) for _ in config.injection_layers])
+            self.injectors = MFRSVLMInjectors([MFRSVLMGatedInjector(config) for _ in config.injection_layers])
         else:
             ranks = range(len(config.injection_layers))
-            self.injectors = nn.ModuleList([MFRSVLMCrossAttentionInjector(config, rank) for rank in ranks])
+            self.injectors = MFRSVLMInjectors([MFRSVLMCrossAttentionInjector(config, rank) for rank in ranks])
         self._hook_injectors()
         self.post_init()
 
@@ -607,11 +611,12 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
                 f"text_config.model_type={self.config.text_config.model_type!r} cannot be injected into: "
                 f"{type(decoder).__name__} lacks {lacking}."
             )
-        for layer in layers:
-            if layer in (hooked := [layers[index] for index in self.config.injection_layers]):
-                injector = self.injectors[hooked.index(layer)]
-                injector.decoder_config = decoder.config
-                layer.register_forward_pre_hook(injector.before_layer, with_kwargs=True)
+        self.injectors.decoder_config = decoder.config
+        ranks = {index: rank for rank, index in enumerate(self.config.injection_layers)}
+        for index, layer in enumerate(layers):
+            if index in ranks:
+                hook = functools.partial(self.injectors.before_layer, ranks[index])
+                layer.register_forward_pre_hook(hook, with_kwargs=True)
             else:
                 layer.register_forward_pre_hook(drop_injection, with_kwargs=True)
 

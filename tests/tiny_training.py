@@ -23,9 +23,7 @@ def tiny_processor(image_placement: str = "inline", legacy: bool = False) -> MFR
     tokenizer = LlamaTokenizer.from_pretrained(Path(__file__).parent / "reference" / "checkpoint", legacy=legacy)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     tokenizer.pad_token = tokenizer.unk_token
-    image_processor = MFRSVLMImageProcessor(
-        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, patch_size=7, window_sizes=[28, 14]
-    )
+    image_processor = MFRSVLMImageProcessor.for_model(tiny_config())
     template = make_chat_template(tokenizer, image_placement)
     return MFRSVLMProcessor(image_processor, tokenizer, chat_template=template, image_placement=image_placement)
 
@@ -34,7 +32,8 @@ def tiny_folder(folder: Path, image_placement: str = "inline", **overrides) -> P
     """Saves a tiny model and its processor."""
     processor = tiny_processor(image_placement)
     config = tiny_config(**overrides)
-    config.text_config.vocab_size = config.image_token_id = processor.image_token_id
+    config.text_config.vocab_size = len(processor.tokenizer)
+    config.image_token_id = processor.image_token_id
     tiny_model(config).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
