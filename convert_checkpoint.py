@@ -34,7 +34,7 @@ from .configuration_mfrsvlm import MFRSVLMConfig
 from .image_processing_mfrsvlm import MFRSVLMImageProcessor
 from .model_card.card import write_model_card
 from .modeling_mfrsvlm import MFRSVLMForConditionalGeneration
-from .processing_mfrsvlm import CHAT_TEMPLATE, MFRSVLMProcessor
+from .processing_mfrsvlm import MFRSVLMProcessor, make_chat_template
 from .released_layout import (
     DTYPES,
     ConversionError,
@@ -332,7 +332,8 @@ def convert_released(
                 parts["vision tower"] = vision_tower
         model = load_model(config, state)
         add_image_token(tokenizer, model)
-        processor = MFRSVLMProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE, image_placement="prefix")
+        template = make_chat_template(tokenizer, "prefix")
+        processor = MFRSVLMProcessor(image_processor, tokenizer, chat_template=template, image_placement="prefix")
         save_folder(folder, model, processor, settings, "converted", parts)
         if verify:
             verify_folder(folder, model)
@@ -395,9 +396,8 @@ def assemble(
         set_seed(seed)
         model = load_model(config, state, new)
         add_image_token(tokenizer, model)
-        processor = MFRSVLMProcessor(
-            image_processor, tokenizer, chat_template=CHAT_TEMPLATE, image_placement=image_placement
-        )
+        template = make_chat_template(tokenizer, image_placement)
+        processor = MFRSVLMProcessor(image_processor, tokenizer, chat_template=template, image_placement=image_placement)
         parts = {"language model": language_model, "vision tower": vision_tower}
         save_folder(folder, model, processor, decoder.generation_config, "assembled", parts)
 

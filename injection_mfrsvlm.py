@@ -223,16 +223,19 @@ def finite_softmax(scores: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.where(finite, scores, torch.zeros_like(scores)).softmax(dim=dim)
 
 
-class MFRSVLMInjector(GradientCheckpointingLayer):
-    """Base of the injectors: a forward pre-hook on a decoder layer."""
+class MFRSVLMInjectors(nn.ModuleList):
+    """The injectors by rank, and the forward pre-hooks by which they enter the decoder's layers.
 
-    decoder_config: Any  # of the decoder that runs the layer
+    A hook looks its injector up at every call: PEFT puts the copy that it trains in place of a module.
+    """
 
-    def before_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    decoder_config: Any  # of the decoder that runs the layers
+
+    def before_layer(self, rank: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Takes `injection` out of the layer's keyword arguments and injects it into the hidden states, `args[0]`."""
         injection = kwargs.pop("injection", None)
         if injection is not None:
-            return (self(args[0], injection), *args[1:]), kwargs
+            return (self[rank](args[0], injection), *args[1:]), kwargs
         engine = str(getattr(self.decoder_config, "_attn_implementation", None))
         if engine.startswith(FOREIGN_ENGINES):
             raise NotImplementedError(
@@ -248,7 +251,7 @@ def drop_injection(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     return args, kwargs
 
 
-class MFRSVLMGatedInjector(MFRSVLMInjector):
+class MFRSVLMGatedInjector(GradientCheckpointingLayer):
     """Mixes the detail stacks and adds the mixture to the visual positions through a gate (FUSE-RSVLM).
 
     With m the mixture and n = LN(m): h <- h + scale * sigmoid(W_g [LN(h); n]) * (W_d n). Other positions pass unchanged.
@@ -291,7 +294,7 @@ class MFRSVLMGatedInjector(MFRSVLMInjector):
         return hidden_states + torch.where(layout.mask[..., None], update, torch.zeros_like(update))
 
 
-class MFRSVLMCrossAttentionInjector(MFRSVLMInjector):
+class MFRSVLMCrossAttentionInjector(GradientCheckpointingLayer):
     """Lets every position attend to the detail tokens of the images before it, through a gate that starts at zero.
 
     h <- h + tanh(gate) * W_o attention(W_q LN(h), keys, values). Keys and values are computed once, at prefill.

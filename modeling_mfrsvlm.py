@@ -12,6 +12,7 @@ enters and leaves as arguments; nothing is kept on a module between calls.
 """
 
 import copy
+import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ from .injection_mfrsvlm import (
     MASKED_SCORE,
     MFRSVLMCrossAttentionInjector,
     MFRSVLMGatedInjector,
+    MFRSVLMInjectors,
     cross_attention_injection,
     drop_injection,
     gated_injection,
@@ -230,10 +232,10 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             self.visual_position_embedding = nn.Embedding(config.image_seq_length, config.text_config.hidden_size)
         self.language_model = AutoModel.from_config(config.text_config)
         if config.injection_type == "gated":
-            self.injectors = nn.ModuleList([MFRSVLMGatedInjector(config) for _ in config.injection_layers])
+            self.injectors = MFRSVLMInjectors([MFRSVLMGatedInjector(config) for _ in config.injection_layers])
         else:
             ranks = range(len(config.injection_layers))
-            self.injectors = nn.ModuleList([MFRSVLMCrossAttentionInjector(config, rank) for rank in ranks])
+            self.injectors = MFRSVLMInjectors([MFRSVLMCrossAttentionInjector(config, rank) for rank in ranks])
         self._hook_injectors()
         self.post_init()
 
@@ -307,13 +309,11 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
                 f"text_config.model_type={self.config.text_config.model_type!r} cannot be injected into: "
                 f"{type(decoder).__name__} lacks {lacking}."
             )
-        for layer in layers:
-            if layer in (hooked := [layers[index] for index in self.config.injection_layers]):
-                injector = self.injectors[hooked.index(layer)]
-                injector.decoder_config = decoder.config
-                layer.register_forward_pre_hook(injector.before_layer, with_kwargs=True)
-            else:
-                layer.register_forward_pre_hook(drop_injection, with_kwargs=True)
+        self.injectors.decoder_config = decoder.config
+        ranks = {index: rank for rank, index in enumerate(self.config.injection_layers)}
+        for index, layer in enumerate(layers):
+            hook = functools.partial(self.injectors.before_layer, ranks[index]) if index in ranks else drop_injection
+            layer.register_forward_pre_hook(hook, with_kwargs=True)
 
     def train(self, mode: bool = True) -> "MFRSVLMModel":
         """As usual, but batch normalisation stays in evaluation mode: windows of a few images are no statistic."""

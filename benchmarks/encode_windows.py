@@ -50,15 +50,15 @@ def build(encoding: str, chunk: int | None, args: argparse.Namespace) -> MFRSVLM
     return MFRSVLMModel(config).to(getattr(torch, args.dtype)).eval()
 
 
-def encode(model: MFRSVLMModel, packed: torch.Tensor) -> float:
+def encode(model: MFRSVLMModel, pixels: torch.Tensor) -> float:
     """Seconds for the windows of one image, from pixels to detail stacks."""
     start = time.perf_counter()
     with torch.inference_mode():
-        model._detail_stacks(packed, model.config.window_chunk_size)
+        model.get_detail_features(pixels)
     return time.perf_counter() - start
 
 
-def growth_in_megabytes(model: MFRSVLMModel, packed: torch.Tensor) -> float:
+def growth_in_megabytes(model: MFRSVLMModel, pixels: torch.Tensor) -> float:
     """Largest growth of resident memory during one encoding, sampled every two milliseconds."""
     process, done, peak = psutil.Process(), threading.Event(), 0
     before = process.memory_info().rss
@@ -70,7 +70,7 @@ def growth_in_megabytes(model: MFRSVLMModel, packed: torch.Tensor) -> float:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    encode(model, packed)
+    encode(model, pixels)
     done.set()
     watcher.join()
     return (peak - before) / 2**20
@@ -84,18 +84,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory-of", choices=ARMS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    length = 3 * (9 * 336**2 + 49 * 168**2)
-    packed = torch.randn(1, length, dtype=getattr(torch, args.dtype))
+    pixels = torch.randn(1, sum(MFRSVLMConfig().packed_lengths), dtype=getattr(torch, args.dtype))
 
     if args.memory_of:
-        print(growth_in_megabytes(build(*ARMS[args.memory_of], args), packed))
+        print(growth_in_megabytes(build(*ARMS[args.memory_of], args), pixels))
         return
 
     models = {name: build(encoding, chunk, args) for name, (encoding, chunk) in ARMS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in ARMS}
     for round_number in range(args.rounds + 1):
         for name, model in models.items():
-            taken = encode(model, packed)
+            taken = encode(model, pixels)
             if round_number:  # the first round warms up
                 seconds[name].append(taken)
     baseline = seconds["native, chunks of 16"]

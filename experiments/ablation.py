@@ -159,7 +159,7 @@ def train_start(encoder: str, work: Path, scenes: int, steps: int) -> None:
     arm = Arm(Features(window_sizes=(), encoder=encoder), {"injection_layers": []})
     images = SceneImages(work / "scenes", "train", scenes)
     tokenizer = make_tokenizer(images.scenes[:500])
-    model = build(arm, len(tokenizer) - 1, work, seed=0)
+    model = build(arm, len(tokenizer), work, seed=0)
     features = encode_scenes(model, images, feature_file(arm.features, "train", scenes, work), "image", chunk=16)
     whiten_projector(model, features)
     start_places(model, features)
@@ -222,7 +222,7 @@ def run(name: str, seed: int, work: Path, steps: int, batch: int, counts: dict[s
     arm = ARMS[name]
     train, test = (SceneImages(work / "scenes", split, count) for split, count in counts.items())
     tokenizer = make_tokenizer(train.scenes[:500])
-    model = build(arm, len(tokenizer) - 1, work, seed)
+    model = build(arm, len(tokenizer), work, seed)
     load_start(model, start_file(arm.features.encoder, work))
     prompts = Prompts(make_processor(model.config, tokenizer, arm.features.canvas_source))
     seen = features_of(arm.features, "train", counts["train"], work)

@@ -70,7 +70,7 @@ def main() -> None:
     images = SceneImages(args.work / "scenes", "train", args.scenes)
     tokenizer = make_tokenizer(images.scenes[:500])
     torch.manual_seed(args.seed)
-    model = MFRSVLMForConditionalGeneration(make_config(len(tokenizer) - 1, **ARCHITECTURE))
+    model = MFRSVLMForConditionalGeneration(make_config(len(tokenizer), **ARCHITECTURE))
     load_encoder(model.model, encoder)
     processor = make_processor(model.config, tokenizer)
     encoded = args.work / f"box-features-{args.scenes}.npy"

@@ -22,8 +22,8 @@ from transformers import AttentionInterface, PreTrainedTokenizerFast
 
 from mfrsvlm.experiments.dataset import SceneImages, to_pixels
 from mfrsvlm.experiments.guidance import Guidance
-from mfrsvlm.modeling_mfrsvlm import MFRSVLMForConditionalGeneration, MFRSVLMImageFeatures
-from mfrsvlm.processing_mfrsvlm import CHAT_TEMPLATE, MFRSVLMImageProcessor, MFRSVLMProcessor, cut_windows
+from mfrsvlm.modeling_mfrsvlm import MASKED_SCORE, MFRSVLMForConditionalGeneration, MFRSVLMImageFeatures
+from mfrsvlm.processing_mfrsvlm import MFRSVLMImageProcessor, MFRSVLMProcessor, cut_windows, make_chat_template
 from mfrsvlm.scenes import KINDS, TASKS, Question, Scene, ask
 from mfrsvlm.scenes.questions import PLURALS
 
@@ -75,18 +75,10 @@ def make_tokenizer(scenes: Sequence[Scene]) -> PreTrainedTokenizerFast:
 
 
 def make_processor(config: Any, tokenizer: Any, canvas_source: str = "image") -> MFRSVLMProcessor:
-    image_processor = MFRSVLMImageProcessor(
-        size={"shortest_edge": config.image_size},
-        crop_size={"height": config.image_size, "width": config.image_size},
-        patch_size=config.patch_size,
-        canvas_scale=config.canvas_scale,
-        window_sizes=config.window_sizes if config.has_details else [],
-        window_overlap=config.window_overlap,
-        canvas_source=canvas_source,
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
+    image_processor = MFRSVLMImageProcessor.for_model(
+        config, canvas_source=canvas_source, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
-    return MFRSVLMProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE)
+    return MFRSVLMProcessor(image_processor, tokenizer, chat_template=make_chat_template(tokenizer))
 
 
 def encode_scenes(
@@ -111,15 +103,16 @@ def encode_scenes(
     with torch.inference_mode():
         for start in range(0, len(images), chunk):
             views = to_pixels(images.views[start : start + chunk])
-            local = None
+            pixels = views.flatten(1)
             if config.has_details:
                 if canvas_source == "image":
                     canvases = to_pixels(images.canvases[start : start + chunk])
                 else:
                     side = config.canvas_scale * config.image_size
                     canvases = F.interpolate(views, size=(side, side), mode="bilinear", align_corners=False)
-                local = torch.from_numpy(np.stack([cut_windows(canvas, config.windows) for canvas in canvases.numpy()]))
-            outputs = model.model.get_image_features(views, local, return_dict=True)
+                windows = np.stack([cut_windows(canvas, config.windows) for canvas in canvases.numpy()])
+                pixels = torch.cat([pixels, torch.from_numpy(windows)], dim=1)
+            outputs = model.model.get_image_features(pixels, return_dict=True)
             tokens = [torch.stack(outputs.pooler_output)]
             tokens += [torch.stack(stack) for stack in outputs.deepstack_features or []]
             features[start : start + chunk] = torch.stack(tokens, dim=1).half().numpy()
@@ -234,12 +227,17 @@ class Prompts:
         content = [{"type": "image"}, {"type": "text", "text": text}]
         return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
+    def _encode(self, prompt: str, **kwargs: Any) -> Any:
+        """Tokenized, with one `<s>`, whether or not the template wrote it."""
+        written = prompt.startswith(self.tokenizer.bos_token)
+        return self.tokenizer(prompt, add_special_tokens=not written, **kwargs)
+
     def _prompt_ids(self, text: str) -> list[int]:
-        return self.tokenizer(self._prompt(text)).input_ids
+        return self._encode(self._prompt(text)).input_ids
 
     def _find_nouns(self, text: str) -> list[tuple[int, int]]:
         prompt = self._prompt(text)
-        ends = [end for _, end in self.tokenizer(prompt, return_offsets_mapping=True).offset_mapping]
+        ends = [end for _, end in self._encode(prompt, return_offsets_mapping=True).offset_mapping]
         found = NOUN.finditer(prompt, prompt.index(text))
         at = [(next(i for i, end in enumerate(ends) if end >= noun.end()), NOUNS[noun.group()]) for noun in found]
         return [(token - self.shared_length, kind) for token, kind in at]
@@ -316,7 +314,9 @@ def packed_logits(
         use_cache=False,
     )
     asked = batch["labels"] != -100
-    return model.lm_head(outputs.last_hidden_state[asked]), batch["labels"][asked], batch["weights"][asked]
+    logits = model.lm_head(outputs.last_hidden_state[asked])
+    logits[:, model.config.image_token_id] = MASKED_SCORE  # as in the model's own forward
+    return logits, batch["labels"][asked], batch["weights"][asked]
 
 
 def train_decoder(

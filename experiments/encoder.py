@@ -96,9 +96,7 @@ def batches(images: SceneImages, size: int, seed: int):
 def encode(model: MFRSVLMModel, pixels: torch.Tensor) -> list[torch.Tensor]:
     """The depths that windows are read at, each (n, t * t, C)."""
     side = pixels.shape[-1] // PATCH_SIZE
-    kwargs = {"interpolate_pos_encoding": pixels.shape[-1] != IMAGE_SIZE} if model.config.has_vit else {}
-    outputs = model.vision_tower(pixels, output_hidden_states=model.config.has_vit, return_dict=True, **kwargs)
-    maps = model._vision_features(outputs, model.config.detail_feature_layers)
+    _, maps = model._encode(pixels, model.config.detail_feature_layers)
     return [resample_to_grid(depth, side).flatten(2).transpose(1, 2) for depth in maps]
 
 
@@ -128,12 +126,12 @@ def pretrain(encoder: str, images: SceneImages, output: Path, steps: int, seed: 
     torch.manual_seed(seed)
     config = make_config(16, encoder)
     model = MFRSVLMModel(config)
-    del model.language_model, model.multi_modal_projector
+    del model.language_model, model.multi_modal_projector, model.injectors
     heads = nn.ModuleList(
         TokenHeads(config.vision_feature_size, IMAGE_SIZE // PATCH_SIZE) for _ in config.detail_feature_layers
     )
     model.vision_tower.train()  # unlike in the finished model, batch statistics are learned here
-    parameters = [*model.parameters(), *heads.parameters()]
+    parameters = [parameter for parameter in [*model.parameters(), *heads.parameters()] if parameter.requires_grad]
     peak = 2e-3
     optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=0.02)
     start, running = time.perf_counter(), {}

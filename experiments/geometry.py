@@ -15,7 +15,7 @@ def make_config(vocab_size: int, encoder: str = "resnet", width: int = 192, **ov
     """The config of a small model.
 
     Args:
-        vocab_size: of the tokenizer's text, without the image placeholder.
+        vocab_size: of the tokenizer, whose last token is the image placeholder.
         encoder: `"resnet"` or `"vit"`; the two cost the same number of multiplications a window.
         width: of the decoder, a multiple of 32.
         **overrides: fields of `MFRSVLMConfig`.

@@ -157,8 +157,7 @@ def prompts_and_answers(processor: MFRSVLMProcessor, image: Image.Image, questio
     Prompts are padded on the left and answers on the right, so that all answers are predicted from one position on.
 
     Returns:
-        `input_ids` and `attention_mask` (Q, S), `pixel_values` and, if there are windows, `pixel_values_local` of the one
-        image; `first`, the last position of every prompt; `predicts` (Q, S) bool, the positions that predict an answer.
+        `input_ids` and `attention_mask` (Q, S), `pixel_values` (1, L) of the one image; `first`, the last position of every prompt; `predicts` (Q, S) bool, the positions that predict an answer.
     """
     tokenizer = processor.tokenizer
     prompts = []
@@ -182,7 +181,7 @@ def prompts_and_answers(processor: MFRSVLMProcessor, image: Image.Image, questio
     }
     batch["predicts"] = torch.zeros(batch["input_ids"].shape, dtype=torch.bool)
     batch["predicts"][:, first : first + width] = answered
-    batch.update({name: inputs[name][:1] for name in ("pixel_values", "pixel_values_local") if name in inputs})
+    batch["pixel_values"] = inputs["pixel_values"][:1]
     return batch
 
 
@@ -192,7 +191,8 @@ def read(
 ) -> Reading:
     """Asks a model about an image, with the true answers, and keeps what the measurements need."""
     batch = prompts_and_answers(processor, image, questions)
-    features = model.get_image_features(batch["pixel_values"], batch.get("pixel_values_local"), return_dict=True)
+    # The global view comes first; a model that is switched off has no use for the windows behind it.
+    features = model.get_image_features(batch["pixel_values"][:, : sum(model.config.packed_lengths)], return_dict=True)
     # Encoded once: every question sees the same image.
     features.pooler_output = features.pooler_output * len(questions)
     if features.deepstack_features is not None:
@@ -433,13 +433,14 @@ def recorded_routers(model: MFRSVLMForConditionalGeneration) -> Iterator[list[li
 
     With `"stack"` routing the last axis has length 1.
     """
-    injectors = model.model.language_model.injectors.layers
+    injectors = model.model.injectors
     records: list[list[np.ndarray]] = [[] for _ in injectors]
 
     def keep(record: list[np.ndarray]) -> Callable[..., None]:
         def hook(module: Any, args: Any, weights: torch.Tensor) -> None:
             by_token = model.config.routing == "token"
-            weights = weights.movedim(1, 0) if by_token else weights[..., None]  # (K, N, T) or (N, K) to (N, K, T)
+            # (K, N, 1, T) or (N, 1, K) to (N, K, T)
+            weights = weights[:, :, 0].movedim(1, 0) if by_token else weights[:, 0, :, None]
             record.append(weights.detach().float().cpu().numpy())
 
         return hook

@@ -49,7 +49,7 @@ def tokenizer():
 
 def make_model(tokenizer, **overrides):
     torch.manual_seed(0)
-    model = MFRSVLMForConditionalGeneration(make_config(len(tokenizer) - 1, **overrides)).eval()
+    model = MFRSVLMForConditionalGeneration(make_config(len(tokenizer), **overrides)).eval()
     # Untrained features are nearly the same everywhere: larger weights make a mix-up visible.
     with torch.no_grad():
         for parameter in model.model.multi_modal_projector.parameters():
@@ -134,7 +134,7 @@ def test_short_attention_is_attention():
 
 
 def test_nouns_are_found_at_their_last_token(tokenizer):
-    prompts = Prompts(make_processor(make_config(len(tokenizer) - 1), tokenizer))
+    prompts = Prompts(make_processor(make_config(len(tokenizer)), tokenizer))
     rows = [[prompts.branch(question) for question in ask(scene)] for scene in SCENES]
     packed = pack(rows, prompts.prefix, tokenizer.pad_token_id)
     found = find_nouns(rows, len(prompts.prefix))
@@ -216,8 +216,8 @@ def test_views_and_canvases_are_those_of_the_processor(tokenizer):
     processor = make_processor(model.config, tokenizer)
     canvas, view = canvas_and_view(SCENES[0])
     pixels = processor.image_processor(draw(SCENES[0]), return_tensors="np")
-    np.testing.assert_allclose(view.transpose(2, 0, 1) / 127.5 - 1, pixels["pixel_values"][0], atol=1e-5)
-    first = pixels["pixel_values_local"][0, : 3 * 128 * 128].reshape(3, 128, 128)
+    seen, first = pixels["pixel_values"][0, : 2 * 3 * 128 * 128].reshape(2, 3, 128, 128)
+    np.testing.assert_allclose(view.transpose(2, 0, 1) / 127.5 - 1, seen, atol=1e-5)
     np.testing.assert_allclose(canvas[:128, :128].transpose(2, 0, 1) / 127.5 - 1, first, atol=1e-5)
 
 

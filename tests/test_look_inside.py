@@ -33,7 +33,7 @@ from mfrsvlm.experiments.look_inside import (
     routing_shift,
     summarise_router,
 )
-from mfrsvlm.modeling_mfrsvlm import MFRSVLMForConditionalGeneration, stitch_windows, unpack_windows
+from mfrsvlm.modeling_mfrsvlm import MFRSVLMForConditionalGeneration, stitch_windows
 from mfrsvlm.scenes import KINDS, Scene, SceneObject, ask, draw
 
 
@@ -44,7 +44,7 @@ def save_folder(folder, seed: int = 0, **overrides) -> None:
     """A Hub folder of an untrained model whose attention and routing are far from uniform."""
     tokenizer = make_tokenizer(SCENES)
     torch.manual_seed(seed)
-    config = make_config(len(tokenizer) - 1, **overrides)
+    config = make_config(len(tokenizer), **overrides)
     model = MFRSVLMForConditionalGeneration(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -326,12 +326,11 @@ def router_weights(model, processor, image: Image.Image, questions) -> np.ndarra
     with recorded_routers(model) as records:
         model(
             batch["input_ids"],
-            batch["pixel_values"].repeat(length, 1, 1, 1),
-            batch["pixel_values_local"].repeat(length, 1),
+            batch["pixel_values"].repeat(length, 1),
             batch["attention_mask"],
         )
     assert all(len(record) == 1 for record in records)
-    model(batch["input_ids"][:1], batch["pixel_values"], batch["pixel_values_local"], batch["attention_mask"][:1])
+    model(batch["input_ids"][:1], batch["pixel_values"], batch["attention_mask"][:1])
     assert all(len(record) == 1 for record in records)  # the hooks are gone
     return np.stack([record[0] for record in records])
 
@@ -357,11 +356,13 @@ def test_the_preferred_stack_of_a_rigged_stack_router_has_the_right_name(with_in
     model, processor = load(with_injection)
     scale, depth, row, column = stack
     config, inner = model.config, model.model
-    packed = prompts_and_answers(processor, draw(scene), ask(scene, ["area"]))["pixel_values_local"]
+    (pixels,) = prompts_and_answers(processor, draw(scene), ask(scene, ["area"]))["pixel_values"]
+    parts = pixels.split(config.packed_lengths)[1:]
 
     # The mean token of every stack by name, made from its windows without any list of stacks.
     names, keys = [], []
-    for s, (window, pixels) in enumerate(zip(config.windows, unpack_windows(packed, config.windows), strict=True)):
+    for s, (window, part) in enumerate(zip(config.windows, parts, strict=True)):
+        pixels = part.view(-1, 3, window.size, window.size)
         for d, features in enumerate(inner._encode_windows(pixels, window, None)):
             canvas = stitch_windows(features.unflatten(0, (1, -1)), window, 16, config.window_weighting)
             for r, c in ((0, 0), (1, 1), (0, 1), (1, 0)):
@@ -372,7 +373,7 @@ def test_the_preferred_stack_of_a_rigged_stack_router_has_the_right_name(with_in
     # The query that singles the wanted key out, as keys are the normalised mean tokens themselves.
     wanted = torch.tensor([1.0 if name == stack else 0.0 for name in names])
     query = torch.linalg.lstsq(others.double(), wanted.double()[:, None], driver="gelsd").solution[:, 0].float()
-    for injector in inner.language_model.injectors.layers:
+    for injector in inner.injectors:
         router = injector.router
         router.query_proj.weight.zero_()
         router.query_proj.bias.copy_(10 * 192**0.5 * query)
@@ -392,7 +393,7 @@ def test_the_preferred_stack_of_a_rigged_stack_router_has_the_right_name(with_in
 def test_the_preferred_stack_of_a_rigged_token_router_has_the_right_name(with_token_routing, scene, stack):
     model, processor = load(with_token_routing)
     mark = torch.randn(16, generator=torch.Generator().manual_seed(0))
-    for injector in model.model.language_model.injectors.layers:
+    for injector in model.model.injectors:
         injector.stack_embedding.zero_()
         injector.stack_embedding[np.ravel_multi_index(stack, (1, 2, 2, 2)), :16] = 1e4 * mark
         router = injector.router
@@ -459,7 +460,7 @@ def test_switching_off_leaves_the_language_model_and_the_global_view(with_inject
     questions = ask(scene)[:2]
     off, on = (read(each, processor, draw(scene), questions) for each in (silenced, model))
     with torch.no_grad():
-        for injector in model.model.language_model.injectors.layers:
+        for injector in model.model.injectors:
             injector.residual_scale.zero_()
     zero = read(model, processor, draw(scene), questions)
     np.testing.assert_allclose(off.prompt_states, zero.prompt_states, atol=1e-4)

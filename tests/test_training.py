@@ -124,7 +124,7 @@ def test_every_parameter_is_in_exactly_one_part(overrides):
     counts = {
         "vision_tower": [inner.vision_tower],
         "projector": [inner.multi_modal_projector, *([inner.stage_projections] if "vision" in overrides else [])],
-        "injectors": [inner.language_model.injectors],
+        "injectors": [inner.injectors],
     }
     for part, modules in counts.items():
         assert len(parts[part]) == sum(len(list(module.parameters())) for module in modules) > 0

@@ -190,7 +190,7 @@ def test_datasets_objects_with_images_inside(images):
     from_lists = ConversationDataset([llava_row(0), llava_row(1)], images, encode=collator.encode)
     for seen, expected in zip(from_object, from_lists, strict=True):
         assert seen["input_ids"] == expected["input_ids"]
-        assert torch.equal(seen["pixel_values_local"], expected["pixel_values_local"])
+        assert torch.equal(seen["pixel_values"], expected["pixel_values"])
     single = datasets.Dataset.from_dict({"messages": [CHAT], "image": [str(images / "0.png")]}).cast_column(
         "image", datasets.Image()
     )

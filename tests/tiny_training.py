@@ -11,7 +11,7 @@ from transformers import LlamaTokenizer
 
 from mfrsvlm import MFRSVLMImageProcessor, MFRSVLMProcessor
 from mfrsvlm.convert_checkpoint import IMAGE_TOKEN
-from mfrsvlm.processing_mfrsvlm import CHAT_TEMPLATE
+from mfrsvlm.processing_mfrsvlm import make_chat_template
 
 
 QUESTION, ANSWER = "Is there a river?", "Yes, a wide river and a bridge."
@@ -23,17 +23,17 @@ def tiny_processor(image_placement: str = "inline", legacy: bool = False) -> MFR
     tokenizer = LlamaTokenizer.from_pretrained(Path(__file__).parent / "reference" / "checkpoint", legacy=legacy)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     tokenizer.pad_token = tokenizer.unk_token
-    image_processor = MFRSVLMImageProcessor(
-        size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}, patch_size=7, window_sizes=[28, 14]
-    )
-    return MFRSVLMProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE, image_placement=image_placement)
+    image_processor = MFRSVLMImageProcessor.for_model(tiny_config())
+    template = make_chat_template(tokenizer, image_placement)
+    return MFRSVLMProcessor(image_processor, tokenizer, chat_template=template, image_placement=image_placement)
 
 
 def tiny_folder(folder: Path, image_placement: str = "inline", **overrides) -> Path:
     """Saves a tiny model and its processor."""
     processor = tiny_processor(image_placement)
     config = tiny_config(**overrides)
-    config.text_config.vocab_size = config.image_token_id = processor.image_token_id
+    config.text_config.vocab_size = len(processor.tokenizer)
+    config.image_token_id = processor.image_token_id
     tiny_model(config).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

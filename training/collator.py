@@ -54,8 +54,7 @@ class ConversationCollator:
             messages: chat messages; images as parts with a `path` or an `image`, see `ConversationDataset`.
 
         Returns:
-            `input_ids` and `labels`, lists of S numbers, and for N > 0 images `pixel_values` (N, 3, side, side) and
-            `pixel_values_local` (N, packed).
+            `input_ids` and `labels`, lists of S numbers, and for N > 0 images `pixel_values` (N, L), one row an image.
 
         Raises:
             BadRow: the images alone do not fit `max_length`, no answer is left within it, or the conversation does not

@@ -8,6 +8,7 @@ import difflib
 import json
 import logging
 import os
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,11 +30,13 @@ logger = logging.getLogger("mfrsvlm.training.finetune")  # also where this file 
 
 # Linear layers of the decoder, and of nothing else: neither tower nor injectors.
 DECODER_LINEARS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
-# Trained whole beside the adapter, as in every stage of the published training: they are small or new.
+# Trained whole beside the adapter, as in every stage of the published training: they are small or new. Of a list of
+# modules each one, since PEFT refuses the list.
 SAVED_WHOLE = {
-    "injectors": "injectors",
+    r"injectors\.\d+": "injectors",
     "multi_modal_projector": "projector",
     "visual_position_embedding": "projector",
+    r"stage_projections\.\d+": "projector",
 }
 
 
@@ -162,10 +165,9 @@ def add_lora(model: MFRSVLMForConditionalGeneration, options: ModelArguments, fr
     targets: Any = options.lora_target_modules or [DECODER_LINEARS]
     whole = options.lora_modules_to_save
     if whole is None:
-        present = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-        whole = [name for name, part in SAVED_WHOLE.items() if name in present and part not in frozen_parts]
-        if "projector" not in frozen_parts:  # one by one: PEFT refuses a `ModuleDict`
-            whole += [f"stage_projections.{stage}" for stage in getattr(model.model, "stage_projections", ())]
+        names = [name for name, _ in model.model.named_modules()]
+        patterns = [pattern for pattern, part in SAVED_WHOLE.items() if part not in frozen_parts]
+        whole = [name for name in names if any(re.fullmatch(pattern, name) for pattern in patterns)]
     config = LoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha,

@@ -23,8 +23,8 @@ from .data import ConversationDataset
 PARTS = {
     "vision_tower": re.compile(r"\bvision_tower\."),
     "projector": re.compile(r"\b(multi_modal_projector|visual_position_embedding|stage_projections)\."),
-    "injectors": re.compile(r"\blanguage_model\.injectors\."),
-    "decoder": re.compile(r"\blanguage_model\.(?!injectors\.)|\blm_head\."),
+    "injectors": re.compile(r"\binjectors\."),
+    "decoder": re.compile(r"\blanguage_model\.|\blm_head\."),
 }
 
 # Checkpoints grow in this folder and move out when whole. Uploads leave out what begins with an underscore.
