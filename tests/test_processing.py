@@ -27,6 +27,7 @@ MANIFEST = json.loads((REFERENCE / "manifest.json").read_text())
 MARKER = -200  # stands for the <image> marker in the manifest
 TINY = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}, "patch_size": 7, "window_sizes": [28, 14]}
 TOKENS = 16  # visual tokens of a tiny image
+OPENING = "<s> "  # of the chat template: the tokenizers here take a word after `<s>` for a new one only with a space
 PLACEMENTS = ["inline", "prefix"]
 SIDES = ["left", "right"]
 
@@ -45,7 +46,7 @@ def tokenizer_of_release(legacy: bool):
 
 def make(placement: str = "inline", legacy: bool = False) -> MFRSVLMProcessor:
     tokenizer = tokenizer_of_release(legacy)
-    template = make_chat_template(tokenizer, placement)
+    template = make_chat_template(tokenizer)
     return MFRSVLMProcessor(MFRSVLMImageProcessor(**TINY), tokenizer, chat_template=template, image_placement=placement)
 
 
@@ -56,11 +57,6 @@ TINY_PROCESSORS = {placement: make(placement) for placement in PLACEMENTS}
 def tiny(request) -> MFRSVLMProcessor:
     """A processor of 16 tokens an image, in each placement."""
     return TINY_PROCESSORS[request.param]
-
-
-def opening(processor: MFRSVLMProcessor) -> str:
-    """What the chat template writes first; after `<s>`, the tokenizers here take a word for a new one only with a space."""
-    return "<s> " if processor.image_placement == "inline" else ""
 
 
 def expected_ids(processor: MFRSVLMProcessor, prompt: str) -> list[int]:
@@ -449,7 +445,7 @@ USER = HUMAN.replace("human", "user")
 def test_prompts(tiny, version, preamble):
     kwargs = {} if version is None else {"prompt_version": version}
     conversation = [user("Is it <b>big</b>?", 2), assistant("Yes."), user("Why?")]
-    preamble = opening(tiny) + preamble
+    preamble = OPENING + preamble
     expected = preamble + "USER: <image>\n<image>\nIs it <b>big</b>? ASSISTANT: Yes.</s>USER: Why? "
     assert tiny.apply_chat_template(conversation, **kwargs) == expected
     assert tiny.apply_chat_template(conversation, add_generation_prompt=True, **kwargs) == expected + "ASSISTANT:"
@@ -463,7 +459,7 @@ def test_conversations_give_the_published_prompts(tiny, name):
     count = len(sample.get("images", [sample.get("image")]))
     question = sample["prompt"].split("<image>\n")[-1].removesuffix(" ASSISTANT:")
     prompt = tiny.apply_chat_template([user(question, count)], add_generation_prompt=True)
-    assert prompt == opening(tiny) + sample["prompt"]
+    assert prompt == OPENING + sample["prompt"]
 
 
 def test_content_may_be_a_string(tiny):
@@ -475,13 +471,13 @@ def test_content_may_be_a_string(tiny):
 @pytest.mark.parametrize("content", ["Be brief.", [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]])
 def test_a_system_message_replaces_the_preamble(tiny, content):
     conversation = [{"role": "system", "content": content}, user("Hi", 1)]
-    assert tiny.apply_chat_template(conversation) == opening(tiny) + "Be brief. USER: <image>\nHi "
+    assert tiny.apply_chat_template(conversation) == OPENING + "Be brief. USER: <image>\nHi "
 
 
 def test_images_come_first_in_their_turn(tiny):
     content = [{"type": "text", "text": "What "}, {"type": "image"}, {"type": "text", "text": "is this?"}, {"type": "image"}]
     prompt = tiny.apply_chat_template([{"role": "user", "content": content}])
-    assert prompt == opening(tiny) + HUMAN + "USER: <image>\n<image>\nWhat is this? "
+    assert prompt == OPENING + HUMAN + "USER: <image>\n<image>\nWhat is this? "
 
 
 @pytest.mark.parametrize(
@@ -530,7 +526,7 @@ TALK = [user("Is there a <b>river</b>?", 2, image=picture()), assistant("Yes, tw
 def test_every_way_from_a_conversation_gives_the_same_ids(make_tokenizer, placement):
     """Those of the conversation as text, to which the tokenizer adds its own `<s>`: models in use were trained with them."""
     tokenizer = make_tokenizer()
-    template = make_chat_template(tokenizer, placement)
+    template = make_chat_template(tokenizer)
     processor = MFRSVLMProcessor(MFRSVLMImageProcessor(**TINY), tokenizer, chat_template=template, image_placement=placement)
     written = (
         HUMAN + "USER: <image>\n<image>\nIs there a <b>river</b>? ASSISTANT: Yes, two.</s>USER: <image>\nWhere? ASSISTANT:"
@@ -545,9 +541,9 @@ def test_every_way_from_a_conversation_gives_the_same_ids(make_tokenizer, placem
         "processor": processor(images, text),
         "batch": processor(images + images, [text, text], padding=True),
     }
-    if placement == "inline":  # with the visual tokens before `<s>`, only the processor knows where that belongs
-        ways["trainers"] = processor(images, text, add_special_tokens=False)
-        ways["trainers, nested"] = processor(images, text, text_kwargs={"add_special_tokens": False})
+    ways["trainers"] = processor(images, text, add_special_tokens=False)
+    ways["trainers, nested"] = processor(images, text, text_kwargs={"add_special_tokens": False})
+    if placement == "inline":  # where the visual tokens lie elsewhere, only the processor knows
         widened = text.replace(IMAGE_TOKEN, IMAGE_TOKEN * TOKENS)
         ways["servers"] = tokenizer([widened], add_special_tokens=False)
     for way, outputs in ways.items():
@@ -558,18 +554,16 @@ def test_a_template_writes_the_first_token_only_where_the_tokenizer_would():
     silent = byte_level_tokenizer()
     silent.bos_token = "<s>"  # known, but not put before texts, as in SmolLM
     assert not make_chat_template(silent).startswith("{{- bos_token")
-    assert make_chat_template(byte_level_tokenizer("<s>"), "inline").startswith("{{- bos_token")
-    assert not make_chat_template(byte_level_tokenizer("<s>"), "prefix").startswith("{{- bos_token")
+    assert make_chat_template(byte_level_tokenizer("<s>")).startswith("{{- bos_token")
     with pytest.raises(ValueError, match=r"<s>A chat between.*write a chat template"):
         make_chat_template(byte_level_tokenizer("<s>", "<pad>"))
 
 
-def test_one_batch_begins_in_one_way():
-    processor = TINY_PROCESSORS["inline"]
+def test_one_batch_begins_in_one_way(tiny):
     with pytest.raises(ValueError, match="1 of 2 prompts begin with '<s>'"):
-        processor(text=["<s> Hello", "Hello"])
-    twice = processor(text=["<s> Hello", "Hello"], add_special_tokens=True)["input_ids"]
-    assert twice[0] == [processor.tokenizer.bos_token_id, *twice[1]]
+        tiny(text=["<s> Hello", "Hello"])
+    twice = tiny(text=["<s> Hello", "Hello"], add_special_tokens=True)["input_ids"]
+    assert twice[0] == [tiny.tokenizer.bos_token_id, *twice[1]]
 
 
 @pytest.mark.filterwarnings("error")
