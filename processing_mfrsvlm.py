@@ -288,8 +288,8 @@ class MFRSVLMProcessor(ProcessorMixin):
                 outputs.get("overflow_to_sample_mapping", range(len(found))), outputs["input_ids"], found, strict=True
             )
             offsets: Any = [self._offsets_in_prompt(prompts[int(row)], ids, pairs) for row, ids, pairs in rows]
-            as_found = {torch.Tensor: torch.tensor, np.ndarray: np.array}.get(type(found), list)
-            outputs["offset_mapping"] = as_found(offsets)
+            as_found: dict[type, Any] = {torch.Tensor: torch.tensor, np.ndarray: np.array}
+            outputs["offset_mapping"] = as_found.get(type(found), list)(offsets)
             if "text_replacement_offsets" in outputs:
                 outputs["text_replacement_offsets"] = [[] for _ in prompts]
         return outputs

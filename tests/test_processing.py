@@ -1,9 +1,11 @@
 """The processor: the published ids and labels, both placements, every shape of batch, and clear errors."""
 
+import base64
 import builtins
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import numpy as np
@@ -11,12 +13,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from jinja2.exceptions import TemplateError
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast, processing_utils
 
-from mfrsvlm import MFRSVLMImageProcessor, MFRSVLMProcessor
+from mfrsvlm import MFRSVLMImageProcessor, MFRSVLMProcessor, image_sources_mfrsvlm
 from mfrsvlm.convert_checkpoint import IMAGE_TOKEN, read_tokenizer
 from mfrsvlm.processing_mfrsvlm import make_chat_template
 
@@ -584,23 +586,52 @@ def test_template_settings_do_not_warn(tiny, monkeypatch):
     assert warnings == []
 
 
-@pytest.mark.parametrize("key", ["image", "path", "url"])
-def test_images_of_a_conversation(tiny, key, tmp_path):
-    picture().save(tmp_path / "image.png")
-    source = picture() if key == "image" else str(tmp_path / "image.png")
+@pytest.fixture(scope="module")
+def doors(tmp_path_factory):
+    """Parts of a message that all show one JPEG, whose EXIF data turn it by a quarter."""
+    folder = tmp_path_factory.mktemp("doors")
+    file = folder / "image.jpg"
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    picture().save(file, exif=exif)
+    coded = base64.b64encode(file.read_bytes()).decode()
+    data = f"data:image/jpeg;base64,{coded}"
+
+    return {
+        "picture": {"type": "image", "image": Image.open(file)},
+        "path": {"type": "image", "path": str(file)},
+        "path_object": {"type": "image", "image": file},
+        "path_as_url": {"type": "image", "url": str(file)},
+        "file_url": {"type": "image", "url": file.as_uri()},
+        "web": {"type": "image", "url": "https://example.com/image.jpg"},
+        "data_uri": {"type": "image", "url": data},
+        "base64": {"type": "image", "base64": coded},
+        "image_url": {"type": "image_url", "image_url": {"url": data}},
+    }
+
+
+DOORS = ["picture", "path", "path_object", "path_as_url", "file_url", "web", "data_uri", "base64", "image_url"]
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_images_of_a_conversation(tiny, doors, door, monkeypatch):
+    """Whatever names an image, the model sees one frame: the upright one."""
+    file = Path(doors["path"]["path"])
+    answer = SimpleNamespace(content=file.read_bytes(), raise_for_status=lambda: None)
+    network = SimpleNamespace(get=lambda url, **kwargs: answer)
+    monkeypatch.setattr(image_sources_mfrsvlm, "get_session", lambda: network)
     outputs = tiny.apply_chat_template(
-        [user("Hi", 1, **{key: source})], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        [{"role": "user", "content": [doors[door], {"type": "text", "text": "Hi"}]}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
     )
-    expected = tiny(picture(), HUMAN + "USER: <image>\nHi ASSISTANT:", return_tensors="pt")
+    upright = ImageOps.exif_transpose(Image.open(file))
+    assert upright.height > upright.width
+    expected = tiny(np.array(upright), HUMAN + "USER: <image>\nHi ASSISTANT:", return_tensors="pt")
     assert outputs.keys() == expected.keys()
     assert all(torch.equal(outputs[name], expected[name]) for name in expected)
-
-
-def test_image_url_content(tiny, tmp_path):
-    picture().save(tmp_path / "image.png")
-    content = [{"type": "image_url", "image_url": {"url": str(tmp_path / "image.png")}}, {"type": "text", "text": "Hi"}]
-    outputs = tiny.apply_chat_template([{"role": "user", "content": content}], tokenize=True, return_dict=True)
-    assert outputs["input_ids"] == [expected_ids(tiny, HUMAN + "USER: <image>\nHi ")]
 
 
 def test_an_image_without_pixels_is_an_error(tiny):
