@@ -29,9 +29,10 @@ def tiny_processor(image_placement: str = "inline", legacy: bool = False) -> MFR
 
 def tiny_folder(folder: Path, image_placement: str = "inline", **overrides) -> Path:
     """Saves a tiny model and its processor."""
-    processor = tiny_processor(image_placement)
-    config = tiny_config(**overrides)
-    config.text_config.vocab_size = len(processor.tokenizer)
+    tokenizer, config = tiny_processor(image_placement).tokenizer, tiny_config(**overrides)
+    image_processor = MFRSVLMImageProcessor.for_model(config)
+    processor = MFRSVLMProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE, image_placement=image_placement)
+    config.text_config.vocab_size = len(tokenizer)
     config.image_token_id = processor.image_token_id
     tiny_model(config).save_pretrained(folder)
     processor.save_pretrained(folder)
