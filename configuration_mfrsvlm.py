@@ -246,6 +246,11 @@ class MFRSVLMConfig(PreTrainedConfig):
         return hasattr(self.vision_config, "depths")
 
     @property
+    def vision_has_attention(self) -> bool:
+        """Whether an attention implementation means anything to the encoder; to a convolutional one it does not."""
+        return hasattr(self.vision_config, "num_heads") or hasattr(self.vision_config, "num_attention_heads")
+
+    @property
     def num_vision_layers(self) -> int:
         """Number of the last encoder output: transformer layers of a ViT, stages of a hierarchical backbone."""
         if self.is_hierarchical:

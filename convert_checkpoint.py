@@ -34,7 +34,7 @@ from .configuration_mfrsvlm import MFRSVLMConfig
 from .image_processing_mfrsvlm import MFRSVLMImageProcessor
 from .model_card.card import write_model_card
 from .modeling_mfrsvlm import MFRSVLMForConditionalGeneration
-from .processing_mfrsvlm import CHAT_TEMPLATE, MFRSVLMProcessor
+from .processing_mfrsvlm import MFRSVLMProcessor, make_chat_template
 from .released_layout import (
     DTYPES,
     ConversionError,
@@ -332,7 +332,8 @@ def convert_released(
                 parts["vision tower"] = vision_tower
         model = load_model(config, state)
         add_image_token(tokenizer, model)
-        processor = MFRSVLMProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE, image_placement="prefix")
+        template = make_chat_template(tokenizer, "prefix")
+        processor = MFRSVLMProcessor(image_processor, tokenizer, chat_template=template, image_placement="prefix")
         save_folder(folder, model, processor, settings, "converted", parts)
         if verify:
             verify_folder(folder, model)
@@ -395,9 +396,8 @@ def assemble(
         set_seed(seed)
         model = load_model(config, state, new)
         add_image_token(tokenizer, model)
-        processor = MFRSVLMProcessor(
-            image_processor, tokenizer, chat_template=CHAT_TEMPLATE, image_placement=image_placement
-        )
+        template = make_chat_template(tokenizer, image_placement)
+        processor = MFRSVLMProcessor(image_processor, tokenizer, chat_template=template, image_placement=image_placement)
         parts = {"language model": language_model, "vision tower": vision_tower}
         save_folder(folder, model, processor, decoder.generation_config, "assembled", parts)
 
@@ -414,6 +414,10 @@ def assembled_config(vision_config: Any, text_config: Any, options: dict[str, An
     if unknown:
         raise ConversionError(f"Fields {unknown} cannot be set; those that can are {sorted(fields)}.")
     with explained("These parts and options make no model"):
+        side, patch_size = (getattr(vision_config, name, None) for name in ("image_size", "patch_size"))
+        if not hasattr(vision_config, "depths") and isinstance(side, int) and isinstance(patch_size, int):
+            # Some ViTs cut off what is no whole patch: SigLIP so400m reads 378 of its 384 pixels.
+            options = {"image_size": side - side % patch_size, **options}
         sizes: dict[str, Any] = {name: options[name] for name in ("image_size", "patch_size") if name in options}
         bare: dict[str, Any] = {"window_sizes": [], "injection_layers": [], "detail_feature_layers": []}
         probe = MFRSVLMConfig(vision_config=vision_config, text_config=text_config, **sizes, **bare)

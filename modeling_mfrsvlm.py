@@ -16,7 +16,7 @@ import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
@@ -29,7 +29,6 @@ from transformers.generation import CandidateGenerator, GenerationMixin, PromptL
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.masking_utils import find_packed_sequence_indices
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
@@ -49,16 +48,24 @@ from .configuration_mfrsvlm import (
     MFRSVLMConfig,
     WindowScale,
 )
+from .injection_mfrsvlm import (
+    MASKED_SCORE,
+    MFRSVLMCrossAttentionInjector,
+    MFRSVLMGatedInjector,
+    MFRSVLMInjectors,
+    cross_attention_injection,
+    drop_injection,
+    gated_injection,
+    is_empty,
+    visual_layout,
+    with_detail_cache,
+)
 
 
 logger = logging.get_logger(__name__)
 
 # Key position of detail tokens that no query may see. Any real position is smaller.
 NEVER_VISIBLE = torch.iinfo(torch.int64).max
-# A score that the softmax turns into zero in every dtype, and that stays finite in float16.
-MASKED_SCORE = -1e4
-# Engines that run the decoder on their own and hand it the visual tokens only.
-FOREIGN_ENGINES = ("vllm", "sglang")
 
 
 @dataclass
@@ -163,316 +170,6 @@ def split_phases(canvas: torch.Tensor, factor: int) -> torch.Tensor:
     return grid.permute(3, 5, 0, 2, 4, 1).reshape(factor**2, num_images, side * side, channels)
 
 
-class VisualLayout(NamedTuple):
-    """Where the N images lie in a batch of B x S positions. Made without reading a value on the host."""
-
-    mask: torch.Tensor  # (B, S) bool, visual positions
-    token: torch.Tensor  # (B, S), which of the N * T visual tokens a visual position holds; 0 elsewhere
-    slot: torch.Tensor  # (B, S), which of the N * r * T updates a visual position takes; 0 elsewhere
-    position: torch.Tensor  # (N, r, T), flat position b * S + s of every visual token; 0 where it has none
-    row: torch.Tensor  # (N,), sample of every image
-    sequence: torch.Tensor | None  # (B, S), number of the sequence in a packed row; None where no row is packed
-
-    @property
-    def same_sample(self) -> torch.Tensor:
-        """(N, N) bool, images that share a sample, and in a packed row the sequence."""
-        same = self.row[:, None] == self.row[None, :]
-        if self.sequence is None:
-            return same
-        sequence = self.sequence.flatten()[self.position[:, 0, 0]]  # (N,)
-        return same & (sequence[:, None] == sequence[None, :])
-
-
-def visual_layout(
-    mask: torch.Tensor, num_images: int, tokens: int, repeats: int = 1, sequence: torch.Tensor | None = None
-) -> VisualLayout:
-    """Numbers the visual positions of `mask` (B, S) in reading order, T to an image.
-
-    With `repeats` = r, every r rows that follow each other are copies of one sample and share its images.
-    """
-    batch_size, length = mask.shape
-    total = num_images * tokens
-    flat = mask[::repeats].flatten()
-    token = (flat.cumsum(0) - 1).clamp(min=0, max=total - 1)
-    positions = torch.arange(flat.shape[0], device=mask.device)
-    # Text positions write to a slot past the end that is cut off again, so that the shapes stay static.
-    position = positions.new_zeros(total + 1).scatter(0, torch.where(flat, token, total), positions)[:total]
-    position = position.view(num_images, 1, tokens)
-    copies = torch.arange(repeats, device=mask.device)[:, None]
-    row = position // length
-    token = token.view(-1, 1, length)
-    slot = (token // tokens * repeats + copies) * tokens + token % tokens  # (B / r, r, S)
-    return VisualLayout(
-        mask=mask,
-        token=token.expand(-1, repeats, -1).reshape(batch_size, length),
-        slot=slot.reshape(batch_size, length),
-        position=(row * repeats + copies) * length + position % length,
-        row=row[:, 0, 0],
-        sequence=sequence,
-    )
-
-
-class DetailMemory(NamedTuple):
-    """What cross-attention knows of the images of this call and of earlier ones."""
-
-    cache: Any  # keys, values and places of the detail tokens, a layer an injector and one more; None without a cache
-    slots: torch.Tensor | None  # (N,), sample * images a sample + place in the sample, of the new images
-    images_per_sample: int  # slots that every sample has for its new images
-    visible: torch.Tensor | None  # (B, S, I) bool, which of the I images of its sample a position sees; None: no image
-
-
-class Injection(NamedTuple):
-    """What travels down the decoder's forward to the injectors."""
-
-    details: torch.Tensor | None  # (K, N, T, d), the detail stacks of the images of this call
-    summary: torch.Tensor | None  # of gated injectors: means (N, K, d) or variances (K, N, T), the same for every layer
-    layout: VisualLayout | None  # where the images of this call lie
-    memory: DetailMemory | None  # cross-attention only
-
-
-class MFRSVLMStackRouter(nn.Module):
-    """One weight per detail stack, from the mean visual token and the mean token of every stack."""
-
-    def __init__(self, config: MFRSVLMConfig) -> None:
-        super().__init__()
-        hidden_size = config.text_config.hidden_size
-        self.scope = config.routing_scope
-        self.query_norm = nn.LayerNorm(hidden_size)
-        self.query_proj = nn.Linear(hidden_size, hidden_size)
-        self.key_norm = nn.LayerNorm(hidden_size)
-        self.key_proj = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, visual: torch.Tensor, means: torch.Tensor, layout: VisualLayout) -> torch.Tensor:
-        """(N, r, T, d) and the stacks' means (N, K, d) to weights (N, r, K) that sum to one."""
-        query, key = visual.mean(dim=2), means
-        if self.scope == "sample":
-            # All images have T tokens, so the mean over the tokens of a sample is the mean of its images' means.
-            share = layout.same_sample.to(query.dtype)
-            share = share / share.sum(dim=1, keepdim=True)  # (N, N)
-            query = torch.einsum("nm,mrd->nrd", share, query)
-            key = torch.einsum("nm,mkd->nkd", share, key)
-        query = self.query_proj(self.query_norm(query))
-        key = self.key_proj(self.key_norm(key))
-        scores = torch.einsum("nkd,nrd->nrk", key, query / query.shape[-1] ** 0.5)  # scaled first, for float16
-        return finite_softmax(scores, dim=2)
-
-
-class MFRSVLMTokenRouter(nn.Module):
-    """One weight per detail stack and visual token, from low-rank queries and keys of the tokens themselves.
-
-    The key of a detail token y is W LN(y) + b. It is never computed: with g and c the scale and the shift of the norm, a
-    query q scores it (y - mean(y)) . (W g)^T q / std(y) + q . (W c + b), and subtracting the mean may fall on the
-    projected query instead. So no tensor of the size of the details is made.
-    """
-
-    def __init__(self, config: MFRSVLMConfig) -> None:
-        super().__init__()
-        hidden_size = config.text_config.hidden_size
-        self.query_norm = nn.LayerNorm(hidden_size)
-        self.query_proj = nn.Linear(hidden_size, config.routing_size)
-        self.key_norm = nn.LayerNorm(hidden_size)
-        self.key_proj = nn.Linear(hidden_size, config.routing_size)
-
-    def forward(
-        self, visual: torch.Tensor, details: torch.Tensor, variance: torch.Tensor, embedding: torch.Tensor
-    ) -> torch.Tensor:
-        """Weights (K, N, r, T) that sum to one over the stacks.
-
-        Args:
-            visual: (N, r, T, d).
-            details: (K, N, T, d), without the stack embedding.
-            variance: (K, N, T), of the channels of `details`, in float32.
-            embedding: (K, d), added to the details of a stack.
-        """
-        size = details.shape[-1]
-        query = self.query_proj(self.query_norm(visual))
-        query = query / query.shape[-1] ** 0.5  # scaled first, for float16
-        projected = query @ (self.key_proj.weight * self.key_norm.weight)  # (N, r, T, d)
-        projected = projected - projected.mean(dim=-1, keepdim=True)
-        shift = embedding - embedding.mean(dim=-1, keepdim=True)
-        # var(x + e) = var(x) + 2 cov(x, e) + var(e)
-        covariance = torch.einsum("kntd,kd->knt", details, shift / size).float()
-        variance = variance + 2 * covariance + shift.float().square().mean(dim=-1)[:, None, None]
-        scores = torch.einsum("kntd,nrtd->knrt", details, projected) + torch.einsum("kd,nrtd->knrt", embedding, projected)
-        scores = scores.float() * (variance.clamp(min=0) + self.key_norm.eps).rsqrt()[:, :, None]
-        # The same for every stack, so it changes no weight; but a parameter without a gradient would stop DDP.
-        constant = query @ self.key_proj(self.key_norm.bias)
-        return finite_softmax(scores + constant, dim=0).to(details.dtype)
-
-
-def finite_softmax(scores: torch.Tensor, dim: int) -> torch.Tensor:
-    """Softmax that weighs all alike where a score is not finite, as the published model does."""
-    finite = torch.isfinite(scores).all(dim=dim, keepdim=True)
-    return torch.where(finite, scores, torch.zeros_like(scores)).softmax(dim=dim)
-
-
-class MFRSVLMInjectors(nn.ModuleList):
-    """The injectors by rank, and the forward pre-hooks by which they enter the decoder's layers.
-
-    A hook looks its injector up at every call: PEFT puts the copy that it trains in place of a module.
-    """
-
-    decoder_config: Any  # of the decoder that runs the layers
-
-    def before_layer(self, rank: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Takes `injection` out of the layer's keyword arguments and injects it into the hidden states, `args[0]`."""
-        injection = kwargs.pop("injection", None)
-        if injection is not None:
-            return (self[rank](args[0], injection), *args[1:]), kwargs
-        engine = str(getattr(self.decoder_config, "_attn_implementation", None))
-        if engine.startswith(FOREIGN_ENGINES):
-            raise NotImplementedError(
-                f"The decoder runs under {engine!r}, which hands it no detail stacks: the answers would be wrong without a "
-                "word. Use generate(), or an engine with a plugin for MF-RSVLM."
-            )
-        return args, kwargs
-
-
-def drop_injection(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """The pre-hook of a layer without an injector: attention functions need not know our keyword."""
-    kwargs.pop("injection", None)
-    return args, kwargs
-
-
-class MFRSVLMGatedInjector(GradientCheckpointingLayer):
-    """Mixes the detail stacks and adds the mixture to the visual positions through a gate (FUSE-RSVLM).
-
-    With m the mixture and n = LN(m): h <- h + scale * sigmoid(W_g [LN(h); n]) * (W_d n). Other positions pass unchanged.
-    """
-
-    def __init__(self, config: MFRSVLMConfig) -> None:
-        super().__init__()
-        hidden_size = config.text_config.hidden_size
-        self.router: nn.Module
-        if config.routing == "token":
-            self.router = MFRSVLMTokenRouter(config)
-            # Mixing alone would lose which phase a feature came from, so every stack has an embedding of its own.
-            self.stack_embedding = nn.Parameter(torch.zeros(config.num_detail_stacks, hidden_size))
-        else:
-            self.router = MFRSVLMStackRouter(config)
-        self.routing = config.routing
-        self.injection_init = config.injection_init
-        self.hidden_norm = nn.LayerNorm(hidden_size)
-        self.detail_norm = nn.LayerNorm(hidden_size)
-        self.detail_proj = nn.Linear(hidden_size, hidden_size)
-        self.gate_proj = nn.Linear(2 * hidden_size, hidden_size)
-        self.residual_scale = nn.Parameter(torch.full((1,), float(config.injection_init)))
-
-    def forward(self, hidden_states: torch.Tensor, injection: Injection) -> torch.Tensor:
-        """(B, S, d) to (B, S, d)."""
-        details, summary, layout, _ = injection
-        if details is None or layout is None:
-            return hidden_states
-        visual = hidden_states.flatten(0, 1)[layout.position]  # (N, r, T, d)
-        if self.routing == "token":
-            weights = self.router(visual, details, summary, self.stack_embedding)
-            mixed = torch.einsum("knrt,kntd->nrtd", weights, details)
-            mixed = mixed + torch.einsum("knrt,kd->nrtd", weights, self.stack_embedding)
-        else:
-            mixed = torch.einsum("nrk,kntd->nrtd", self.router(visual, summary, layout), details)
-        mixed = self.detail_norm(mixed)
-        gate = self.gate_proj(torch.cat([self.hidden_norm(visual), mixed], dim=-1)).sigmoid()
-        update = self.residual_scale * gate * self.detail_proj(mixed)
-        update = update.flatten(0, 2)[layout.slot]  # (B, S, d)
-        return hidden_states + torch.where(layout.mask[..., None], update, torch.zeros_like(update))
-
-
-class MFRSVLMCrossAttentionInjector(GradientCheckpointingLayer):
-    """Lets every position attend to the detail tokens of the images before it, through a gate that starts at zero.
-
-    h <- h + tanh(gate) * W_o attention(W_q LN(h), keys, values). Keys and values are computed once, at prefill.
-    """
-
-    def __init__(self, config: MFRSVLMConfig, rank: int) -> None:
-        super().__init__()
-        hidden_size, size = config.text_config.hidden_size, config.cross_attention_size
-        self.rank = rank  # its layer in the cache
-        self.num_heads = config.cross_attention_heads
-        self.hidden_norm = nn.LayerNorm(hidden_size)
-        self.detail_norm = nn.LayerNorm(hidden_size)
-        self.q_proj = nn.Linear(hidden_size, size)
-        self.k_proj = nn.Linear(hidden_size, size)
-        self.v_proj = nn.Linear(hidden_size, size)
-        self.o_proj = nn.Linear(size, hidden_size)
-        # Which stack (scale, depth, phase) and which place on the grid a detail token comes from.
-        self.stack_embedding = nn.Parameter(torch.zeros(config.num_detail_stacks, size))
-        self.place_embedding = nn.Parameter(torch.zeros(config.image_seq_length, size))
-        self.gate = nn.Parameter(torch.zeros(1))
-
-    def keys_and_values(self, details: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(K, N, T, d) to keys and values, each (N, heads, K * T, size / heads)."""
-        details = self.detail_norm(details)
-        origin = self.stack_embedding[:, None, None] + self.place_embedding  # (K, 1, T, size)
-
-        def heads(states: torch.Tensor) -> torch.Tensor:
-            num_stacks, num_images, tokens, size = states.shape
-            states = states.view(num_stacks, num_images, tokens, self.num_heads, size // self.num_heads)
-            return states.permute(1, 3, 0, 2, 4).flatten(2, 3)  # (N, heads, K * T, size / heads)
-
-        return heads(self.k_proj(details) + origin), heads(self.v_proj(details) + origin)
-
-    def forward(self, hidden_states: torch.Tensor, injection: Injection) -> torch.Tensor:
-        """(B, S, d) to (B, S, d). A position that sees no image passes unchanged."""
-        details, _, layout, memory = injection
-        if memory is None or memory.visible is None:
-            return hidden_states
-        batch_size, length, _ = hidden_states.shape
-        images = memory.images_per_sample
-
-        def by_sample(states: torch.Tensor) -> torch.Tensor:
-            num_images, heads, tokens, size = states.shape
-            rows = batch_size // repeats
-            states = states.new_zeros(rows * images, heads, tokens, size).index_copy(0, memory.slots, states)
-            # (B / r * images, heads, K * T, size) -> (B, heads, images * K * T, size)
-            states = states.view(rows, images, heads, tokens, size).transpose(1, 2).flatten(2, 3)
-            return states if repeats == 1 else states.repeat_interleave(repeats, dim=0)
-
-        if details is not None and layout is not None:
-            repeats = layout.position.shape[1]
-            key, value = map(by_sample, self.keys_and_values(details))
-            if memory.cache is not None:
-                key, value = memory.cache.update(key, value, self.rank)
-        else:
-            key, value = memory.cache.layers[self.rank].keys, memory.cache.layers[self.rank].values
-
-        query = self.q_proj(self.hidden_norm(hidden_states))
-        query = query.view(batch_size, length, self.num_heads, -1).transpose(1, 2)  # (B, heads, S, size / heads)
-        head_size, total = query.shape[-1], memory.visible.shape[-1]
-        if total > 1:
-            # Which images a position sees is the same for all tokens of an image. So it enters as further channels, one an
-            # image, in place of a mask of S x L entries: the query holds the score, the key which image it belongs to.
-            score = torch.where(memory.visible, 0.0, MASKED_SCORE).to(query.dtype)[:, None]  # (B, 1, S, I)
-            owner = torch.eye(total, dtype=key.dtype, device=key.device).repeat_interleave(key.shape[2] // total, dim=0)
-            query = torch.cat([query, score.expand(-1, self.num_heads, -1, -1)], dim=-1)
-            key = torch.cat([key, owner.expand(batch_size, self.num_heads, -1, -1)], dim=-1)
-        attended = nn.functional.scaled_dot_product_attention(query, key, value, scale=head_size**-0.5)
-        attended = attended.transpose(1, 2).flatten(2)  # (B, S, size)
-        sees_any = memory.visible.any(dim=-1, keepdim=True)
-        update = torch.where(sees_any, self.o_proj(attended), torch.zeros_like(hidden_states))
-        return hidden_states + self.gate.tanh() * update
-
-
-def with_detail_cache(cache: Cache) -> EncoderDecoderCache:
-    """Puts a cache for the detail tokens beside a decoder's cache, which cannot take extra layers itself.
-
-    Raises:
-        ValueError: the decoder's cache is in use already, so the detail tokens of its images are lost.
-    """
-    if isinstance(cache, EncoderDecoderCache):
-        return cache
-    if not torch.compiler.is_compiling() and not is_empty(cache):
-        raise ValueError(
-            f"The cache holds {cache.get_seq_length()} positions but no detail tokens. With cross-attention injection, "
-            "continue from the cache that the model returned."
-        )
-    return EncoderDecoderCache(cache, DynamicCache())
-
-
-def is_empty(cache: Cache | None) -> bool:
-    """Whether nothing is cached yet. Asking a static cache waits for the device, so ask only where that is all right."""
-    return cache is None or bool(cache.get_seq_length() == 0)
-
-
 class MFRSVLMPreTrainedModel(PreTrainedModel):
     config: MFRSVLMConfig
     config_class = MFRSVLMConfig
@@ -487,6 +184,13 @@ class MFRSVLMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """As in `transformers`; an encoder without attention ignores the switch."""
+        if isinstance(attn_implementation, str) and not self.config.vision_has_attention:
+            names = dict.fromkeys(("", "text_config"), attn_implementation)
+            attn_implementation = {**names, "vision_config": "eager"}
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -509,8 +213,8 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
         super().__init__(config)
         vision_config = config.vision_config
         if config.is_hierarchical:
-            if not hasattr(vision_config, "num_heads") and not hasattr(vision_config, "num_attention_heads"):
-                vision_config._attn_implementation = "eager"  # no attention, so the switch of the other parts means nothing
+            if not config.vision_has_attention:
+                vision_config._attn_implementation = "eager"  # so the switch of the other parts means nothing to it
             self.vision_tower = AutoBackbone.from_config(vision_config)
             self.stage_projections = nn.ModuleDict(
                 {
@@ -520,7 +224,8 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             )
         else:
             self.vision_tower = AutoModel.from_config(vision_config)
-            self._check_window_sizes()
+        self.tower_interpolates = "interpolate_pos_encoding" in inspect.signature(self.vision_tower.forward).parameters
+        self._check_window_sizes()
         self._freeze_unread_parameters()
         self.multi_modal_projector = MFRSVLMMultiModalProjector(config)
         if config.visual_position_embeddings:
@@ -535,23 +240,39 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
         self.post_init()
 
     def _check_window_sizes(self) -> None:
-        """Raises `ValueError` if the ViT has no positions for the sizes that it would be shown."""
-        config = self.config
-        sizes = {config.image_size, *(config.window_sizes if config.window_encoding == "native" else ())}
-        own_size = getattr(config.vision_config, "image_size", None)
-        takes_argument = "interpolate_pos_encoding" in inspect.signature(self.vision_tower.forward).parameters
-        interpolates = takes_argument or any(
-            hasattr(module, "interpolate_pos_encoding") or hasattr(module, "resize_positional_embeddings")
-            for module in self.vision_tower.modules()
+        """Raises `ValueError` if the encoder cannot take an image of the sizes that it would be shown."""
+        config, tower = self.config, self.vision_tower
+        sizes = sorted(
+            {config.image_size, *(config.window_sizes if config.window_encoding == "native" and config.has_details else ())}
         )
-        if not interpolates and own_size is not None and sizes - {own_size}:
-            fixed = [name for name, _ in self.vision_tower.named_parameters() if "position" in name]
-            if fixed:
-                raise ValueError(
-                    f"vision_config of type {config.vision_config.model_type!r} has positions for {own_size} pixels only "
-                    f'({fixed[0]}), so it cannot encode {sorted(sizes - {own_size})} pixels. Use window_encoding="resize" '
-                    f"and image_size={own_size}."
-                )
+        advice = (
+            f'Use window_encoding="resize", or other sizes than image_size={config.image_size} and {config.window_sizes}.'
+        )
+        if config.is_hierarchical:
+            # Only a trial tells how small a map the last stage still takes; on the meta device it costs nothing.
+            with torch.device("meta"), torch.no_grad():
+                trial = AutoBackbone.from_config(copy.deepcopy(config.vision_config)).eval()
+                for size in sizes:
+                    try:
+                        trial(torch.zeros(1, config.num_channels, size, size))
+                    except (RuntimeError, ValueError) as error:
+                        raise ValueError(
+                            f"vision_config of type {config.vision_config.model_type!r} cannot encode {size} pixels: "
+                            f"{str(error).splitlines()[0]} {advice}"
+                        ) from error
+            return
+        own_size = getattr(config.vision_config, "image_size", None)
+        others = [size for size in sizes if size != own_size]
+        interpolates = self.tower_interpolates or any(
+            hasattr(module, "interpolate_pos_encoding") or hasattr(module, "resize_positional_embeddings")
+            for module in tower.modules()
+        )
+        learned = [name for name, _ in tower.named_parameters() if "position" in name]
+        if own_size is not None and others and learned and not interpolates:
+            raise ValueError(
+                f"vision_config of type {config.vision_config.model_type!r} has positions for {own_size} pixels only "
+                f"({learned[0]}), so it cannot encode {others}. {advice}"
+            )
 
     def _freeze_unread_parameters(self) -> None:
         """Of a ViT, freezes what lies behind the last layer that is read: DDP would wait for gradients that never come."""
@@ -585,17 +306,14 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             lacking = "keyword arguments that its forward hands down to its layers"
         if lacking is not None:
             raise ValueError(
-                f"text_config.model_type={self.config.text_config.model_type!r} cannot be injected into: {type(decoder).__name__} "
-                f"lacks {lacking}."
+                f"text_config.model_type={self.config.text_config.model_type!r} cannot be injected into: "
+                f"{type(decoder).__name__} lacks {lacking}."
             )
         self.injectors.decoder_config = decoder.config
         ranks = {index: rank for rank, index in enumerate(self.config.injection_layers)}
         for index, layer in enumerate(layers):
-            if index in ranks:
-                hook = functools.partial(self.injectors.before_layer, ranks[index])
-                layer.register_forward_pre_hook(hook, with_kwargs=True)
-            else:
-                layer.register_forward_pre_hook(drop_injection, with_kwargs=True)
+            hook = functools.partial(self.injectors.before_layer, ranks[index]) if index in ranks else drop_injection
+            layer.register_forward_pre_hook(hook, with_kwargs=True)
 
     def train(self, mode: bool = True) -> "MFRSVLMModel":
         """As usual, but batch normalisation stays in evaluation mode: windows of a few images are no statistic."""
@@ -616,7 +334,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
                 self.stage_projections[str(stage)](feature_map.movedim(1, -1)).movedim(-1, 1)
                 for stage, feature_map in zip(stages, maps, strict=True)
             ]
-        if "interpolate_pos_encoding" in inspect.signature(self.vision_tower.forward).parameters:
+        if self.tower_interpolates:
             kwargs["interpolate_pos_encoding"] = size != config.vision_config.image_size
         side = size // config.patch_size
         if config.vision_config.model_type == "siglip2_vision_model":
@@ -735,17 +453,17 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
         torch_compilable_check(
             per_sample.sum() == num_features,
             lambda: (
-                f"Image features and image tokens do not match: {int(per_sample.sum())} tokens, {num_features} features. Every "
-                f"image needs {tokens} tokens, which the processor writes for each `<image>`; with a cache, pass the images "
-                "that are new."
+                f"Image features and image tokens do not match: {int(per_sample.sum())} tokens, {num_features} features. "
+                f"Every image needs {tokens} tokens, which the processor writes for each `<image>`; with a cache, pass the "
+                "images that are new."
             ),
         )
         if not self.splits_images:
             torch_compilable_check(
                 (per_sample % tokens == 0).all(),
                 lambda: (
-                    f"An image is split: the samples hold {per_sample.tolist()} image tokens, but an image has {tokens}, and "
-                    "this model weighs details image by image. Prefill without chunks."
+                    f"An image is split: the samples hold {per_sample.tolist()} image tokens, but an image has {tokens}, "
+                    "and this model weighs details image by image. Prefill without chunks."
                 ),
             )
 
@@ -851,7 +569,14 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
                 details = details.view(len(features.deepstack_features), num_images, tokens, -1)
                 details = details.to(inputs_embeds.device, inputs_embeds.dtype)
 
-        injection, cache = self._injection(details, layout, inputs_embeds, cache)
+        if cache is None and kwargs.get("use_cache", self.config.text_config.use_cache) and not self.training:
+            cache = DynamicCache(config=self.config.text_config)
+        injection = None
+        if self.config.has_details and self.config.injection_type == "cross_attention":
+            cache = None if cache is None else with_detail_cache(cache)
+            injection = cross_attention_injection(details, layout, inputs_embeds, cache, rank=len(self.injectors))
+        elif details is not None:
+            injection = gated_injection(details, layout, self.config.routing)
         decoder_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -868,70 +593,6 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             image_hidden_states=visual,
             **{CACHE: cache if isinstance(cache, EncoderDecoderCache) else outputs[CACHE] if CACHE in outputs else None},
         )
-
-    def _injection(
-        self, details: torch.Tensor | None, layout: VisualLayout | None, inputs_embeds: torch.Tensor, cache: Cache | None
-    ) -> tuple[Injection | None, Cache | None]:
-        """What the injectors need, computed once for all of them, and the cache with room for detail tokens."""
-        config = self.config
-        if not config.has_details:
-            return None, cache
-        if config.injection_type == "gated":
-            if details is None:
-                return None, cache
-            if config.routing == "token":
-                # One stack at a time: a copy of all in float32 would be twice their size.
-                summary = torch.stack([stack.float().var(dim=-1, correction=0) for stack in details])
-            else:
-                summary = details.mean(dim=2).transpose(0, 1)
-            return Injection(details, summary, layout, None), cache
-        use_cache = self.config.text_config.use_cache if cache is None else True
-        if cache is None and use_cache and not self.training:
-            cache = DynamicCache(config=config.text_config)
-        if cache is not None:
-            cache = with_detail_cache(cache)
-        past_length = 0 if cache is None else cache.self_attention_cache.get_seq_length()
-        columns = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
-        memory = self._detail_memory(columns, layout, details, getattr(cache, "cross_attention_cache", None))
-        return Injection(details, None, layout, memory), cache
-
-    def _detail_memory(
-        self, columns: torch.Tensor, layout: VisualLayout | None, details: torch.Tensor | None, cache: Cache | None
-    ) -> DetailMemory:
-        """Which images each position sees: those that start at or before it, in its own sample.
-
-        The first position of every image is cached beside its keys, as one more layer, so that it follows every
-        reordering of the cache.
-        """
-        last = len(self.config.injection_layers)
-        slots = visible = None
-        images = 1
-        if layout is not None:
-            rows, repeats = len(layout.mask) // layout.position.shape[1], layout.position.shape[1]
-            num_images, tokens = len(layout.row), layout.position.shape[2]
-            # The one value read on the host, at prefill: how many images a sample holds at most. All of them is a bound.
-            images = num_images
-            if rows > 1 and not torch.compiler.is_compiling():
-                images = max(int(layout.mask[::repeats].sum(dim=1).max()) // tokens, 1)
-            earlier = torch.tril(layout.row[:, None] == layout.row[None, :], diagonal=-1).sum(dim=1)
-            slots = layout.row * images + earlier.clamp(max=images - 1)
-            place = columns[layout.position[:, 0, 0] % layout.mask.shape[1]]  # (N,)
-            present = torch.arange(num_images, device=place.device) * tokens < layout.mask[::repeats].sum()
-            place = torch.where(present, place, NEVER_VISIBLE)
-            places = place.new_full((rows * images,), NEVER_VISIBLE).index_copy(0, slots, place)
-            places = places.view(rows, images).repeat_interleave(repeats, dim=0)  # (B, I)
-            sequence = None
-            if layout.sequence is not None:
-                own = layout.sequence.flatten()[layout.position[:, 0, 0]]
-                sequence = own.new_full((rows * images,), -1).index_copy(0, slots, own).view(rows, images)
-            if cache is not None:
-                places = cache.update(places[:, None, :, None], places[:, None, :, None], last)[0][:, 0, :, 0]
-            visible = places[:, None] <= columns[:, None]  # (B, S, I)
-            if sequence is not None:
-                visible = visible & (sequence[:, None] == layout.sequence[..., None])
-        elif cache is not None and cache.get_seq_length(last):
-            visible = cache.layers[last].keys[:, 0, None, :, 0] <= columns[:, None]
-        return DetailMemory(cache, slots, images, visible)
 
 
 class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
@@ -1014,13 +675,16 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
 
         loss = None
         if labels is not None:
-            words = labels != self.config.image_token_id
-            given = kwargs.get("num_items_in_batch")
-            if given is not None:
-                # The trainer counts the labels before they are masked here.
-                counted = labels != -100
-                kwargs["num_items_in_batch"] = given * (counted & words).sum() / counted.sum().clamp(min=1)
-            labels = labels.masked_fill(~words, -100)
+            image_token_id = self.config.image_token_id
+            targets = kwargs.get("shift_labels", labels[:, 1:])  # what the loss sees
+            if kwargs.get("num_items_in_batch") is not None:
+                # The trainer counts the targets before those of image tokens are masked here.
+                counted = targets != -100
+                share = (counted & (targets != image_token_id)).sum() / counted.sum().clamp(min=1)
+                kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] * share
+            if "shift_labels" in kwargs:
+                kwargs["shift_labels"] = targets.masked_fill(targets == image_token_id, -100)
+            labels = labels.masked_fill(labels == image_token_id, -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
         return MFRSVLMCausalLMOutputWithPast(
             loss=loss,
@@ -1100,8 +764,8 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
         if kwargs.get("mm_encoder_outputs"):
             if not GENERATE_ENCODES_IMAGES:
                 raise ValueError(
-                    f"generate() of transformers {transformers.__version__} does not take mm_encoder_outputs, 5.19 and later "
-                    "do. Pass pixel_values."
+                    f"generate() of transformers {transformers.__version__} does not take mm_encoder_outputs, 5.19 and "
+                    "later do. Pass pixel_values."
                 )
             # It is emptied after prefill: the caller's own must stay as it is.
             kwargs["mm_encoder_outputs"] = dict(kwargs["mm_encoder_outputs"])

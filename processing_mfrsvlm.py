@@ -1,8 +1,10 @@
 """Processor of MF-RSVLM: prompts to ids with image placeholders, and their images to pixels."""
 
+import bisect
 import math
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +43,32 @@ def parse_boxes(text: str, box_scale: float = 1000) -> list[tuple[float, float, 
     return boxes
 
 
+def make_chat_template(tokenizer: Any, image_placement: str = "inline") -> str:
+    """The chat template of this package for a tokenizer and a placement of images.
+
+    With inline placement the template writes the beginning-of-sequence token itself if the tokenizer puts one before a
+    text: trainers and servers tokenize what a template wrote without adding any. With prefix placement it must not, since
+    the visual tokens come before it.
+
+    Raises:
+        ValueError: no way to write the token gives the ids that the tokenizer itself gives.
+    """
+    template = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
+    bos, rest = template.split("\n", 1)
+    start = "A chat between"
+    expected = tokenizer(start)["input_ids"]
+    if image_placement == "prefix" or tokenizer.bos_token is None or expected[:1] != [tokenizer.bos_token_id]:
+        return rest
+    # After a special token some tokenizers take a word for the inside of a text: a space makes it the beginning again.
+    for space, opening in {"": bos, " ": '{{- bos_token + " " -}}'}.items():
+        if tokenizer(tokenizer.bos_token + space + start, add_special_tokens=False)["input_ids"] == expected:
+            return f"{opening}\n{rest}"
+    raise ValueError(
+        f"The tokenizer reads {tokenizer.bos_token + start!r} in another way than {start!r} with the special tokens that it "
+        'adds: write a chat template for it, or use image_placement="prefix".'
+    )
+
+
 class MFRSVLMProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     images_kwargs: MFRSVLMImageProcessorKwargs
     _defaults = {"text_kwargs": {"padding": False}}
@@ -52,7 +80,7 @@ class MFRSVLMProcessor(ProcessorMixin):
     Args:
         image_processor: an `MFRSVLMImageProcessor`.
         tokenizer: a tokenizer that knows `image_token` as one token.
-        chat_template: Jinja template, see `apply_chat_template`.
+        chat_template: Jinja template, such as `make_chat_template` gives.
         image_token: the marker of an image in a prompt.
         image_placement: `"inline"`: visual tokens stand where the marker stood; `"prefix"`: those of all images of a
             prompt come first, before `<s>`, and the pieces of text around the markers are tokenized apart, as the
@@ -221,16 +249,18 @@ class MFRSVLMProcessor(ProcessorMixin):
 
         Args:
             images: one image, a list, or a list of lists (one per prompt), in reading order over all prompts.
-            text: one prompt or a list. Each `<image>` in it takes the next image.
+            text: one prompt or a list. Each `<image>` in it takes the next image. With inline placement, prompts that
+                begin with the beginning-of-sequence token, as those of the chat template do, get no second one.
             **kwargs: of the tokenizer and the image processor. Truncation never cuts visual tokens: inline placement
                 refuses it where it would, prefix placement cuts text only.
 
         Returns:
-            `input_ids`, `attention_mask`, and `pixel_values`, `pixel_values_local` if there are images.
+            `input_ids`, `attention_mask` (B, S), and, for N > 0 images, `pixel_values` (N, L), one row an image.
 
         Raises:
             ValueError: the number of images differs from the number of markers (both are named); an image is bad;
-                no room for text is left by `max_length`; a setting makes no sense.
+                no room for text is left by `max_length`; only some prompts begin with the beginning-of-sequence token; a
+                setting makes no sense.
             TypeError: an input or a setting has the wrong type.
         """
         prompts = [text] if text is None or isinstance(text, str) else text
@@ -241,9 +271,50 @@ class MFRSVLMProcessor(ProcessorMixin):
         if text is not None and isinstance(images, (list, tuple)) and not flatten_images(images):
             images = None  # a batch of prompts without any image
         with plain_errors():
-            if text is None or self.image_placement == "inline":
-                return super().__call__(images=images, text=text, **kwargs)
-            return self._call_prefix(images, text, **kwargs)
+            if text is not None and self.image_placement == "prefix":
+                return self._call_prefix(images, text, **kwargs)
+            bos = self.tokenizer.bos_token
+            begun = [bool(bos) and prompt.startswith(bos) for prompt in prompts if prompt is not None]
+            given = "add_special_tokens" in kwargs or "add_special_tokens" in (kwargs.get("text_kwargs") or {})
+            if any(begun) and not given:
+                if not all(begun):
+                    raise ValueError(
+                        f"{sum(begun)} of {len(begun)} prompts begin with {bos!r}, the others without: write it before all "
+                        "or before none, or set add_special_tokens."
+                    )
+                kwargs["add_special_tokens"] = False
+            outputs = super().__call__(images=images, text=text, **kwargs)
+        if "offset_mapping" in outputs:
+            found = outputs["offset_mapping"]
+            rows = zip(
+                outputs.get("overflow_to_sample_mapping", range(len(found))), outputs["input_ids"], found, strict=True
+            )
+            offsets: Any = [self._offsets_in_prompt(prompts[int(row)], ids, pairs) for row, ids, pairs in rows]
+            as_found = {torch.Tensor: torch.tensor, np.ndarray: np.array}.get(type(found), list)
+            outputs["offset_mapping"] = as_found(offsets)
+            if "text_replacement_offsets" in outputs:
+                outputs["text_replacement_offsets"] = [[] for _ in prompts]
+        return outputs
+
+    def _offsets_in_prompt(self, prompt: str, ids: Any, offsets: Any) -> list[tuple[int, int]]:
+        """Offsets into a prompt as it was given, from those into the prompt with each marker as often as it has tokens.
+
+        With them, and with padding where the text ended, every version of transformers finds the answers in a conversation.
+        """
+        markers = [match.span() for match in re.finditer(re.escape(self.image_token), prompt)]
+        visual = sum(int(token) == self.image_token_id for token in ids)
+        added = (visual // max(1, len(markers)) - 1) * len(self.image_token)
+        ends = [end + number * added for number, (_, end) in enumerate(markers, start=1)]  # with all tokens of each
+        result: list[tuple[int, int]] = []
+        for start, end in ((int(start), int(end)) for start, end in offsets):
+            before = bisect.bisect_right(ends, start)
+            start, end = start - before * added, end - before * added
+            if start == end:
+                start = end = max(end, result[-1][1] if result else 0)
+            elif before < len(markers) and start >= markers[before][0]:
+                start, end = markers[before]
+            result.append((start, end))
+        return result
 
     def _call_prefix(self, images: Any, text: Any, **kwargs: Any) -> BatchFeature:
         images, text, _, _ = self.prepare_inputs_layout(images=images, text=text)
@@ -339,67 +410,12 @@ class MFRSVLMProcessor(ProcessorMixin):
             side = padding_side or self.tokenizer.padding_side
             outputs["offset_mapping"] = []
             for ids, offsets in zip(outputs["input_ids"], rows["offset_mapping"], strict=True):
-                fill = [(0, 0)] * (len(ids) - len(offsets))
+                end = offsets[-1][1] if offsets and side == "right" else 0
+                fill = [(end, end)] * (len(ids) - len(offsets))
                 outputs["offset_mapping"].append(fill + offsets if side == "left" else offsets + fill)
         if return_text_replacement_offsets:
             outputs["text_replacement_offsets"] = [[] for _ in text]
         return outputs
 
 
-# The published prompts. They differ in one word, "human" at inference and "user" in training, so both have a name:
-# apply_chat_template(..., prompt_version="v1"). A system message replaces the whole preamble. Images come first in
-# their turn. The generation block opens before the space after "ASSISTANT:", so that the loss covers exactly the
-# tokens that training of the published model labelled.
-CHAT_TEMPLATE = """\
-{%- set version = prompt_version | default("mfrsvlm_v1", true) -%}
-{%- set persons = {"mfrsvlm_v1": "human", "v1": "user"} -%}
-{%- if version not in persons -%}
-{{- raise_exception("Unknown prompt_version " ~ version ~ ": use one of " ~ persons | join(", ") ~ ".") -}}
-{%- endif -%}
-{%- set preamble = "A chat between a curious " + persons[version] + " and an artificial intelligence assistant. "
-    + "The assistant gives helpful, detailed, and polite answers to the " + persons[version] + "'s questions." -%}
-{%- if messages[0].role == "system" -%}
-{%- set content = messages[0].content -%}
-{%- if content is not string and content | rejectattr("type", "equalto", "text") | list -%}
-{{- raise_exception("A system message may hold text only.") -}}
-{%- endif -%}
-{%- set preamble = content if content is string else content | map(attribute="text") | join -%}
-{%- set messages = messages[1:] -%}
-{%- endif -%}
-{{- preamble + " " -}}
-{%- for message in messages -%}
-{%- set body = namespace(images="", text="") -%}
-{%- if message.content is string -%}
-{%- set body.text = message.content -%}
-{%- else -%}
-{%- for part in message.content -%}
-{%- if part.type == "image" or part.type == "image_url" -%}
-{%- set body.images = body.images + "<image>\\n" -%}
-{%- elif part.type == "text" -%}
-{%- set body.text = body.text + part.text -%}
-{%- else -%}
-{{- raise_exception("Content of type " ~ part.type ~ " is not supported, only image and text.") -}}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-{%- if message.role == "user" -%}
-{{- "USER: " + body.images + body.text + " " -}}
-{%- elif message.role == "assistant" -%}
-{%- if body.images -%}
-{{- raise_exception("An assistant message holds an image: only user messages may.") -}}
-{%- endif -%}
-{{- "ASSISTANT:" -}}
-{%- generation -%}
-{{- " " + body.text + eos_token -}}
-{%- endgeneration -%}
-{%- else -%}
-{{- raise_exception("Unknown role " ~ message.role ~ ": a system message may only come first, then user and assistant.") -}}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- "ASSISTANT:" -}}
-{%- endif -%}
-"""
-
-
-__all__ = ["CHAT_TEMPLATE", "MFRSVLMImageProcessor", "MFRSVLMProcessor", "cut_windows", "join_windows", "parse_boxes"]
+__all__ = ["MFRSVLMImageProcessor", "MFRSVLMProcessor", "cut_windows", "join_windows", "make_chat_template", "parse_boxes"]

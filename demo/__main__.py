@@ -32,7 +32,12 @@ def answer(model, processor, image: Image.Image | str, questions: list[str]) -> 
         for question in questions
     ]
     inputs = processor.apply_chat_template(
-        conversations, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
+        conversations,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True},
     ).to(model.device, model.dtype)
     with torch.inference_mode():
         tokens = model.generate(**inputs, max_new_tokens=64, do_sample=False)

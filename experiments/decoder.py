@@ -23,7 +23,7 @@ from transformers import AttentionInterface, PreTrainedTokenizerFast
 from mfrsvlm.experiments.dataset import SceneImages, to_pixels
 from mfrsvlm.experiments.guidance import Guidance
 from mfrsvlm.modeling_mfrsvlm import MASKED_SCORE, MFRSVLMForConditionalGeneration, MFRSVLMImageFeatures
-from mfrsvlm.processing_mfrsvlm import CHAT_TEMPLATE, MFRSVLMImageProcessor, MFRSVLMProcessor, cut_windows
+from mfrsvlm.processing_mfrsvlm import MFRSVLMImageProcessor, MFRSVLMProcessor, cut_windows, make_chat_template
 from mfrsvlm.scenes import KINDS, TASKS, Question, Scene, ask
 from mfrsvlm.scenes.questions import PLURALS
 
@@ -78,7 +78,7 @@ def make_processor(config: Any, tokenizer: Any, canvas_source: str = "image") ->
     image_processor = MFRSVLMImageProcessor.for_model(
         config, canvas_source=canvas_source, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
-    return MFRSVLMProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE)
+    return MFRSVLMProcessor(image_processor, tokenizer, chat_template=make_chat_template(tokenizer))
 
 
 def encode_scenes(

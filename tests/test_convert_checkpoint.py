@@ -864,6 +864,7 @@ DECODERS = {
 }
 TOWERS = {
     "siglip": ("SiglipVisionModel", "SiglipVisionConfig", VISION_SIZES),
+    "siglip, no whole patches": ("SiglipVisionModel", "SiglipVisionConfig", {**VISION_SIZES, "image_size": 30}),
     "siglip2": ("Siglip2VisionModel", "Siglip2VisionConfig", {**VISION_SIZES, "num_patches": 16}),
     "dinov2": ("Dinov2Model", "Dinov2Config", VISION_SIZES),
     "dinov3": ("DINOv3ViTModel", "DINOv3ViTConfig", {**VISION_SIZES, "num_register_tokens": 2}),

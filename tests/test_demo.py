@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from mfrsvlm.demo.__main__ import MODEL, draw_answers
 from mfrsvlm.experiments.accuracy import measure
+from mfrsvlm.processing_mfrsvlm import make_chat_template
 
 
 ROOT = MODEL.parents[1]
-CODE = ("configuration_mfrsvlm.py", "modeling_mfrsvlm.py", "processing_mfrsvlm.py")
+CODE = sorted(path.name for path in ROOT.glob("*_mfrsvlm.py"))
 
 
 def test_folder_is_complete_and_small():
@@ -28,7 +30,31 @@ def test_folder_is_complete_and_small():
 
 @pytest.mark.parametrize("name", CODE)
 def test_code_in_the_folder_is_the_code_of_the_package(name):
-    assert (MODEL / name).read_text() == (ROOT / name).read_text(), f"Copy {name} to {MODEL}: it has changed since."
+    assert (MODEL / name).samefile(ROOT / name), f"{MODEL / name} is no link: see the README for what git on Windows needs."
+
+
+def test_prompts_in_the_folder_are_those_of_the_package():
+    tokenizer = AutoTokenizer.from_pretrained(MODEL, trust_remote_code=False)
+    assert (MODEL / "chat_template.jinja").read_text() == make_chat_template(tokenizer)
+
+
+def test_placeholder_is_a_row_of_the_embedding_and_no_word():
+    """Its row lies among the others, and the head cannot say it."""
+    weights = load_file(MODEL / "model.safetensors")
+    config = json.loads((MODEL / "config.json").read_text())
+    rows, head = weights["model.language_model.embed_tokens.weight"], weights["lm_head.weight"]
+    place = config["image_token_id"]
+    assert len(rows) == len(head) == config["text_config"]["vocab_size"] == place + 1
+    torch.testing.assert_close(rows[place].float(), rows[:place].float().mean(0), rtol=1e-2, atol=1e-3)
+    assert not head[place].any()
+
+
+def test_saved_files_are_real(tmp_path):
+    """Whoever saves the model or the processor gets the code, and no links to where it came from."""
+    for auto_class in (AutoModelForImageTextToText, AutoProcessor):
+        auto_class.from_pretrained(MODEL, trust_remote_code=True).save_pretrained(tmp_path)
+    assert not any(path.is_symlink() for path in tmp_path.iterdir())
+    assert {name: (tmp_path / name).read_text() for name in CODE} == {name: (ROOT / name).read_text() for name in CODE}
 
 
 def test_card_states_what_was_measured():

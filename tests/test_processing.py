@@ -12,14 +12,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from jinja2.exceptions import TemplateError
 from PIL import Image
-from transformers import AutoTokenizer, LlamaTokenizer, processing_utils
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast, processing_utils
 
 from mfrsvlm import MFRSVLMImageProcessor, MFRSVLMProcessor
 from mfrsvlm.convert_checkpoint import IMAGE_TOKEN, read_tokenizer
-from mfrsvlm.processing_mfrsvlm import CHAT_TEMPLATE
+from mfrsvlm.processing_mfrsvlm import make_chat_template
 
 
 REFERENCE = Path(__file__).parent / "reference"
+BOX = Path(__file__).parents[1] / "demo" / "model"
 MANIFEST = json.loads((REFERENCE / "manifest.json").read_text())
 MARKER = -200  # stands for the <image> marker in the manifest
 TINY = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}, "patch_size": 7, "window_sizes": [28, 14]}
@@ -41,9 +44,9 @@ def tokenizer_of_release(legacy: bool):
 
 
 def make(placement: str = "inline", legacy: bool = False) -> MFRSVLMProcessor:
-    return MFRSVLMProcessor(
-        MFRSVLMImageProcessor(**TINY), tokenizer_of_release(legacy), chat_template=CHAT_TEMPLATE, image_placement=placement
-    )
+    tokenizer = tokenizer_of_release(legacy)
+    template = make_chat_template(tokenizer, placement)
+    return MFRSVLMProcessor(MFRSVLMImageProcessor(**TINY), tokenizer, chat_template=template, image_placement=placement)
 
 
 TINY_PROCESSORS = {placement: make(placement) for placement in PLACEMENTS}
@@ -53,6 +56,11 @@ TINY_PROCESSORS = {placement: make(placement) for placement in PLACEMENTS}
 def tiny(request) -> MFRSVLMProcessor:
     """A processor of 16 tokens an image, in each placement."""
     return TINY_PROCESSORS[request.param]
+
+
+def opening(processor: MFRSVLMProcessor) -> str:
+    """What the chat template writes first; after `<s>`, the tokenizers here take a word for a new one only with a space."""
+    return "<s> " if processor.image_placement == "inline" else ""
 
 
 def expected_ids(processor: MFRSVLMProcessor, prompt: str) -> list[int]:
@@ -187,11 +195,10 @@ def test_every_marker_becomes_the_tokens_of_an_image(tiny, prompt):
         assert outputs["input_ids"][0, TOKENS * count] == tiny.tokenizer.bos_token_id
     else:
         assert outputs["input_ids"][0, 0] == tiny.tokenizer.bos_token_id
-    assert ("pixel_values" in outputs) == ("pixel_values_local" in outputs) == bool(count)
+    assert ("pixel_values" in outputs) == bool(count)
     if count:
         alone = tiny.image_processor(images, return_tensors="pt")
         assert torch.equal(outputs["pixel_values"], alone["pixel_values"])
-        assert torch.equal(outputs["pixel_values_local"], alone["pixel_values_local"])
 
 
 BATCHES = {
@@ -226,14 +233,14 @@ def test_batches_are_their_samples_padded(tiny, batch, nested, side):
 
 
 def test_images_and_text_alone(tiny):
-    assert set(tiny(images=picture())) == {"pixel_values", "pixel_values_local"}
+    assert set(tiny(images=picture())) == {"pixel_values"}
     assert set(tiny(text="Hello")) == {"input_ids", "attention_mask"}
     assert set(tiny(text=["Hello"], images=[])) == {"input_ids", "attention_mask"}
     assert set(tiny(text=["Hello", "you"], images=[[], []])) == {"input_ids", "attention_mask"}
 
 
 def test_outputs_are_those_that_the_model_names(tiny):
-    assert tiny.model_input_names == ["pixel_values", "pixel_values_local", "input_ids", "attention_mask"]
+    assert tiny.model_input_names == ["pixel_values", "input_ids", "attention_mask"]
     assert set(tiny(picture(), "<image>")) == set(tiny.model_input_names)
 
 
@@ -293,7 +300,7 @@ def test_nothing_given(tiny):
         ("missing.png", ValueError, r"missing\.png"),
         (None, TypeError, "Image 1 of 2: expected a PIL image.*NoneType"),
         (5, TypeError, "Image 1 of 2: expected a PIL image.*int"),
-        (np.zeros((5, 5), np.uint16), ValueError, "Image 1 of 2: .*16-bit"),
+        (np.zeros((5, 5), np.uint16), ValueError, "Image 1 of 2: .*uint16"),
     ],
 )
 def test_bad_images_are_named(tiny, image, error, message):
@@ -333,7 +340,7 @@ def test_nonsensical_settings(tiny, setting, error, message):
 
 def test_settings_of_the_images_reach_them(tiny):
     outputs = tiny(picture(), "<image>", window_sizes=[14], window_overlap=0, return_tensors="pt")
-    assert outputs["pixel_values_local"].shape == (1, 16 * 3 * 14**2)
+    assert outputs["pixel_values"].shape == (1, 3 * 28**2 + 16 * 3 * 14**2)
     larger = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}, "return_tensors": "pt"}
     assert (tiny(picture(), "<image>", **larger)["input_ids"] == tiny.image_token_id).sum() == 64
     assert (tiny(picture(), "<image>", patch_size=14)["input_ids"][0]).count(tiny.image_token_id) == 4
@@ -410,6 +417,14 @@ def test_token_types_and_offsets(tiny):
         ):
             assert types == [int(token == tiny.image_token_id) for token in ids]
             assert len(offsets) == len(ids)
+            for token, (start, end) in zip(ids, offsets, strict=True):
+                written = tiny.tokenizer.decode([token]).strip()
+                if tiny.image_placement == "inline" and token == tiny.image_token_id:
+                    assert prompts[0][start:end] == IMAGE_TOKEN
+                elif start == end:
+                    assert token in tiny.tokenizer.all_special_ids
+                else:
+                    assert written in prompts["No" in tiny.tokenizer.decode(ids)][start:end]
     assert "attention_mask" not in tiny(text="Hello", return_attention_mask=False)
     bare = tiny(text="Hello", add_special_tokens=False)["input_ids"][0]
     assert bare == tiny.tokenizer("Hello", add_special_tokens=False).input_ids
@@ -434,6 +449,7 @@ USER = HUMAN.replace("human", "user")
 def test_prompts(tiny, version, preamble):
     kwargs = {} if version is None else {"prompt_version": version}
     conversation = [user("Is it <b>big</b>?", 2), assistant("Yes."), user("Why?")]
+    preamble = opening(tiny) + preamble
     expected = preamble + "USER: <image>\n<image>\nIs it <b>big</b>? ASSISTANT: Yes.</s>USER: Why? "
     assert tiny.apply_chat_template(conversation, **kwargs) == expected
     assert tiny.apply_chat_template(conversation, add_generation_prompt=True, **kwargs) == expected + "ASSISTANT:"
@@ -446,7 +462,8 @@ def test_conversations_give_the_published_prompts(tiny, name):
     sample = MANIFEST["samples"][name]
     count = len(sample.get("images", [sample.get("image")]))
     question = sample["prompt"].split("<image>\n")[-1].removesuffix(" ASSISTANT:")
-    assert tiny.apply_chat_template([user(question, count)], add_generation_prompt=True) == sample["prompt"]
+    prompt = tiny.apply_chat_template([user(question, count)], add_generation_prompt=True)
+    assert prompt == opening(tiny) + sample["prompt"]
 
 
 def test_content_may_be_a_string(tiny):
@@ -458,14 +475,13 @@ def test_content_may_be_a_string(tiny):
 @pytest.mark.parametrize("content", ["Be brief.", [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]])
 def test_a_system_message_replaces_the_preamble(tiny, content):
     conversation = [{"role": "system", "content": content}, user("Hi", 1)]
-    assert tiny.apply_chat_template(conversation) == "Be brief. USER: <image>\nHi "
+    assert tiny.apply_chat_template(conversation) == opening(tiny) + "Be brief. USER: <image>\nHi "
 
 
 def test_images_come_first_in_their_turn(tiny):
     content = [{"type": "text", "text": "What "}, {"type": "image"}, {"type": "text", "text": "is this?"}, {"type": "image"}]
-    assert tiny.apply_chat_template([{"role": "user", "content": content}]) == (
-        HUMAN + "USER: <image>\n<image>\nWhat is this? "
-    )
+    prompt = tiny.apply_chat_template([{"role": "user", "content": content}])
+    assert prompt == opening(tiny) + HUMAN + "USER: <image>\n<image>\nWhat is this? "
 
 
 @pytest.mark.parametrize(
@@ -484,6 +500,76 @@ def test_images_come_first_in_their_turn(tiny):
 def test_bad_conversations(tiny, conversation, kwargs, message):
     with pytest.raises(TemplateError, match=message):
         tiny.apply_chat_template(conversation, **kwargs)
+
+
+def byte_level_tokenizer(*before: str) -> PreTrainedTokenizerFast:
+    """That of the model in the box, which puts the tokens `before` before every text."""
+    tokenizer = Tokenizer.from_file(str(BOX / "tokenizer.json"))
+    known = [(token, tokenizer.token_to_id(token)) for token in before]
+    tokenizer.post_processor = TemplateProcessing(single=" ".join([*before, "$A"]), special_tokens=known)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens=[IMAGE_TOKEN],
+        **({"bos_token": before[0]} if before else {}),
+    )
+
+
+TOKENIZERS = {
+    "released": lambda: tokenizer_of_release(False),
+    "released, legacy": lambda: tokenizer_of_release(True),
+    "in the box": lambda: byte_level_tokenizer("<s>"),
+    "without a token for the beginning": byte_level_tokenizer,
+}
+TALK = [user("Is there a <b>river</b>?", 2, image=picture()), assistant("Yes, two."), user("Where?", 1, image=picture(1))]
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("make_tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
+def test_every_way_from_a_conversation_gives_the_same_ids(make_tokenizer, placement):
+    """Those of the conversation as text, to which the tokenizer adds its own `<s>`: models in use were trained with them."""
+    tokenizer = make_tokenizer()
+    template = make_chat_template(tokenizer, placement)
+    processor = MFRSVLMProcessor(MFRSVLMImageProcessor(**TINY), tokenizer, chat_template=template, image_placement=placement)
+    written = (
+        HUMAN + "USER: <image>\n<image>\nIs there a <b>river</b>? ASSISTANT: Yes, two.</s>USER: <image>\nWhere? ASSISTANT:"
+    )
+    expected = expected_ids(processor, written)
+    assert expected.count(tokenizer.bos_token_id) == (tokenizer.bos_token is not None)
+    text, images = processor.apply_chat_template(TALK, add_generation_prompt=True), [picture(), picture(), picture(1)]
+    ways = {
+        "apply_chat_template": processor.apply_chat_template(
+            TALK, add_generation_prompt=True, tokenize=True, return_dict=True
+        ),
+        "processor": processor(images, text),
+        "batch": processor(images + images, [text, text], padding=True),
+    }
+    if placement == "inline":  # with the visual tokens before `<s>`, only the processor knows where that belongs
+        ways["trainers"] = processor(images, text, add_special_tokens=False)
+        ways["trainers, nested"] = processor(images, text, text_kwargs={"add_special_tokens": False})
+        widened = text.replace(IMAGE_TOKEN, IMAGE_TOKEN * TOKENS)
+        ways["servers"] = tokenizer([widened], add_special_tokens=False)
+    for way, outputs in ways.items():
+        assert all(ids == expected for ids in outputs["input_ids"]), way
+
+
+def test_a_template_writes_the_first_token_only_where_the_tokenizer_would():
+    silent = byte_level_tokenizer()
+    silent.bos_token = "<s>"  # known, but not put before texts, as in SmolLM
+    assert not make_chat_template(silent).startswith("{{- bos_token")
+    assert make_chat_template(byte_level_tokenizer("<s>"), "inline").startswith("{{- bos_token")
+    assert not make_chat_template(byte_level_tokenizer("<s>"), "prefix").startswith("{{- bos_token")
+    with pytest.raises(ValueError, match=r"<s>A chat between.*write a chat template"):
+        make_chat_template(byte_level_tokenizer("<s>", "<pad>"))
+
+
+def test_one_batch_begins_in_one_way():
+    processor = TINY_PROCESSORS["inline"]
+    with pytest.raises(ValueError, match="1 of 2 prompts begin with '<s>'"):
+        processor(text=["<s> Hello", "Hello"])
+    twice = processor(text=["<s> Hello", "Hello"], add_special_tokens=True)["input_ids"]
+    assert twice[0] == [processor.tokenizer.bos_token_id, *twice[1]]
 
 
 @pytest.mark.filterwarnings("error")
@@ -589,7 +675,7 @@ def test_saved_and_loaded_unchanged(tiny, tmp_path, monkeypatch):
     assert type(loaded) is MFRSVLMProcessor
     assert type(loaded.image_processor) is MFRSVLMImageProcessor
     assert loaded.image_placement == tiny.image_placement
-    assert loaded.chat_template == tiny.chat_template == CHAT_TEMPLATE
+    assert loaded.chat_template == tiny.chat_template
     assert loaded.to_dict() == tiny.to_dict()
     prompts, images = ["<image> a <image>", "b"], [[picture(1), picture(2)], []]
     first, second = (each(images, prompts, padding=True, return_tensors="pt") for each in (tiny, loaded))
@@ -688,5 +774,4 @@ def test_any_call_gives_a_batch_or_a_clear_error(batch, placement, side):
     if overrides.get("return_tensors") == "pt" or overrides.get("padding") in (True, "longest"):
         assert len({len(row) for row in rows}) == 1
     assert len(outputs.get("pixel_values", [])) == sum(counts)
-    for name in ("pixel_values", "pixel_values_local"):
-        assert all(np.isfinite(np.asarray(image)).all() for image in outputs.get(name, []))
+    assert all(np.isfinite(np.asarray(image)).all() for image in outputs.get("pixel_values", []))

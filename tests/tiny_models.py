@@ -39,7 +39,7 @@ def tiny_config(text: str = "llama", vision: str = "clip", **overrides) -> MFRSV
         sizes = {"image_size": 28, "patch_size": 7, "vision_feature_size": 24, "detail_feature_layers": [2, 4]}
     sizes.update(window_sizes=[28, 14], injection_layers=[1, 3], routing="stack", routing_size=8)
     sizes.update(cross_attention_size=16, cross_attention_heads=2)
-    return MFRSVLMConfig(text_config=text_config, vision_config=vision_config, **{**sizes, **overrides})
+    return MFRSVLMConfig(**{"text_config": text_config, "vision_config": vision_config, **sizes, **overrides})
 
 
 def tiny_model(config: MFRSVLMConfig | None = None, **overrides) -> MFRSVLMForConditionalGeneration:

@@ -11,7 +11,7 @@ from transformers import LlamaTokenizer
 
 from mfrsvlm import MFRSVLMImageProcessor, MFRSVLMProcessor
 from mfrsvlm.convert_checkpoint import IMAGE_TOKEN
-from mfrsvlm.processing_mfrsvlm import CHAT_TEMPLATE
+from mfrsvlm.processing_mfrsvlm import make_chat_template
 
 
 QUESTION, ANSWER = "Is there a river?", "Yes, a wide river and a bridge."
@@ -24,7 +24,8 @@ def tiny_processor(image_placement: str = "inline", legacy: bool = False) -> MFR
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     tokenizer.pad_token = tokenizer.unk_token
     image_processor = MFRSVLMImageProcessor.for_model(tiny_config())
-    return MFRSVLMProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE, image_placement=image_placement)
+    template = make_chat_template(tokenizer, image_placement)
+    return MFRSVLMProcessor(image_processor, tokenizer, chat_template=template, image_placement=image_placement)
 
 
 def tiny_folder(folder: Path, image_placement: str = "inline", **overrides) -> Path:
