@@ -332,7 +332,7 @@ def convert_released(
                 parts["vision tower"] = vision_tower
         model = load_model(config, state)
         add_image_token(tokenizer, model)
-        template = make_chat_template(tokenizer, "prefix")
+        template = make_chat_template(tokenizer)
         processor = MFRSVLMProcessor(image_processor, tokenizer, chat_template=template, image_placement="prefix")
         save_folder(folder, model, processor, settings, "converted", parts)
         if verify:
@@ -396,7 +396,7 @@ def assemble(
         set_seed(seed)
         model = load_model(config, state, new)
         add_image_token(tokenizer, model)
-        template = make_chat_template(tokenizer, image_placement)
+        template = make_chat_template(tokenizer)
         processor = MFRSVLMProcessor(image_processor, tokenizer, chat_template=template, image_placement=image_placement)
         parts = {"language model": language_model, "vision tower": vision_tower}
         save_folder(folder, model, processor, decoder.generation_config, "assembled", parts)

@@ -43,12 +43,11 @@ def parse_boxes(text: str, box_scale: float = 1000) -> list[tuple[float, float, 
     return boxes
 
 
-def make_chat_template(tokenizer: Any, image_placement: str = "inline") -> str:
-    """The chat template of this package for a tokenizer and a placement of images.
+def make_chat_template(tokenizer: Any) -> str:
+    """The chat template of this package for a tokenizer.
 
-    With inline placement the template writes the beginning-of-sequence token itself if the tokenizer puts one before a
-    text: trainers and servers tokenize what a template wrote without adding any. With prefix placement it must not, since
-    the visual tokens come before it.
+    It writes the beginning-of-sequence token if the tokenizer puts one before a text: trainers and servers tokenize what a
+    template wrote without adding any.
 
     Raises:
         ValueError: no way to write the token gives the ids that the tokenizer itself gives.
@@ -57,7 +56,7 @@ def make_chat_template(tokenizer: Any, image_placement: str = "inline") -> str:
     bos, rest = template.split("\n", 1)
     start = "A chat between"
     expected = tokenizer(start)["input_ids"]
-    if image_placement == "prefix" or tokenizer.bos_token is None or expected[:1] != [tokenizer.bos_token_id]:
+    if tokenizer.bos_token is None or expected[:1] != [tokenizer.bos_token_id]:
         return rest
     # After a special token some tokenizers take a word for the inside of a text: a space makes it the beginning again.
     for space, opening in {"": bos, " ": '{{- bos_token + " " -}}'}.items():
@@ -65,7 +64,7 @@ def make_chat_template(tokenizer: Any, image_placement: str = "inline") -> str:
             return f"{opening}\n{rest}"
     raise ValueError(
         f"The tokenizer reads {tokenizer.bos_token + start!r} in another way than {start!r} with the special tokens that it "
-        'adds: write a chat template for it, or use image_placement="prefix".'
+        "adds: write a chat template for it."
     )
 
 
@@ -249,8 +248,8 @@ class MFRSVLMProcessor(ProcessorMixin):
 
         Args:
             images: one image, a list, or a list of lists (one per prompt), in reading order over all prompts.
-            text: one prompt or a list. Each `<image>` in it takes the next image. With inline placement, prompts that
-                begin with the beginning-of-sequence token, as those of the chat template do, get no second one.
+            text: one prompt or a list. Each `<image>` in it takes the next image. Prompts that begin with the
+                beginning-of-sequence token, as those of the chat template do, get no second one.
             **kwargs: of the tokenizer and the image processor. Truncation never cuts visual tokens: inline placement
                 refuses it where it would, prefix placement cuts text only.
 
@@ -270,19 +269,18 @@ class MFRSVLMProcessor(ProcessorMixin):
             raise ValueError("text is an empty list: pass at least one prompt.")
         if text is not None and isinstance(images, (list, tuple)) and not flatten_images(images):
             images = None  # a batch of prompts without any image
+        bos = self.tokenizer.bos_token
+        begun = [bool(bos) and prompt.startswith(bos) for prompt in prompts if prompt is not None]
+        if any(begun) and "add_special_tokens" not in {**kwargs, **(kwargs.get("text_kwargs") or {})}:
+            if not all(begun):
+                raise ValueError(
+                    f"{sum(begun)} of {len(begun)} prompts begin with {bos!r}, the others without: write it before all or "
+                    "before none, or set add_special_tokens."
+                )
+            kwargs["add_special_tokens"] = False
         with plain_errors():
             if text is not None and self.image_placement == "prefix":
                 return self._call_prefix(images, text, **kwargs)
-            bos = self.tokenizer.bos_token
-            begun = [bool(bos) and prompt.startswith(bos) for prompt in prompts if prompt is not None]
-            given = "add_special_tokens" in kwargs or "add_special_tokens" in (kwargs.get("text_kwargs") or {})
-            if any(begun) and not given:
-                if not all(begun):
-                    raise ValueError(
-                        f"{sum(begun)} of {len(begun)} prompts begin with {bos!r}, the others without: write it before all "
-                        "or before none, or set add_special_tokens."
-                    )
-                kwargs["add_special_tokens"] = False
             outputs = super().__call__(images=images, text=text, **kwargs)
         if "offset_mapping" in outputs:
             found = outputs["offset_mapping"]
@@ -290,8 +288,8 @@ class MFRSVLMProcessor(ProcessorMixin):
                 outputs.get("overflow_to_sample_mapping", range(len(found))), outputs["input_ids"], found, strict=True
             )
             offsets: Any = [self._offsets_in_prompt(prompts[int(row)], ids, pairs) for row, ids, pairs in rows]
-            as_found = {torch.Tensor: torch.tensor, np.ndarray: np.array}.get(type(found), list)
-            outputs["offset_mapping"] = as_found(offsets)
+            as_found: dict[type, Any] = {torch.Tensor: torch.tensor, np.ndarray: np.array}
+            outputs["offset_mapping"] = as_found.get(type(found), list)(offsets)
             if "text_replacement_offsets" in outputs:
                 outputs["text_replacement_offsets"] = [[] for _ in prompts]
         return outputs

@@ -253,12 +253,13 @@ class Answerer:
         pieces = text.split(marker)
         if len(pieces) != len(lengths) + 1:
             raise ValueError(f"A prompt has {len(pieces) - 1} image markers for {len(lengths)} images: {text[:200]!r}.")
+        bos = self.tokenizer.bos_token
+        special = not (bos and text.startswith(bos))  # which the template wrote
         if getattr(self.processor, "image_placement", "inline") == "prefix":
             visual = [self.model.config.image_token_id] * sum(lengths)
-            return visual + self.tokenizer(pieces, is_split_into_words=True).input_ids
+            return visual + self.tokenizer(pieces, is_split_into_words=True, add_special_tokens=special).input_ids
         widened = pieces[0] + "".join(marker * n + piece for n, piece in zip(lengths, pieces[1:], strict=True))
-        bos = self.tokenizer.bos_token
-        return self.tokenizer(widened, add_special_tokens=not (bos and widened.startswith(bos))).input_ids
+        return self.tokenizer(widened, add_special_tokens=special).input_ids
 
     def _check_sharing(self) -> None:
         """Describes a picture both ways. It is always the same one, so that every part of a run decides alike."""

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hub_server import HubServer
 from safetensors.torch import load_file
+from transformers import AutoImageProcessor
 
 
 # The fixture is made once a worker, so all tests belong on one.
@@ -24,9 +25,31 @@ AUTO_MAP = {
     "AutoConfig": "configuration_mfrsvlm.MFRSVLMConfig",
     "AutoModel": "modeling_mfrsvlm.MFRSVLMModel",
     "AutoModelForImageTextToText": "modeling_mfrsvlm.MFRSVLMForConditionalGeneration",
+    "AutoModelForCausalLM": "modeling_mfrsvlm.MFRSVLMForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_mfrsvlm.MFRSVLMForConditionalGeneration",
 }
-CODE = {"configuration_mfrsvlm.py", "modeling_mfrsvlm.py", "processing_mfrsvlm.py"}
-PUSHED, BASE, UPLOADED, DERIVED = "author/MF-RSVLM", "author/base", "author/uploaded", "reader/derived"
+IMAGE_PROCESSOR = "image_processing_mfrsvlm.MFRSVLMImageProcessor"
+CODE = {
+    "configuration_mfrsvlm.py",
+    "image_processing_mfrsvlm.py",
+    "image_sources_mfrsvlm.py",
+    "modeling_mfrsvlm.py",
+    "processing_mfrsvlm.py",
+}
+ROOT = Path(__file__).parents[1]
+LINKS = ROOT / "demo" / "model"  # its code is links to that of the package
+PUSHED, BASE, UPLOADED, LINKED, DERIVED = (
+    "author/MF-RSVLM",
+    "author/base",
+    "author/uploaded",
+    "author/linked",
+    "reader/derived",
+)
+# In old versions of transformers this class wants torchvision, which nothing here needs.
+try:
+    HAS_AUTO_IMAGE_PROCESSOR = bool(AutoImageProcessor.from_pretrained)
+except ImportError:
+    HAS_AUTO_IMAGE_PROCESSOR = False
 
 # Shared by all processes: questions to the user are counted, and one prompt runs through a model.
 COMMON = """
@@ -42,7 +65,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 torch.set_num_threads(1)  # small work: more threads would only wait for each other
-folder, picture, out = map(Path, sys.argv[1:])
+folder, links, picture, out = map(Path, sys.argv[1:])
 image = Image.open(picture)
 question = "What is in this image?"
 report, tensors = {}, {}
@@ -78,6 +101,9 @@ base.save_pretrained(out / "base", push_to_hub=True, repo_id="author/base")
 processor.save_pretrained(out / "base", push_to_hub=True, repo_id="author/base")
 HfApi().create_repo("author/uploaded")
 HfApi().upload_folder(repo_id="author/uploaded", folder_path=folder)
+HfApi().create_repo("author/linked")
+HfApi().upload_folder(repo_id="author/linked", folder_path=links)
+run("linked", MFRSVLMForConditionalGeneration.from_pretrained(links), MFRSVLMProcessor.from_pretrained(links))
 finish("publish")
 """
 
@@ -93,13 +119,14 @@ class NotInstalled:
 sys.meta_path.insert(0, NotInstalled())
 
 from transformers import (
-    AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
+    AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM,
+    AutoProcessor, AutoTokenizer, pipeline
 )
 
 
 def load(auto_class, repo):
     options, info = {"trust_remote_code": True}, {}
-    if auto_class in (AutoModel, AutoModelForImageTextToText):
+    if auto_class.__name__.startswith("AutoModel"):
         loaded, info = auto_class.from_pretrained(repo, output_loading_info=True, **options)
     else:
         loaded = auto_class.from_pretrained(repo, **options)
@@ -120,12 +147,15 @@ def visit(repo):
 
     config = load(AutoConfig, repo)
     report[f"{repo} auto_map"] = config.auto_map
-    image_processor = load(AutoImageProcessor, repo)
     processor = load(AutoProcessor, repo)
-    report[f"{repo} one module"] = type(processor.image_processor).__module__ == type(processor).__module__
-    report[f"{repo} same settings"] = processor.image_processor.to_dict() == image_processor.to_dict()
+    image_processor = processor.image_processor
+    report[f"{repo} image processor"] = f"{type(image_processor).__module__}.{type(image_processor).__name__}"
+    if HAS_AUTO_IMAGE_PROCESSOR:
+        report[f"{repo} same settings"] = load(AutoImageProcessor, repo).to_dict() == image_processor.to_dict()
     tensors[f"{repo} pixel_values"] = image_processor(image, return_tensors="pt")["pixel_values"]
 
+    for auto_class in (AutoModelForCausalLM, AutoModelForMultimodalLM):
+        load(auto_class, repo)
     base, model = load(AutoModel, repo), load(AutoModelForImageTextToText, repo)
     run(f"{repo} hidden", base, processor)
     run(f"{repo} logits", model, processor)
@@ -147,6 +177,7 @@ model, processor = visit("author/MF-RSVLM")
 
 uploaded = load(AutoModelForImageTextToText, "author/uploaded")
 run("author/uploaded logits", uploaded, load(AutoProcessor, "author/uploaded"))
+run("author/linked logits", load(AutoModelForImageTextToText, "author/linked"), load(AutoProcessor, "author/linked"))
 run("author/base hidden", load(AutoModel, "author/base"), load(AutoProcessor, "author/base"))
 load(AutoModelForImageTextToText, "author/base")
 
@@ -189,8 +220,9 @@ def run_script(script: str, hub: HubServer, arguments: list[Path], home: Path, i
     if not installed:
         environment.pop("PYTHONPATH", None)
     home.mkdir()
+    options = f"HAS_AUTO_IMAGE_PROCESSOR = {HAS_AUTO_IMAGE_PROCESSOR}\n"
     result = subprocess.run(
-        [sys.executable, "-c", COMMON + ("" if installed else CLEAN) + script, *map(str, arguments)],
+        [sys.executable, "-c", COMMON + ("" if installed else options + CLEAN) + script, *map(str, arguments)],
         cwd=home,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -204,12 +236,12 @@ def run_script(script: str, hub: HubServer, arguments: list[Path], home: Path, i
 @pytest.fixture(scope="module")
 def published(converted: Path, reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Published:
     scratch = tmp_path_factory.mktemp("hub")
-    arguments = [converted, reference / "images" / "b_landscape.png", scratch]
+    arguments = [converted, LINKS, reference / "images" / "b_landscape.png", scratch]
     with HubServer() as hub:
         run_script(PUBLISH, hub, arguments, scratch / "author", installed=True)
         run_script(DERIVE, hub, arguments, scratch / "reader", installed=False)
-        files = {repo: hub.files(repo) for repo in (PUSHED, BASE, UPLOADED, DERIVED)}
-        for repo in (PUSHED, BASE, UPLOADED):
+        files = {repo: hub.files(repo) for repo in (PUSHED, BASE, UPLOADED, LINKED, DERIVED)}
+        for repo in (PUSHED, BASE, UPLOADED, LINKED):
             del hub.repositories[repo]
         count = len(hub.requests)
         run_script(REVISIT, hub, arguments, scratch / "stranger", installed=False)
@@ -230,24 +262,25 @@ def test_everything_asked_of_the_hub_was_answered(published: Published) -> None:
 
 
 def test_repositories_hold_code_and_no_reference_to_another(published: Published) -> None:
-    for repo in (PUSHED, BASE, UPLOADED, DERIVED):
+    for repo in (PUSHED, BASE, UPLOADED, LINKED, DERIVED):
         files = published.files[repo]
         assert files.keys() >= CODE | {"model.safetensors", "chat_template.jinja", "tokenizer.json"}, repo
         assert json.loads(files["config.json"])["auto_map"] == AUTO_MAP, repo
         processor = json.loads(files["processor_config.json"])
         assert processor["auto_map"]["AutoProcessor"] == "processing_mfrsvlm.MFRSVLMProcessor", repo
         image_processor = processor["image_processor"]["auto_map"]["AutoImageProcessor"]
-        assert image_processor == "processing_mfrsvlm.MFRSVLMImageProcessor", repo
+        assert image_processor == IMAGE_PROCESSOR, repo
         for path, content in files.items():
             if path.endswith(".json"):
                 assert b"--" not in content, f"{repo}/{path}"
         assert not {"is_local", "local_files_only"} & json.loads(files["tokenizer_config.json"]).keys(), repo
     for path in CODE:
-        assert len({published.files[repo][path] for repo in published.files}) == 1, path
+        for repo in published.files:
+            assert published.files[repo][path] == (ROOT / path).read_bytes(), f"{repo}/{path}"
 
 
 def test_installed_package_needs_no_code_from_the_folder(published: Published) -> None:
-    assert published.reports["publish"] == {"image_processor": "mfrsvlm.processing_mfrsvlm", "asked": []}
+    assert published.reports["publish"] == {"image_processor": "mfrsvlm.image_processing_mfrsvlm", "asked": []}
 
 
 @pytest.mark.parametrize("stage, repo", [("derive", PUSHED), ("revisit", DERIVED)])
@@ -255,18 +288,18 @@ def test_auto_classes_load_by_id_on_a_clean_machine(published: Published, stage:
     report = published.reports[stage]
     assert "imported" not in report
     assert report["asked"] == []
-    for auto_class, name in {
-        **AUTO_MAP,
-        "AutoImageProcessor": "processing_mfrsvlm.MFRSVLMImageProcessor",
-        "AutoProcessor": "processing_mfrsvlm.MFRSVLMProcessor",
-    }.items():
+    classes = {**AUTO_MAP, "AutoProcessor": "processing_mfrsvlm.MFRSVLMProcessor", "image processor": IMAGE_PROCESSOR}
+    if HAS_AUTO_IMAGE_PROCESSOR:
+        classes["AutoImageProcessor"] = IMAGE_PROCESSOR
+        assert report[f"{repo} same settings"]
+    for auto_class, name in classes.items():
         loaded = report[f"{repo} {auto_class}"]
         # Code of this very repository, and not of the one it is derived from.
         assert loaded.startswith(f"transformers_modules.{repo.replace('/', '.').replace('-', '_hyphen_')}."), loaded
         assert loaded.endswith(f".{name}"), loaded
     assert report[f"{repo} auto_map"] == AUTO_MAP
-    assert report[f"{repo} one module"] and report[f"{repo} same settings"]
-    assert report[f"{repo} AutoModelForImageTextToText keys"] == []
+    for auto_class in AUTO_MAP.keys() - {"AutoConfig", "AutoModel"}:
+        assert report[f"{repo} {auto_class} keys"] == []
     assert report[f"{repo} AutoModel keys"] == ["lm_head.weight"]
 
 
@@ -291,6 +324,7 @@ def test_numbers_survive_the_hub(published: Published) -> None:
     for repo in (PUSHED, BASE):
         same(tensors, f"{repo} hidden", "hidden")
     same(tensors, f"{DERIVED} pixel_values", f"{PUSHED} pixel_values")
+    same(tensors, f"{LINKED} logits", "linked")
 
 
 def test_derived_checkpoint_outlives_its_origin(published: Published) -> None:

@@ -1,9 +1,11 @@
 """The processor: the published ids and labels, both placements, every shape of batch, and clear errors."""
 
+import base64
 import builtins
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import numpy as np
@@ -11,12 +13,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from jinja2.exceptions import TemplateError
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast, processing_utils
 
-from mfrsvlm import MFRSVLMImageProcessor, MFRSVLMProcessor
+from mfrsvlm import MFRSVLMImageProcessor, MFRSVLMProcessor, image_sources_mfrsvlm
 from mfrsvlm.convert_checkpoint import IMAGE_TOKEN, read_tokenizer
 from mfrsvlm.processing_mfrsvlm import make_chat_template
 
@@ -27,6 +29,7 @@ MANIFEST = json.loads((REFERENCE / "manifest.json").read_text())
 MARKER = -200  # stands for the <image> marker in the manifest
 TINY = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}, "patch_size": 7, "window_sizes": [28, 14]}
 TOKENS = 16  # visual tokens of a tiny image
+OPENING = "<s> "  # of the chat template: the tokenizers here take a word after `<s>` for a new one only with a space
 PLACEMENTS = ["inline", "prefix"]
 SIDES = ["left", "right"]
 
@@ -45,7 +48,7 @@ def tokenizer_of_release(legacy: bool):
 
 def make(placement: str = "inline", legacy: bool = False) -> MFRSVLMProcessor:
     tokenizer = tokenizer_of_release(legacy)
-    template = make_chat_template(tokenizer, placement)
+    template = make_chat_template(tokenizer)
     return MFRSVLMProcessor(MFRSVLMImageProcessor(**TINY), tokenizer, chat_template=template, image_placement=placement)
 
 
@@ -56,11 +59,6 @@ TINY_PROCESSORS = {placement: make(placement) for placement in PLACEMENTS}
 def tiny(request) -> MFRSVLMProcessor:
     """A processor of 16 tokens an image, in each placement."""
     return TINY_PROCESSORS[request.param]
-
-
-def opening(processor: MFRSVLMProcessor) -> str:
-    """What the chat template writes first; after `<s>`, the tokenizers here take a word for a new one only with a space."""
-    return "<s> " if processor.image_placement == "inline" else ""
 
 
 def expected_ids(processor: MFRSVLMProcessor, prompt: str) -> list[int]:
@@ -449,7 +447,7 @@ USER = HUMAN.replace("human", "user")
 def test_prompts(tiny, version, preamble):
     kwargs = {} if version is None else {"prompt_version": version}
     conversation = [user("Is it <b>big</b>?", 2), assistant("Yes."), user("Why?")]
-    preamble = opening(tiny) + preamble
+    preamble = OPENING + preamble
     expected = preamble + "USER: <image>\n<image>\nIs it <b>big</b>? ASSISTANT: Yes.</s>USER: Why? "
     assert tiny.apply_chat_template(conversation, **kwargs) == expected
     assert tiny.apply_chat_template(conversation, add_generation_prompt=True, **kwargs) == expected + "ASSISTANT:"
@@ -463,7 +461,7 @@ def test_conversations_give_the_published_prompts(tiny, name):
     count = len(sample.get("images", [sample.get("image")]))
     question = sample["prompt"].split("<image>\n")[-1].removesuffix(" ASSISTANT:")
     prompt = tiny.apply_chat_template([user(question, count)], add_generation_prompt=True)
-    assert prompt == opening(tiny) + sample["prompt"]
+    assert prompt == OPENING + sample["prompt"]
 
 
 def test_content_may_be_a_string(tiny):
@@ -475,13 +473,13 @@ def test_content_may_be_a_string(tiny):
 @pytest.mark.parametrize("content", ["Be brief.", [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]])
 def test_a_system_message_replaces_the_preamble(tiny, content):
     conversation = [{"role": "system", "content": content}, user("Hi", 1)]
-    assert tiny.apply_chat_template(conversation) == opening(tiny) + "Be brief. USER: <image>\nHi "
+    assert tiny.apply_chat_template(conversation) == OPENING + "Be brief. USER: <image>\nHi "
 
 
 def test_images_come_first_in_their_turn(tiny):
     content = [{"type": "text", "text": "What "}, {"type": "image"}, {"type": "text", "text": "is this?"}, {"type": "image"}]
     prompt = tiny.apply_chat_template([{"role": "user", "content": content}])
-    assert prompt == opening(tiny) + HUMAN + "USER: <image>\n<image>\nWhat is this? "
+    assert prompt == OPENING + HUMAN + "USER: <image>\n<image>\nWhat is this? "
 
 
 @pytest.mark.parametrize(
@@ -530,7 +528,7 @@ TALK = [user("Is there a <b>river</b>?", 2, image=picture()), assistant("Yes, tw
 def test_every_way_from_a_conversation_gives_the_same_ids(make_tokenizer, placement):
     """Those of the conversation as text, to which the tokenizer adds its own `<s>`: models in use were trained with them."""
     tokenizer = make_tokenizer()
-    template = make_chat_template(tokenizer, placement)
+    template = make_chat_template(tokenizer)
     processor = MFRSVLMProcessor(MFRSVLMImageProcessor(**TINY), tokenizer, chat_template=template, image_placement=placement)
     written = (
         HUMAN + "USER: <image>\n<image>\nIs there a <b>river</b>? ASSISTANT: Yes, two.</s>USER: <image>\nWhere? ASSISTANT:"
@@ -545,9 +543,9 @@ def test_every_way_from_a_conversation_gives_the_same_ids(make_tokenizer, placem
         "processor": processor(images, text),
         "batch": processor(images + images, [text, text], padding=True),
     }
-    if placement == "inline":  # with the visual tokens before `<s>`, only the processor knows where that belongs
-        ways["trainers"] = processor(images, text, add_special_tokens=False)
-        ways["trainers, nested"] = processor(images, text, text_kwargs={"add_special_tokens": False})
+    ways["trainers"] = processor(images, text, add_special_tokens=False)
+    ways["trainers, nested"] = processor(images, text, text_kwargs={"add_special_tokens": False})
+    if placement == "inline":  # where the visual tokens lie elsewhere, only the processor knows
         widened = text.replace(IMAGE_TOKEN, IMAGE_TOKEN * TOKENS)
         ways["servers"] = tokenizer([widened], add_special_tokens=False)
     for way, outputs in ways.items():
@@ -558,18 +556,16 @@ def test_a_template_writes_the_first_token_only_where_the_tokenizer_would():
     silent = byte_level_tokenizer()
     silent.bos_token = "<s>"  # known, but not put before texts, as in SmolLM
     assert not make_chat_template(silent).startswith("{{- bos_token")
-    assert make_chat_template(byte_level_tokenizer("<s>"), "inline").startswith("{{- bos_token")
-    assert not make_chat_template(byte_level_tokenizer("<s>"), "prefix").startswith("{{- bos_token")
+    assert make_chat_template(byte_level_tokenizer("<s>")).startswith("{{- bos_token")
     with pytest.raises(ValueError, match=r"<s>A chat between.*write a chat template"):
         make_chat_template(byte_level_tokenizer("<s>", "<pad>"))
 
 
-def test_one_batch_begins_in_one_way():
-    processor = TINY_PROCESSORS["inline"]
+def test_one_batch_begins_in_one_way(tiny):
     with pytest.raises(ValueError, match="1 of 2 prompts begin with '<s>'"):
-        processor(text=["<s> Hello", "Hello"])
-    twice = processor(text=["<s> Hello", "Hello"], add_special_tokens=True)["input_ids"]
-    assert twice[0] == [processor.tokenizer.bos_token_id, *twice[1]]
+        tiny(text=["<s> Hello", "Hello"])
+    twice = tiny(text=["<s> Hello", "Hello"], add_special_tokens=True)["input_ids"]
+    assert twice[0] == [tiny.tokenizer.bos_token_id, *twice[1]]
 
 
 @pytest.mark.filterwarnings("error")
@@ -590,23 +586,52 @@ def test_template_settings_do_not_warn(tiny, monkeypatch):
     assert warnings == []
 
 
-@pytest.mark.parametrize("key", ["image", "path", "url"])
-def test_images_of_a_conversation(tiny, key, tmp_path):
-    picture().save(tmp_path / "image.png")
-    source = picture() if key == "image" else str(tmp_path / "image.png")
+@pytest.fixture(scope="module")
+def doors(tmp_path_factory):
+    """Parts of a message that all show one JPEG, whose EXIF data turn it by a quarter."""
+    folder = tmp_path_factory.mktemp("doors")
+    file = folder / "image.jpg"
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    picture().save(file, exif=exif)
+    coded = base64.b64encode(file.read_bytes()).decode()
+    data = f"data:image/jpeg;base64,{coded}"
+
+    return {
+        "picture": {"type": "image", "image": Image.open(file)},
+        "path": {"type": "image", "path": str(file)},
+        "path_object": {"type": "image", "image": file},
+        "path_as_url": {"type": "image", "url": str(file)},
+        "file_url": {"type": "image", "url": file.as_uri()},
+        "web": {"type": "image", "url": "https://example.com/image.jpg"},
+        "data_uri": {"type": "image", "url": data},
+        "base64": {"type": "image", "base64": coded},
+        "image_url": {"type": "image_url", "image_url": {"url": data}},
+    }
+
+
+DOORS = ["picture", "path", "path_object", "path_as_url", "file_url", "web", "data_uri", "base64", "image_url"]
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_images_of_a_conversation(tiny, doors, door, monkeypatch):
+    """Whatever names an image, the model sees one frame: the upright one."""
+    file = Path(doors["path"]["path"])
+    answer = SimpleNamespace(content=file.read_bytes(), raise_for_status=lambda: None)
+    network = SimpleNamespace(get=lambda url, **kwargs: answer)
+    monkeypatch.setattr(image_sources_mfrsvlm, "get_session", lambda: network)
     outputs = tiny.apply_chat_template(
-        [user("Hi", 1, **{key: source})], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        [{"role": "user", "content": [doors[door], {"type": "text", "text": "Hi"}]}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
     )
-    expected = tiny(picture(), HUMAN + "USER: <image>\nHi ASSISTANT:", return_tensors="pt")
+    upright = ImageOps.exif_transpose(Image.open(file))
+    assert upright.height > upright.width
+    expected = tiny(np.array(upright), HUMAN + "USER: <image>\nHi ASSISTANT:", return_tensors="pt")
     assert outputs.keys() == expected.keys()
     assert all(torch.equal(outputs[name], expected[name]) for name in expected)
-
-
-def test_image_url_content(tiny, tmp_path):
-    picture().save(tmp_path / "image.png")
-    content = [{"type": "image_url", "image_url": {"url": str(tmp_path / "image.png")}}, {"type": "text", "text": "Hi"}]
-    outputs = tiny.apply_chat_template([{"role": "user", "content": content}], tokenize=True, return_dict=True)
-    assert outputs["input_ids"] == [expected_ids(tiny, HUMAN + "USER: <image>\nHi ")]
 
 
 def test_an_image_without_pixels_is_an_error(tiny):

@@ -24,7 +24,7 @@ def tiny_processor(image_placement: str = "inline", legacy: bool = False) -> MFR
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     tokenizer.pad_token = tokenizer.unk_token
     image_processor = MFRSVLMImageProcessor.for_model(tiny_config())
-    template = make_chat_template(tokenizer, image_placement)
+    template = make_chat_template(tokenizer)
     return MFRSVLMProcessor(image_processor, tokenizer, chat_template=template, image_placement=image_placement)
 
 

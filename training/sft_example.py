@@ -29,7 +29,7 @@ def main(model_id: str, rows: str, image_root: str, output_dir: str, **options: 
         args=SFTConfig(output_dir=output_dir, max_length=None, remove_unused_columns=False, **options),
         train_dataset=dataset,
         processing_class=processor,
-        # TRL's own collator would leave out the first token, `<s>`, and put the loss on the questions as well.
+        # TRL's own collator puts the loss on questions and placeholders as well, unless `assistant_only_loss=True`.
         data_collator=ConversationCollator(processor, max_length=2048),
     )
     trainer.train()
