@@ -32,7 +32,8 @@ def tiny_folder(folder: Path, image_placement: str = "inline", **overrides) -> P
     """Saves a tiny model and its processor."""
     tokenizer, config = tiny_processor(image_placement).tokenizer, tiny_config(**overrides)
     image_processor = MFRSVLMImageProcessor.for_model(config)
-    processor = MFRSVLMProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE, image_placement=image_placement)
+    template = make_chat_template(tokenizer)
+    processor = MFRSVLMProcessor(image_processor, tokenizer, chat_template=template, image_placement=image_placement)
     config.text_config.vocab_size = len(tokenizer)
     config.image_token_id = processor.image_token_id
     tiny_model(config).save_pretrained(folder)
