@@ -40,7 +40,7 @@ FETCH_SECONDS = 30
 ADVICE = "Read it with rasterio, choose its bands, and pass an array: uint8, or any other with value_range=(black, white)."
 
 
-def open_image(source: Any, folder: str | os.PathLike[str] | None = None) -> Any:
+def open_image(source: Any, folder: str | os.PathLike[str] | None = None, allow_outside: bool = False) -> Any:
     """Opens an image, checks that Pillow gives the samples of its source, and turns it upright as its EXIF data say.
 
     Args:
@@ -49,6 +49,7 @@ def open_image(source: Any, folder: str | os.PathLike[str] | None = None) -> Any
             are returned as they are.
         folder: where the images of a data file lie. Paths start there; what leaves it, and an address, is refused. `None`
             opens everything.
+        allow_outside: paths start at the folder, but nothing is refused.
 
     Returns:
         A PIL image, or the array. Its width and height are those of the frame that the model sees.
@@ -58,7 +59,7 @@ def open_image(source: Any, folder: str | os.PathLike[str] | None = None) -> Any
             in colour, or other bands than colours and alpha.
         TypeError: the source is none of the above.
     """
-    image = open_source(source, folder)
+    image = open_source(source, folder, allow_outside)
     if not isinstance(image, Image.Image):
         return image
     try:
@@ -77,7 +78,7 @@ def image_size(image: Any, input_data_format: str | None = None, num_channels: i
     return height, width
 
 
-def open_source(source: Any, folder: str | os.PathLike[str] | None = None) -> Any:
+def open_source(source: Any, folder: str | os.PathLike[str] | None = None, allow_outside: bool = False) -> Any:
     """Opens an image without decoding it. Arguments and errors are those of `open_image`.
 
     Not `transformers.image_utils.load_image`, which converts to RGB at once: 16-bit values would be clipped, the frames
@@ -87,14 +88,15 @@ def open_source(source: Any, folder: str | os.PathLike[str] | None = None) -> An
         return source
     if isinstance(source, Mapping):
         for key in (key for key in SOURCE_KEYS if source.get(key) is not None):
-            return open_source(f"data:;base64,{source[key]}" if key == "base64" else source[key], folder)
+            inner = f"data:;base64,{source[key]}" if key == "base64" else source[key]
+            return open_source(inner, folder, allow_outside)
         raise ValueError(f"{shown(dict(source))} holds no image: it has none of the keys {', '.join(SOURCE_KEYS)}.")
     if not isinstance(source, (str, bytes, bytearray, os.PathLike)):
         raise TypeError(
             f"expected a PIL image, an array, a tensor, a path, an address or bytes, got {type(source).__name__}."
         )
     try:
-        return Image.open(locate(source, folder))
+        return Image.open(locate(source, folder, allow_outside))
     except Exception as error:  # decoders and networks raise almost anything
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
@@ -102,7 +104,7 @@ def open_source(source: Any, folder: str | os.PathLike[str] | None = None) -> An
         raise ValueError(f"cannot open image {shown(source)}: {reason}") from error
 
 
-def locate(source: Any, folder: str | os.PathLike[str] | None) -> str | io.BytesIO:
+def locate(source: Any, folder: str | os.PathLike[str] | None, allow_outside: bool = False) -> str | io.BytesIO:
     """Path or content of an image."""
     if isinstance(source, (bytes, bytearray)):
         return io.BytesIO(source)
@@ -111,7 +113,7 @@ def locate(source: Any, folder: str | os.PathLike[str] | None) -> str | io.Bytes
     if scheme.startswith("data:"):
         return io.BytesIO(base64.b64decode("".join(text.partition(",")[2].split()), validate=True))
     if scheme.startswith(("http://", "https://")):
-        if folder is not None:
+        if folder is not None and not allow_outside:
             raise ValueError(f"it is an address, and only files in {str(folder)!r} may be opened here")
         response = get_session().get(text, follow_redirects=True, timeout=FETCH_SECONDS)
         response.raise_for_status()
@@ -120,7 +122,7 @@ def locate(source: Any, folder: str | os.PathLike[str] | None) -> str | io.Bytes
         path = url2pathname(urlsplit(text).path)
     if folder is not None:
         path = os.path.join(folder, path)
-        if not Path(path).resolve().is_relative_to(Path(folder).resolve()):
+        if not allow_outside and not Path(path).resolve().is_relative_to(Path(folder).resolve()):
             raise ValueError(f"it leaves {str(folder)!r}, and only files in there may be opened here")
     if os.path.isfile(path):
         return path

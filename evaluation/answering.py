@@ -275,7 +275,7 @@ class Answerer:
                 alone = [row for p in prompts for row in self._words_to_come(self._plain_inputs([p], [picture]))]
                 distance = apart(together, self._words_to_come(self._shared_inputs(prompts, seen)))
                 rounding = apart(together, alone)
-                self.share = distance <= max(1e-3, 5 * rounding)
+                self.share = distance <= max(1e-3, torch.finfo(self.model.dtype).eps, 5 * rounding)
                 reason = f"the words to come are {distance:.2g} apart, and {rounding:.2g} by rounding"
             else:
                 self.share, reason = False, "the prompts differ"

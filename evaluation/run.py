@@ -63,6 +63,7 @@ def add_arguments(parser: Any) -> None:
     how.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     how.add_argument("--no-sharing", action="store_true", help="encode an image again for every question")
     how.add_argument("--allow-count-mismatch", action="store_true", help="go on if the split is not as large as published")
+    how.add_argument("--allow-outside-images", action="store_true", help="open images outside of --data, also by a link")
     how.add_argument("--missing-images", choices=["error", "wrong"], default="error", help="stop, or count as wrong")
 
 
@@ -88,6 +89,7 @@ def run(args: Any) -> dict[str, Any]:
         args.split or protocol.splits.get(args.benchmark),
         check_counts=not args.allow_count_mismatch,
         check_images=args.missing_images == "error" and not args.blind and not args.baseline,
+        allow_outside_images=args.allow_outside_images,
     )
     samples = [sample for sample in benchmark.samples if protocol.keeps(sample, benchmark)]
     if not samples:

@@ -157,7 +157,8 @@ def prompts_and_answers(processor: MFRSVLMProcessor, image: Image.Image, questio
     Prompts are padded on the left and answers on the right, so that all answers are predicted from one position on.
 
     Returns:
-        `input_ids` and `attention_mask` (Q, S), `pixel_values` (1, L) of the one image; `first`, the last position of every prompt; `predicts` (Q, S) bool, the positions that predict an answer.
+        `input_ids` and `attention_mask` (Q, S), `pixel_values` (1, L) of the one image; `first`, the last position
+        of every prompt; `predicts` (Q, S) bool, the positions that predict an answer.
     """
     tokenizer = processor.tokenizer
     prompts = []

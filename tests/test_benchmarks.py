@@ -20,7 +20,7 @@ from tiny_benchmarks import (
     write_json,
 )
 
-from mfrsvlm.evaluation.benchmarks import BENCHMARKS, Benchmark, BenchmarkError, load_benchmark
+from mfrsvlm.evaluation.benchmarks import BENCHMARKS, Benchmark, BenchmarkError, Sample, load_benchmark
 from mfrsvlm.evaluation.benchmarks.class_folders import AID, METER_ML, UC_MERCED, WHU_RS19, class_name
 from mfrsvlm.evaluation.benchmarks.vhm_eval import LISTS, WITHOUT_METRIC
 from mfrsvlm.scenes import ask, draw
@@ -187,14 +187,73 @@ def test_no_folder(root: Path) -> None:
 def test_images_that_are_not_eight_bit_rgb_are_refused(root: Path) -> None:
     benchmark = Benchmark("stand-in", "all", root, [])
     Image.fromarray(np.full((4, 4), 3000, dtype=np.uint16)).save(root / "deep.png")
-    with pytest.raises(BenchmarkError, match=r"deep\.png.*is of mode I;16; convert it to 8-bit RGB"):
+    with pytest.raises(BenchmarkError, match=r"deep\.png.*has mode I;16; convert it to 8-bit RGB"):
         benchmark.read_image("deep.png")
-    for bands, bits, expected in ((3, 16, "3 bands of 16 bits"), (5, 8, "5 bands of 8 bits")):
-        write_tiff(root / "bands.tif", bands, bits)
-        with pytest.raises(BenchmarkError, match=rf"bands\.tif.*{expected}"):
-            benchmark.read_image("bands.tif")
+    write_tiff(root / "colours.tif", 3, 16)
+    with pytest.raises(BenchmarkError, match=r"colours\.tif.*16 bits a sample in colour"):
+        benchmark.read_image("colours.tif")
     with pytest.raises(BenchmarkError, match=r"absent\.tif.*cannot be read"):
         benchmark.read_image("absent.tif")
+
+
+def test_images_outside_of_the_folder_are_opened_only_if_allowed(root: Path) -> None:
+    inner = root / "inner"
+    write_image(inner / "a.png")
+    write_image(root / "b.png", (6, 4))
+    (inner / "link.png").symlink_to(root / "b.png")
+    sample = Sample("seven", ("../b.png",), "vqa", "?", ("yes",))
+    benchmark = Benchmark("stand-in", "all", inner, [sample])
+    assert benchmark.read_image("a.png").size == (8, 8)
+    for name in ("../b.png", "link.png", str(root / "b.png")):
+        with pytest.raises(BenchmarkError, match="only files in there may be opened"):
+            benchmark.read_image(name)
+    with pytest.raises(BenchmarkError, match=r"b\.png of sample 'seven' of stand-in"):
+        benchmark.read_image("../b.png")
+    with pytest.raises(BenchmarkError, match="it is an address"):
+        benchmark.read_image("https://example.org/a.png")
+    benchmark.allow_outside_images = True
+    assert {benchmark.read_image(name).size for name in ("../b.png", "link.png", str(root / "b.png"))} == {(6, 4)}
+    assert benchmark.read_image("a.png").size == (8, 8)  # names still start at the folder
+
+
+def test_boxes_are_in_the_frame_that_the_model_sees(root: Path) -> None:
+    """A photo that its EXIF data turn by a quarter: as high as it is stored wide."""
+    MAKERS["vhm-eval"](root)
+    for path in (root / "VG_DOIR_RSVG_test").iterdir():
+        photo = Image.new("RGB", (80, 40))
+        exif = photo.getexif()
+        exif[0x0112] = 6
+        photo.save(path, "JPEG", exif=exif)
+    edit_json(root / "VG_DOIR_RSVG_test.json", lambda rows: rows[0]["conversations"][1].update(value="[10, 2, 30, 60]"))
+    benchmark = load_benchmark("vhm-eval", root, "VG_DOIR_RSVG_test", check_counts=False, check_images=True)
+    sizes = {sample.image_size for sample in benchmark.samples}
+    assert sizes == {benchmark.read_image(sample.images[0]).size for sample in benchmark.samples} == {(40, 80)}
+
+
+@pytest.mark.parametrize("name", ["vhm-eval", "dior-rsvg"])
+def test_a_box_that_leaves_its_image_is_refused_and_one_at_the_edge_is_cut(name: str, root: Path) -> None:
+    MAKERS[name](root)
+    split = "VG_DOIR_RSVG_test" if name == "vhm-eval" else "test"
+    path = root / f"{split}.json" if name == "vhm-eval" else root / "Annotations" / "00001.xml"
+    text = path.read_text()
+
+    def with_right_edge(value: int) -> Benchmark:
+        path.write_text(text.replace("[10, 2, 60, 8]", f"[10, 2, {value}, 8]").replace("<xmax>60<", f"<xmax>{value}<"))
+        return load_benchmark(name, root, split, check_counts=False)
+
+    assert with_right_edge(81).samples[0].boxes[0][2] == 80  # the images are 80 pixels wide
+    with pytest.raises(BenchmarkError, match=rf"{path.name}.*reaches out of its image, 80 pixels wide and 40 high"):
+        with_right_edge(150)
+
+
+def test_what_a_mac_writes_beside_images_is_no_image(root: Path) -> None:
+    MAKERS["eurosat"](root)
+    folder = next(path for path in (root / "2750").iterdir())
+    for path in (folder, root / "2750" / "__MACOSX"):
+        path.mkdir(exist_ok=True)
+        (path / "._1.jpg").write_bytes(b"\0\5\26\7")
+    (root / "2750" / "__MACOSX" / "1.jpg").write_bytes(b"\0\5\26\7")
+    assert len(load("eurosat", root).samples) == COUNTS["eurosat"]
 
 
 def test_grey_paletted_and_transparent_images_are_converted(root: Path) -> None:

@@ -25,7 +25,8 @@ from mfrsvlm.training.trainer import PARTS, MFRSVLMTrainer, freeze_parts, part_o
 
 
 CONFIGS = Path(module.__file__).parent / "configs"
-CODE = {"configuration_mfrsvlm.py", "modeling_mfrsvlm.py", "processing_mfrsvlm.py"}
+MODULES = ("configuration", "image_processing", "image_sources", "modeling", "processing")
+CODE = {f"{name}_mfrsvlm.py" for name in MODULES}
 # A machine without the package: an import of it fails.
 CLEAN = """
 import sys
@@ -244,6 +245,10 @@ def test_adapter_trains_the_decoder_and_loads_and_merges(start, tmp_path):
     adapted = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in trained if "lora_" in name}
     layer = {f"self_attn.{n}_proj" for n in "qkvo"} | {f"mlp.{n}_proj" for n in ("gate", "up", "down")}
     assert adapted == {f"model.language_model.layers.{i}.{name}" for i in range(4) for name in layer}
+    # The copies that PEFT trains are those that the decoder runs through.
+    injectors = trainer.model.base_model.model.model.injectors
+    scales = [(module.original_module.residual_scale, module.residual_scale) for module in injectors]
+    assert len(scales) == 2 and not any(torch.equal(before, after) for before, after in scales)
 
     image = start[1] / "1.png"
     expected = logits_of(trainer.model, trainer.processing_class, image)

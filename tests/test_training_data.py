@@ -1,5 +1,6 @@
 """Conversations to batches: rows, markers, labels of the published training, truncation, and bad rows."""
 
+import base64
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 from tiny_training import ANSWER, QUESTION, llava_row, tiny_processor, write_images
 from torch.utils.data import DataLoader
 
@@ -113,9 +115,14 @@ BAD = {
     "more_images": ({"image": ["0.png", "1.png"], "conversations": turns("<image>?", "Yes.")}, "2 images, but 1"),
     "no_marker": ({"image": "0.png", "conversations": turns("Hi?", "Yes.")}, "1 images, but 0"),
     "marker_in_answer": ({"image": "0.png", "conversations": turns("Hi?", "<image> Yes.")}, "only a user's turn"),
-    "missing_image": ({"image": "none.png", "conversations": turns("<image>?", "Yes.")}, "there is no image"),
+    "missing_image": (
+        {"image": "none.png", "conversations": turns("<image>?", "Yes.")},
+        "cannot open image 'none.png': there is no file",
+    ),
+    "address": ({"image": "https://a.org/0.png", "conversations": turns("<image>?", "Yes.")}, "it is an address"),
+    "outside": ({"image": "../0.png", "conversations": turns("<image>?", "Yes.")}, "only files in there may be opened"),
     "damaged_image": ({"image": "damaged.png", "conversations": turns("<image>?", "Yes.")}, "cannot open image"),
-    "not_a_path": ({"image": {"a": 1}, "conversations": turns("<image>?", "Yes.")}, "must be a path"),
+    "not_a_path": ({"image": {"a": 1}, "conversations": turns("<image>?", "Yes.")}, "holds no image"),
     "too_many_images": ({"image": ["0.png"] * 5, "conversations": turns("<image>" * 5, "Yes.")}, "80 tokens"),
     "too_long": ({"conversations": turns("Is there a river? " * 20, "Yes.")}, "max_length=80"),
 }
@@ -140,6 +147,67 @@ def test_a_bad_row_fails_by_name_or_is_skipped_and_counted(case, images, tmp_pat
     assert all(sample["input_ids"] in good for sample in samples)
     warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert len(warned) == 1 and warned[0].startswith(f"Skipped {path}, row 2")
+
+
+def test_images_outside_of_the_folder_are_opened_only_if_allowed(images, tmp_path, monkeypatch):
+    encode = ConversationCollator(tiny_processor()).encode
+    rows = [{**llava_row(0), "image": str(images / "0.png")}, llava_row(1)]
+    (images / "inner").mkdir(exist_ok=True)
+    path = save(tmp_path, [rows[0]])
+    for rows_given in (path, rows[:1]):  # a folder that is named binds rows in memory as well
+        with pytest.raises(BadRow, match=r"row 0 \(id '0'\): .*only files in there"):
+            ConversationDataset(rows_given, images / "inner", encode=encode)[0]
+        assert ConversationDataset(rows_given, images / "inner", encode=encode, allow_outside_images=True)[0]
+    monkeypatch.chdir(images / "inner")  # where the images of a file are if no folder is named
+    with pytest.raises(BadRow, match="only files in there"):
+        ConversationDataset(path, encode=encode)[0]
+    (first,) = ConversationDataset(rows[:1], encode=encode)
+    expected = ConversationDataset(path, images, encode=encode)[0]
+    assert torch.equal(first["pixel_values"], expected["pixel_values"])
+    bound = ConversationCollator(tiny_processor(), image_root=images / "inner")
+    with pytest.raises(ValueError, match="only files in there"):
+        bound(rows[:1])
+
+
+def test_an_oriented_photo_is_the_same_through_every_door(tmp_path):
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 40, 3), dtype=np.uint8))
+    exif = photo.getexif()
+    exif[0x0112] = 6
+    path = tmp_path / "photo.jpg"
+    photo.save(path, exif=exif, quality=95)
+    content = path.read_bytes()
+    collator = ConversationCollator(tiny_processor())
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "messages": datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")}),
+        }
+    )
+    stored = datasets.Dataset.from_list([{"image": {"bytes": content, "path": None}, "messages": CHAT}], features)
+    doors = [[{"image": image, "messages": CHAT}] for image in (str(path), path.as_uri(), content, Image.open(path))]
+    doors.append("data:image/jpeg;base64," + base64.b64encode(content).decode())
+    doors[-1] = [{"image": doors[-1], "messages": CHAT}]
+    expected = tiny_processor().image_processor(ImageOps.exif_transpose(Image.open(path)), return_tensors="pt")
+    for rows in (*doors, stored):
+        seen = ConversationDataset(rows, encode=collator.encode)[0]["pixel_values"]
+        assert torch.equal(seen, expected["pixel_values"])
+
+
+def test_columns_that_a_row_does_not_use():
+    """Tables have every column in every row."""
+    for unused in ({"images": []}, {"images": None}):
+        assert shape(to_messages({**llava_row(0), **unused}))[0][:2] == ("user", 1)
+    for unused in ("", None, []):
+        assert shape(to_messages({"image": unused, "conversations": turns("Hi?", "Yes.")}))[0][:2] == ("user", 0)
+    rows = [{"source_dataset": source, "conversations": turns("Hi?", "Yes.")} for source in (["DOTA"], {"a": 1}, "", "x")]
+    assert ConversationDataset(rows).sources == {"['DOTA']": 1, "{'a': 1}": 1, "unknown": 1, "x": 1}
+
+
+def test_a_byte_order_mark_is_no_part_of_a_row(tmp_path):
+    rows = [{"conversations": turns("Hi?", "Yes.")}] * 2
+    for name, text in {"a.json": json.dumps(rows), "a.jsonl": "\r\n".join(map(json.dumps, rows))}.items():
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert len(ConversationDataset(tmp_path / name)) == 2
 
 
 def test_a_file_that_cannot_be_read_always_fails(tmp_path):

@@ -1,101 +1,23 @@
-"""TRL's trainer takes the same model, processor and collator."""
+"""TRL's trainers take the same model and processor, and its supervised one the same collator; offline, on the CPU."""
 
-import copy
+import functools
 import json
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from tiny_training import ANSWER, QUESTION, tiny_folder, tiny_processor, write_images
-from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
+from datasets import Dataset, Features, Image, List, Value
+from tiny_training import ANSWER, QUESTION, tiny_folder, write_images
+from transformers import AutoModelForImageTextToText
 
 
-pytest.importorskip("trl")
-from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+trl = pytest.importorskip("trl")
+from peft import LoraConfig
 
-from mfrsvlm.configuration_mfrsvlm import TRANSFORMERS
+from mfrsvlm import MFRSVLMForConditionalGeneration, MFRSVLMProcessor
 from mfrsvlm.training import ConversationCollator
+from mfrsvlm.training.finetune import DECODER_LINEARS
 from mfrsvlm.training.sft_example import main
-
-
-def conversations(count: int) -> list[dict]:
-    """Of two turns and one or two images, and answers of different length."""
-    return [
-        {
-            "messages": [
-                {"role": "user", "content": "<image>" * (1 + index % 2) + QUESTION},
-                {"role": "assistant", "content": f"{ANSWER} {index}" * (index + 1)},
-                {"role": "user", "content": "Why?"},
-                {"role": "assistant", "content": "It is wide and blue."},
-            ],
-            "images": [picture(index), picture(index + 9)][: 1 + index % 2],
-        }
-        for index in range(count)
-    ]
-
-
-def picture(seed: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 30, 3), dtype=np.uint8))
-
-
-def for_trl(rows: list[dict]) -> list[dict]:
-    """TRL puts the images of a row into its first turn by itself."""
-    copies = copy.deepcopy(rows)
-    for row in copies:
-        row["messages"][0]["content"] = row["messages"][0]["content"].replace("<image>", "")
-    return copies
-
-
-def test_trls_own_collator_gives_the_same_batch():
-    """With the loss on the answers, it is ours to the last id: `<s>` once, first, and no label on `<s>` or an image."""
-    processor = tiny_processor()
-    ours = ConversationCollator(processor)(conversations(3))
-    theirs = DataCollatorForVisionLanguageModeling(processor, assistant_only_loss=True)(for_trl(conversations(3)))
-    for name in ("input_ids", "attention_mask", "labels", "pixel_values"):
-        assert torch.equal(ours[name], theirs[name]), name
-    bos, image = processor.tokenizer.bos_token_id, processor.image_token_id
-    assert (ours["input_ids"] == bos).sum(1).tolist() == [1, 1, 1] and (ours["input_ids"][:, 0] == bos).all()
-    assert (ours["labels"] != -100).sum() > 0
-    assert not (ours["labels"] == image).any()
-
-
-OPTIONS = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "per_device_eval_batch_size": 3}
-
-
-def test_labels_that_are_a_copy_of_the_ids(tmp_path):
-    """The stock trainer's loss is the model's, although the labels of TRL's collator name placeholders."""
-    model = AutoModelForImageTextToText.from_pretrained(tiny_folder(tmp_path / "model"), trust_remote_code=True)
-    collator = DataCollatorForVisionLanguageModeling(tiny_processor())
-    batch = collator(for_trl(conversations(3)))
-    assert (batch["labels"] == model.config.image_token_id).any()
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(output_dir=str(tmp_path / "out"), remove_unused_columns=False, **OPTIONS),
-        data_collator=collator,
-        eval_dataset=for_trl(conversations(3)),
-    )
-    with torch.no_grad():
-        expected = model(**batch).loss.item()
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.skipif(TRANSFORMERS < (5, 18), reason="TRL refuses assistant_only_loss with images before transformers 5.18")
-def test_trls_trainer_with_its_own_collator(tmp_path):
-    """TRL puts its own computation of the loss into the model, so placeholders must have no labels: the answers have."""
-    folder = tiny_folder(tmp_path / "model")
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
-    trainer = SFTTrainer(
-        model=model,
-        args=SFTConfig(output_dir=str(tmp_path / "out"), max_length=None, max_steps=1, assistant_only_loss=True, **OPTIONS),
-        train_dataset=Dataset.from_list(for_trl(conversations(3))),
-        processing_class=tiny_processor(),
-    )
-    before = model.lm_head.weight.detach().clone()
-    assert trainer.train().metrics["train_loss"] > 0
-    assert not torch.equal(before, model.lm_head.weight)
+from mfrsvlm.training.trainer import PARTS, part_of
 
 
 def test_sft_example(tmp_path):
@@ -133,3 +55,85 @@ def rows_of(batch, trainer, rows, folder):
         (row,) = [row for row in rows if text.rstrip().endswith(row["messages"][1]["content"])]
         found.append({**row, "images": [str(folder / image) for image in row["images"]]})
     return found
+
+
+# TRL's own collators and objectives, of which each trains one step
+
+FOLDERS = {
+    "inline": {},
+    "prefix": {"image_placement": "prefix"},
+    "cross-attention": {"injection_type": "cross_attention"},
+    "backbone": {"vision": "resnet"},
+}
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return functools.cache(lambda name: tiny_folder(tmp_path_factory.mktemp("models") / name, **FOLDERS[name]))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("images"), 2)
+
+
+def table(images, *columns) -> Dataset:
+    """Two questions about an image each, with the answers that an objective asks for."""
+    turns = {
+        "prompt": [{"role": "user", "content": QUESTION}],
+        "completion": [{"role": "assistant", "content": ANSWER}],
+        "chosen": [{"role": "assistant", "content": ANSWER}],
+        "rejected": [{"role": "assistant", "content": "No."}],
+    }
+    rows = {column: [turns[column]] * 2 for column in columns}
+    features = {column: List({"role": Value("string"), "content": Value("string")}) for column in columns}
+    rows["images"] = [[str(images / f"{index}.png")] for index in range(2)]
+    return Dataset.from_dict(rows, Features({**features, "images": List(Image())}))
+
+
+def later_is_better(completions, **kwargs):
+    return [float(index) for index in range(len(completions))]
+
+
+def make_trainer(kind, folder, images, output, adapter):
+    sampled = {"num_generations": 2, "max_completion_length": 4, "beta": 0.1}
+    columns, options = {
+        "SFT": (("prompt", "completion"), {"max_length": None}),
+        "DPO": (("prompt", "chosen", "rejected"), {"max_length": None}),
+        "GRPO": (("prompt",), sampled),
+        "RLOO": (("prompt",), sampled),
+    }[kind]
+    common = {"use_cpu": True, "bf16": False, "max_steps": 1, "learning_rate": 1e-2, "save_strategy": "no"}
+    common |= {"per_device_train_batch_size": 2, "report_to": "none", "disable_tqdm": True, "logging_steps": 1}
+    # The reference model of full training is loaded from the folder, with the code in there.
+    common |= {"trust_remote_code": True, "gradient_checkpointing": False, "lr_scheduler_type": "constant"}
+    more = {"reward_funcs": later_is_better} if "num_generations" in options else {}
+    lora = LoraConfig(target_modules=DECODER_LINEARS, modules_to_save=["injectors.0", "injectors.1"], r=4)
+    return getattr(trl, f"{kind}Trainer")(
+        model=MFRSVLMForConditionalGeneration.from_pretrained(folder),
+        args=getattr(trl, f"{kind}Config")(output_dir=str(output), **options, **common),
+        train_dataset=table(images, *columns),
+        processing_class=MFRSVLMProcessor.from_pretrained(folder),
+        peft_config=lora if adapter else None,
+        **more,
+    )
+
+
+CASES = [(kind, "inline", adapter) for kind in ("SFT", "DPO", "GRPO", "RLOO") for adapter in (False, True)]
+CASES += [(kind, name, False) for name in ("prefix", "cross-attention", "backbone") for kind in ("SFT", "DPO", "GRPO")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "adapter"), CASES, ids=lambda value: {True: "lora", False: "whole"}.get(value, value)
+)
+def test_a_step_reaches_every_part(kind, name, adapter, model_folder, images, tmp_path):
+    """Through the injectors, so the windows were there, and were not lost on the way."""
+    trainer = make_trainer(kind, model_folder(name), images, tmp_path, adapter)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {part: False for part in PARTS}
+    for name, parameter in trainer.model.named_parameters():
+        assert parameter.isfinite().all()
+        moved[part_of(name)] |= not torch.equal(before[name], parameter)
+    trained = {"injectors", "decoder"} if adapter else set(PARTS)
+    assert {part for part, has_moved in moved.items() if has_moved} == trained

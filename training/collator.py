@@ -1,12 +1,13 @@
 """Conversations to batches: ids, labels on the answers only, pixels."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from .data import BadRow, to_messages
+from .data import BadRow, open_images, to_messages
 
 
 IGNORED = -100  # label of a position without loss
@@ -27,6 +28,7 @@ class ConversationCollator:
         max_length: longest sample in tokens, image tokens included. The rest of the text is cut off; image tokens
             never are. No limit if `None`.
         pad_to_multiple_of: pads batches to such a length.
+        image_root: folder that the images of rows must lie in, see `open_image`. `None` opens everything.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class ConversationCollator:
         prompt_version: str | None = None,
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
+        image_root: str | os.PathLike[str] | None = None,
     ) -> None:
         if template not in ("chat", "plain"):
             raise ValueError(f"template={template!r} must be 'chat' or 'plain'.")
@@ -46,12 +49,13 @@ class ConversationCollator:
         self.prompt_version = prompt_version
         self.max_length = max_length
         self.pad_to_multiple_of = pad_to_multiple_of
+        self.image_root = image_root
 
     def encode(self, messages: list[dict[str, Any]]) -> dict[str, Any]:
         """Encodes one conversation.
 
         Args:
-            messages: chat messages; images as parts with a `path` or an `image`, see `ConversationDataset`.
+            messages: chat messages; images as parts that `open_image` takes, or opened by `ConversationDataset`.
 
         Returns:
             `input_ids` and `labels`, lists of S numbers, and for N > 0 images `pixel_values` (N, L), one row an image.
@@ -61,6 +65,8 @@ class ConversationCollator:
                 fit the template.
             ValueError: an image cannot be read.
         """
+        messages = [dict(message) for message in messages]
+        open_images(messages, self.image_root)
         if self.template == "plain":
             ids, answer, outputs = self._encode_plain(messages)
         else:
@@ -93,7 +99,7 @@ class ConversationCollator:
         roles = [message["role"] for message in messages]
         if roles != ["user", "assistant"]:
             raise BadRow(f"template='plain' takes one caption, a question and its answer, but the turns are {roles}.")
-        images = [part.get("path", part.get("image")) for part in messages[0]["content"] if part["type"] == "image"]
+        images = [part["image"] for part in messages[0]["content"] if part["type"] == "image"]
         if not images:
             raise BadRow("template='plain' takes a caption of an image, but there is no image.")
         caption = "".join(part["text"] for part in messages[1]["content"])

@@ -9,7 +9,6 @@ or the same in the format of chat templates, with `messages`, each of a `role` a
 markers, or a list of parts). `image` or `images` is a path or a list of paths; in a `datasets` object also an image.
 """
 
-import io
 import json
 import logging
 import os
@@ -20,8 +19,9 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from PIL import Image
 from torch.utils.data import Dataset
+
+from ..image_sources_mfrsvlm import open_image
 
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def read_rows(path: str | os.PathLike[str]) -> tuple[list[Any], list[int] | None
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}. Convert it first.") from error
     lines = None
@@ -95,10 +95,9 @@ def to_messages(row: Any) -> list[dict[str, Any]]:
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
         raise BadRow(f"it has no conversation: `conversations` or `messages` must be a list of turns, got {turns!r}.")
 
-    images = row.get("images") if row.get("images") is not None else row.get("image")
-    if images is None:
-        images = []
-    elif not isinstance(images, (list, tuple)):
+    # Tables have every column in every row, so a row without images has an empty list or an empty path.
+    images = next((row[key] for key in ("images", "image") if row.get(key) not in (None, "", [])), [])
+    if not isinstance(images, (list, tuple)):
         images = [images]
     unused = list(images)
     messages = []
@@ -127,6 +126,16 @@ def to_messages(row: Any) -> list[dict[str, Any]]:
     if roles != ["user", "assistant"] * (len(roles) // 2) or not roles:
         raise BadRow(f"user and assistant must take turns and each question have an answer, but the turns are {roles}.")
     return messages
+
+
+def open_images(messages: list[dict[str, Any]], folder: str | os.PathLike[str] | None, allow_outside: bool = False) -> None:
+    """Puts an opened image into every image part of chat messages. Arguments and errors are those of `open_image`."""
+    for message in messages:
+        if not isinstance(message["content"], str):
+            message["content"] = [
+                {"type": "image", "image": open_image(part, folder, allow_outside)} if part["type"] == "image" else part
+                for part in message["content"]
+            ]
 
 
 def _split_content(content: Any, number: int) -> tuple[list[dict[str, Any]], str]:
@@ -161,7 +170,9 @@ class ConversationDataset(Dataset):
 
     Args:
         rows: path of a JSON or JSONL file, a `datasets.Dataset`, or another sequence of rows (see the module).
-        image_root: folder that relative image paths start from; the current one if `None`.
+        image_root: folder of the images; the current one if `None`. An image that a row names must be a local file in it.
+        allow_outside_images: whether rows may name addresses, and files outside of `image_root`. By default they may only
+            where the rows are no file and no `image_root` is given, since the caller has made them.
         on_bad_row: `"fail"` or `"skip"`.
         encode: what makes a sample of messages, usually `ConversationCollator.encode`. Without it, a sample is
             `{"messages": messages}`.
@@ -176,10 +187,15 @@ class ConversationDataset(Dataset):
         image_root: str | os.PathLike[str] | None = None,
         on_bad_row: str = "fail",
         encode: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+        allow_outside_images: bool | None = None,
     ) -> None:
         if on_bad_row not in ("fail", "skip"):
             raise ValueError(f"on_bad_row={on_bad_row!r} must be 'fail' or 'skip'.")
         self.name, self.lines = type(rows).__name__, None
+        from_file = isinstance(rows, (str, os.PathLike))
+        self.allow_outside_images = (
+            image_root is None and not from_file if allow_outside_images is None else allow_outside_images
+        )
         if isinstance(rows, (str, os.PathLike)):
             self.name = os.fspath(rows)
             rows, self.lines = read_rows(rows)
@@ -204,7 +220,7 @@ class ConversationDataset(Dataset):
             words = sum(len(part["text"].split()) for part in parts if part["type"] == "text")
             self.good.append(index)
             self._sizes.append((words, sum(part["type"] == "image" for part in parts)))
-            self.sources[row.get("source_dataset") or "unknown"] += 1
+            self.sources[str(row.get("source_dataset") or "unknown")] += 1
         if not self.good:
             raise BadRow(f"{self.name}: none of {len(self.rows)} rows can be used.")
 
@@ -231,21 +247,6 @@ class ConversationDataset(Dataset):
             self.bad[index] = True
             logger.warning(f"Skipped {self.where(index)}: {error}")
 
-    def _resolve(self, image: Any) -> dict[str, Any]:
-        """Content part of an image: its checked path, or the image itself."""
-        if isinstance(image, Image.Image):
-            return {"type": "image", "image": image}
-        if isinstance(image, Mapping) and image.get("bytes") is not None:
-            return {"type": "image", "image": Image.open(io.BytesIO(image["bytes"]))}
-        if isinstance(image, Mapping):
-            image = image.get("path")
-        if not isinstance(image, (str, os.PathLike)):
-            raise BadRow(f"an image must be a path, not {image!r}.")
-        path = self.image_root / image
-        if not path.is_file():
-            raise BadRow(f"there is no image {path} (image_root={str(self.image_root)!r}).")
-        return {"type": "image", "path": str(path)}
-
     def __len__(self) -> int:
         return len(self.good)
 
@@ -258,10 +259,7 @@ class ConversationDataset(Dataset):
                 continue
             try:
                 messages = to_messages(self.rows[index])
-                for message in messages:
-                    message["content"] = [
-                        self._resolve(part["image"]) if part["type"] == "image" else part for part in message["content"]
-                    ]
+                open_images(messages, self.image_root, self.allow_outside_images)
                 return {"messages": messages} if self.encode is None else self.encode(messages)
             except (ValueError, OSError, TemplateError) as error:  # an unreadable image, a text that does not fit
                 self._reject(index, error)

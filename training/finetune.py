@@ -67,7 +67,10 @@ class ModelArguments:
 class DataArguments:
     train_file: str | None = field(default=None, metadata={"help": "JSON or JSONL of conversations to train on."})
     eval_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
-    image_root: str | None = field(default=None, metadata={"help": "Folder that relative image paths start from."})
+    image_root: str | None = field(default=None, metadata={"help": "Folder of the images. Default: the current one."})
+    allow_outside_images: bool = field(
+        default=False, metadata={"help": "Open images at addresses and outside of image_root, too."}
+    )
     on_bad_row: str = field(
         default="fail", metadata={"help": "fail, or skip: left out, logged and counted.", "choices": ["fail", "skip"]}
     )
@@ -220,7 +223,9 @@ def finetune(options: ModelArguments, data: DataArguments, args: MFRSVLMTraining
     datasets: dict[str, ConversationDataset] = {}
     for name, path in {"train": data.train_file, "eval": data.eval_file}.items():
         if path is not None:
-            datasets[name] = ConversationDataset(path, data.image_root, data.on_bad_row, collator.encode)
+            datasets[name] = ConversationDataset(
+                path, data.image_root, data.on_bad_row, collator.encode, data.allow_outside_images
+            )
             logger.info(f"{path}: {len(datasets[name])} conversations {dict(datasets[name].sources)}")
 
     trainer = MFRSVLMTrainer(

@@ -13,6 +13,7 @@ from .sample import Benchmark, BenchmarkError, Sample
 
 
 ALL = "all"
+MAC_ARCHIVE = "__MACOSX"
 IMAGES = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp")
 
 
@@ -59,8 +60,9 @@ def load_class_folders(layout: ClassFolders, name: str, root: Path, split: str, 
         )
     samples: list[Sample] = []
     folder_of: dict[str, Path] = {}
-    for folder in sorted(path for path in base.iterdir() if path.is_dir()):
-        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)
+    for folder in sorted(path for path in base.iterdir() if path.is_dir() and path.name != MAC_ARCHIVE):
+        # "._x.jpg" is no image, but what a Mac writes beside one on other disks.
+        files = sorted(f for f in folder.iterdir() if f.suffix.lower() in IMAGES and not f.name.startswith("."))
         if not files:
             continue
         label = class_name(folder.name, layout)

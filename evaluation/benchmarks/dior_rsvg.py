@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
-from .reading import SHOWN, find, read_text, take_box
+from .reading import SHOWN, find, inside, read_text, take_box
 from .sample import Benchmark, BenchmarkError, Sample
 
 
@@ -22,7 +22,7 @@ def load_dior_rsvg(name: str, root: Path, split: str, check_counts: bool) -> Ben
             with a line that is no number of an object, or that is there twice.
     """
     folder = find(root, ("JPEGImages",), "folder of images").name
-    paths = sorted(find(root, ("Annotations",), "folder of annotations").glob("*.xml"))
+    paths = sorted(find(root, ("Annotations",), "folder of annotations").glob("[!.]*.xml"))
     objects = [sample for path in paths for sample in _objects(path, folder)]
     if check_counts and len(objects) != OBJECTS:
         raise BenchmarkError(
@@ -55,7 +55,13 @@ def _objects(path: Path, folder: str) -> list[Sample]:
             raise BenchmarkError(f"{path}: <{element.tag}> has no <{tag}>, or it is blank.")
         return found
 
-    size = take_box([text(annotation, f"size/{side}") for side in ("width", "height")], (2,), path, "size")
+    width, height = take_box([text(annotation, f"size/{side}") for side in ("width", "height")], (2,), path, "size")
+    size = int(width), int(height)
+
+    def box(item: ElementTree.Element, number: int) -> tuple[float, ...]:
+        where = f"object {number}"
+        return inside(take_box([text(item, f"bndbox/{side}") for side in SIDES], (4,), path, where), size, path, where)
+
     return [
         Sample(
             id=f"{path.stem}-{number}",
@@ -64,8 +70,8 @@ def _objects(path: Path, folder: str) -> list[Sample]:
             question=text(item, "description"),
             references=(),
             group=text(item, "name"),
-            boxes=(take_box([text(item, f"bndbox/{side}") for side in SIDES], (4,), path, f"object {number}"),),
-            image_size=(int(size[0]), int(size[1])),
+            boxes=(box(item, number),),
+            image_size=size,
         )
         for number, item in enumerate(annotation.findall("object"))
     ]

@@ -5,8 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from ...image_sources_mfrsvlm import image_size, open_image
 from .sample import BenchmarkError
 
 
@@ -99,9 +98,22 @@ def require_images(root: Path, names: Iterable[str]) -> None:
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """(width, height) of an image in pixels, from its header."""
+    """(width, height) of an image in pixels, upright as its EXIF data say."""
     try:
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BenchmarkError(f"Image {path} cannot be read: {error}. Unpack it again.") from error
+        height, width = image_size(open_image(path))
+    except ValueError as error:
+        raise BenchmarkError(f"Image {path} cannot be read: {error} Unpack it again.") from error
+    return width, height
+
+
+def inside(box: tuple[float, ...], size: tuple[int, int], path: Path, number: int | str) -> tuple[float, ...]:
+    """A box (x1, y1, x2, y2) cut to its image (width, height). One that is more than a pixel beyond is refused.
+
+    Pixels counted from one reach that far; farther, the box is written in other units, or belongs to another image.
+    """
+    limits = size * 2
+    if not all(-1 <= value <= limit + 1 for value, limit in zip(box, limits, strict=True)):
+        raise BenchmarkError(
+            f"{path}, row {number}: box {list(box)} reaches out of its image, {size[0]} pixels wide and {size[1]} high."
+        )
+    return tuple(min(max(value, 0.0), float(limit)) for value, limit in zip(box, limits, strict=True))

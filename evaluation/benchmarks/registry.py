@@ -45,6 +45,7 @@ def load_benchmark(
     split: str | None = None,
     check_counts: bool = True,
     check_images: bool = True,
+    allow_outside_images: bool = False,
     **options: Any,
 ) -> Benchmark:
     """Loads one split of a benchmark from disk, and checks that it is whole.
@@ -55,6 +56,7 @@ def load_benchmark(
         split: the official test split by default.
         check_counts: `False` for a deliberate subset.
         check_images: `False` if missing images are no error yet.
+        allow_outside_images: whether images may lie outside of `root`, also by a link.
         options: of the loader; `count` of `scenes`.
 
     Raises:
@@ -78,6 +80,7 @@ def load_benchmark(
         raise BenchmarkError(f"{name}: {root} is no folder. Download the benchmark from {info.source}.")
 
     benchmark = info.loader(name, None if root is None else Path(root), split, check_counts, **options)
+    benchmark.allow_outside_images = allow_outside_images
     found, expected = len(benchmark.samples), info.splits.get(split)
     if not found:
         raise BenchmarkError(f"{name}: split {split!r} under {root} holds no samples.")

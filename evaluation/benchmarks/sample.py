@@ -6,11 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-
-# Modes of 8-bit images whose conversion to RGB loses nothing that is seen.
-EIGHT_BIT = ("L", "LA", "P", "RGB", "RGBA")
-
-_BITS_PER_SAMPLE, _SAMPLES_PER_PIXEL = 258, 277  # tags of TIFF
+from ...image_sources_mfrsvlm import EIGHT_BIT_MODES, open_image
 
 
 class BenchmarkError(ValueError):
@@ -56,6 +52,7 @@ class Benchmark:
         complete_prompts: whether the questions say all that a model needs to know about the form of the answer.
         class_names: all classes that may be the answer, readable; empty where there are none.
         open_image: gives an image by its name where images are no files.
+        allow_outside_images: whether images may be addresses, or lie outside of `root` (also by a link).
     """
 
     name: str
@@ -65,38 +62,27 @@ class Benchmark:
     class_names: list[str] = field(default_factory=list)
     open_image: Callable[[str], Image.Image] | None = None
     complete_prompts: bool = False
+    allow_outside_images: bool = False
 
     def read_image(self, name: str) -> Image.Image:
-        """An image of a sample as RGB, upright as stored.
+        """An image of a sample as RGB, upright as its EXIF data say.
 
         Raises:
-            BenchmarkError: there is no such image, it is broken, or it is not 8-bit grey or RGB: how to stretch other
-                images is not for a loader to guess. Names the file and a sample that shows it.
+            BenchmarkError: there is no such image, it lies outside of `root`, it is broken, or it is not 8-bit grey or RGB:
+                how to stretch other images is not for a loader to guess. Names the file and a sample that shows it.
         """
         if self.root is None:
             return self.open_image(name)
         try:
-            with Image.open(self.root / name) as image:
-                found = _not_eight_bit(image)
-                if not found:
-                    return image.convert("RGB")
+            image = open_image(name, self.root, self.allow_outside_images)
+            if image.mode in EIGHT_BIT_MODES:
+                return image.convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise BenchmarkError(
-                f"{self._where(name)} cannot be read: {error}. It is missing, broken, or no 8-bit grey or RGB image."
-            ) from error
-        raise BenchmarkError(f"{self._where(name)} is {found}; convert it to 8-bit RGB first, and say in the report how.")
+            raise BenchmarkError(f"{self._where(name)} cannot be read: {error}") from error
+        raise BenchmarkError(
+            f"{self._where(name)} has mode {image.mode}; convert it to 8-bit RGB first, and say in the report how."
+        )
 
     def _where(self, name: str) -> str:
         sample = next((sample.id for sample in self.samples if name in sample.images), None)
         return f"Image {self.root / name} of sample {sample!r} of {self.name}"
-
-
-def _not_eight_bit(image: Image.Image) -> str:
-    """What an image is if it is not 8-bit grey or RGB, else ""."""
-    if image.mode not in EIGHT_BIT:
-        return f"of mode {image.mode}"
-    if image.format == "TIFF":  # Pillow would take the high byte of 16 bits, and the first three of many bands
-        bits, bands = image.tag_v2.get(_BITS_PER_SAMPLE, (8,)), image.tag_v2.get(_SAMPLES_PER_PIXEL, 1)
-        if max(bits) > 8 or bands > 4:
-            return f"a TIFF of {bands} bands of {max(bits)} bits"
-    return ""

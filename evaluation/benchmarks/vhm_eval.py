@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .reading import find, read_json, read_size, require_images, take, take_box, take_text
+from .reading import find, inside, read_json, read_size, require_images, take, take_box, take_text
 from .sample import Benchmark, BenchmarkError, Sample
 
 
@@ -84,7 +84,11 @@ def load_vhm_eval(name: str, root: Path, split: str, check_counts: bool) -> Benc
         )
     if task == "grounding":
         require_images(root, (sample.images[0] for sample in samples))
-        samples = [replace(sample, image_size=read_size(root / sample.images[0])) for sample in samples]
+        sizes = [read_size(root / sample.images[0]) for sample in samples]
+        samples = [
+            replace(sample, boxes=(inside(sample.boxes[0], size, path, sample.id),), image_size=size)
+            for sample, size in zip(samples, sizes, strict=True)
+        ]
     class_names = sorted({sample.references[0] for sample in samples}) if task == "classification" else []
     return Benchmark(name, split, root, samples, class_names, complete_prompts=True)
 
