@@ -1,11 +1,15 @@
-# Sets itself up: needs Python >= 3.11, pip and make. Everything lands in .venv (and .venv-oldest).
+# Sets itself up: needs Python >= 3.11, pip and make. Everything lands in .venv (and .venv-oldest, .venv-newest).
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
-OLDEST_TRANSFORMERS := 5.20.0
+OLDEST_TRANSFORMERS := 5.16.1
+NEWEST := .venv-newest
 ARGS ?=
+# What depends on the version of transformers.
+CORE := $(addprefix tests/test_,$(addsuffix .py,configuration modeling numbers families processing hub convert_checkpoint \
+	parity training))
 
-.PHONY: demo test test-slow test-oldest lint parity clean
+.PHONY: demo test test-slow test-oldest test-newest lint parity clean
 
 # A stamp newer than what it was made from: set-up runs once, and again when the project's needs change.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -16,10 +20,18 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 $(OLDEST)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLDEST)
-	grep -v '^transformers==' constraints.txt > $(OLDEST)/constraints.txt
+	grep -Ev '^(transformers|huggingface_hub)==' constraints.txt > $(OLDEST)/constraints.txt
 	echo 'transformers==$(OLDEST_TRANSFORMERS)' >> $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt torch
 	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt -e '.[dev]'
+	touch $@
+
+# Whatever pip gives today, but for torch: a plain one takes gigabytes of CUDA.
+$(NEWEST)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(NEWEST)/bin/pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[dev]' \
+		"$$($(NEWEST)/bin/pip freeze | grep '^torch==')"
 	touch $@
 
 # The main job: an image and a question in, an answer out. make demo ARGS="scene.tif --question 'What is this?'"
@@ -32,10 +44,12 @@ test: $(VENV)/.ready
 test-slow: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -m slow $(ARGS)
 
-# A quicker pass with the oldest transformers that pyproject.toml claims.
+# The tests of the core, with the oldest transformers that pyproject.toml claims and with the newest that pip gives.
 test-oldest: $(OLDEST)/.ready
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest tests/test_modeling.py tests/test_configuration.py \
-		tests/test_processing.py tests/test_hub.py tests/test_parity.py -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(CORE) -n 2 $(ARGS)
+
+test-newest: $(NEWEST)/.ready
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(CORE) -n 2 $(ARGS)
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
@@ -43,7 +57,7 @@ lint: $(VENV)/.ready
 	mkdir -p $(VENV)/types && ln -sfn "$(CURDIR)" $(VENV)/types/mfrsvlm  # mypy wants a folder of the package's name
 	cd $(VENV)/types && ../bin/mypy --config-file mfrsvlm/pyproject.toml --cache-dir mfrsvlm/.mypy_cache \
 		mfrsvlm/configuration_mfrsvlm.py mfrsvlm/image_sources_mfrsvlm.py mfrsvlm/image_processing_mfrsvlm.py \
-		mfrsvlm/processing_mfrsvlm.py mfrsvlm/modeling_mfrsvlm.py mfrsvlm/released_layout.py \
+		mfrsvlm/processing_mfrsvlm.py mfrsvlm/injection_mfrsvlm.py mfrsvlm/modeling_mfrsvlm.py mfrsvlm/released_layout.py \
 		mfrsvlm/convert_checkpoint.py
 
 # The table of the README: largest error of every stage against the published implementation.
@@ -54,4 +68,4 @@ parity: $(VENV)/.ready
 	$(VENV)/bin/python tests/measure_parity.py tests/reference $(VENV)/parity
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -233,8 +233,13 @@ def test_a_copy_injects_through_its_own_injectors(copied):
         assert (twin(**inputs).logits - before).abs().max() > 1e-3
 
 
+INJECTIONS = ["stack", "token", "cross_attention"]
+
+
 @pytest.mark.slow
-def test_fullgraph_compilation_of_a_batch(model):
+@pytest.mark.parametrize("name", INJECTIONS)
+def test_fullgraph_compilation_of_a_batch(name):
+    model = tiny_model(**CHOICES[name])
     inputs = {**tiny_inputs(model.config, [1, 2]), "use_cache": False}
     with torch.no_grad():
         expected = model(**inputs).logits  # first: transformers installs its output hooks at the first call, behind a lock
@@ -243,7 +248,9 @@ def test_fullgraph_compilation_of_a_batch(model):
 
 
 @pytest.mark.slow
-def test_export_of_a_batch(model):
+@pytest.mark.parametrize("name", INJECTIONS)
+def test_export_of_a_batch(name):
+    model = tiny_model(**CHOICES[name])
     inputs = tiny_inputs(model.config, [1, 2])
     with torch.no_grad():
         program = torch.export.export(model, (), {**inputs, "use_cache": False}, strict=False)
