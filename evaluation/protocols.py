@@ -18,7 +18,7 @@ from .metrics import load_metric
 from .metrics.coco_java import java_command
 
 
-Box = tuple[float, ...]  # x1, y1, x2, y2, or four corners, in pixels of the image as it is stored
+Box = tuple[float, ...]  # x1, y1, x2, y2, or four corners, in pixels of the upright image
 NUMBER = r"\s*(-?\d{1,6}(?:\.\d{1,6})?)\s*"
 # {<x1><y1><x2><y2>} and, for oriented boxes, {<x1><y1><x2><y2>|<degrees>}
 ANGLED_BOX = re.compile(rf"\{{{4 * f'<{NUMBER}>'}(?:\|\s*<{NUMBER}>\s*)?\}}")

@@ -17,16 +17,17 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 from tiny_training import tiny_folder, write_data
+from transformers import Trainer
 
 from mfrsvlm import MFRSVLMForConditionalGeneration, MFRSVLMProcessor
+from mfrsvlm.training import ConversationCollator, ConversationDataset, MFRSVLMTrainingArguments
 from mfrsvlm.training import finetune as module
 from mfrsvlm.training.finetune import ConfigParser, main
 from mfrsvlm.training.trainer import PARTS, MFRSVLMTrainer, freeze_parts, part_of
 
 
 CONFIGS = Path(module.__file__).parent / "configs"
-MODULES = ("configuration", "image_processing", "image_sources", "modeling", "processing")
-CODE = {f"{name}_mfrsvlm.py" for name in MODULES}
+CODE = {path.name for path in Path(module.__file__).parents[1].glob("*_mfrsvlm.py")}
 # A machine without the package: an import of it fails.
 CLEAN = """
 import sys
@@ -229,6 +230,45 @@ def test_stage_of_captions(start, tmp_path):
     assert all(line.strip().startswith("Yes, a wide river") for line in text)
     with pytest.raises(ValueError, match="takes a caption of an image"):
         main([str(write_config(start, tmp_path, template="plain", output_dir=str(tmp_path / "other")))])
+
+
+@pytest.mark.parametrize("labels", ["answers only", "a copy of the ids"])
+@pytest.mark.parametrize("trainer_class", [Trainer, MFRSVLMTrainer])
+def test_the_trainers_loss_is_the_models(start, tmp_path, labels, trainer_class):
+    """The trainer counts the labels before the model masks the placeholders in them, where stock collators copy the ids."""
+    processor = MFRSVLMProcessor.from_pretrained(start[0])
+    own = ConversationCollator(processor)
+
+    def collate(samples):
+        batch = own(samples)
+        assert not (batch["labels"] == processor.image_token_id).any()
+        if labels == "a copy of the ids":
+            batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        return batch
+
+    dataset = ConversationDataset(start[1] / "train.json", start[1], encode=own.encode)
+    model = MFRSVLMForConditionalGeneration.from_pretrained(start[0])
+    options = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "remove_unused_columns": False}
+    args = MFRSVLMTrainingArguments(
+        str(tmp_path), per_device_eval_batch_size=len(dataset), per_device_train_batch_size=6, logging_steps=1,
+        max_steps=1, learning_rate=0.0, gradient_accumulation_steps=2, save_strategy="no", **options,
+    )  # fmt: skip
+    trainer = trainer_class(model, args, data_collator=collate, train_dataset=dataset, eval_dataset=dataset)
+    batch = collate(list(dataset))
+    with torch.no_grad():
+        outputs = model.eval()(**batch)
+    words = batch["labels"][:, 1:].masked_fill(batch["labels"][:, 1:] == processor.image_token_id, -100)
+    expected = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), words.flatten()).item()
+    assert outputs.loss.item() == pytest.approx(expected, abs=1e-5)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-5)
+    # The model, told how many labels there are, makes the same of it.
+    items = int((batch["labels"][:, 1:] != -100).sum())
+    with torch.no_grad():
+        assert model(**batch, num_items_in_batch=torch.tensor(items)).loss.item() == pytest.approx(expected, abs=1e-5)
+    if labels == "answers only":  # one step of two halves, each of which has its share of the step's labels
+        trainer.train()
+        (logged,) = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert logged == pytest.approx(expected, abs=1e-4)
 
 
 # Adapters

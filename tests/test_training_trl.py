@@ -10,7 +10,8 @@ from tiny_training import ANSWER, QUESTION, tiny_folder, write_images
 from transformers import AutoModelForImageTextToText
 
 
-trl = pytest.importorskip("trl")
+pytest.importorskip("trl")
+import trl
 from peft import LoraConfig
 
 from mfrsvlm import MFRSVLMForConditionalGeneration, MFRSVLMProcessor
@@ -131,7 +132,7 @@ def test_a_step_reaches_every_part(kind, name, adapter, model_folder, images, tm
     trainer = make_trainer(kind, model_folder(name), images, tmp_path, adapter)
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
     trainer.train()
-    moved = {part: False for part in PARTS}
+    moved = dict.fromkeys(PARTS, False)
     for name, parameter in trainer.model.named_parameters():
         assert parameter.isfinite().all()
         moved[part_of(name)] |= not torch.equal(before[name], parameter)

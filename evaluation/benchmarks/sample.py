@@ -25,8 +25,8 @@ class Sample:
         references: the class; the answers; the captions; the number in digits; () for grounding.
         group: the type of the question, or the class; figures are split by it.
         template: the question without its nouns, where questions were made from templates: chance is taken for each.
-        boxes: grounding only: [x1, y1, x2, y2], or the four corners of an oriented box in order, in pixels of the image as
-            stored. As published: a few boxes of published benchmarks have no area.
+        boxes: grounding only: [x1, y1, x2, y2], or the four corners of an oriented box in order, in pixels of the image,
+            turned as its EXIF data say. As published: a few boxes of published benchmarks have no area.
         choices: options of a multiple-choice question, in order, without their letters.
         image_size: (width, height) in pixels; grounding only.
     """
