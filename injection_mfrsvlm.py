@@ -78,7 +78,7 @@ class DetailMemory(NamedTuple):
     """What cross-attention knows of the images of this call and of earlier ones."""
 
     cache: Any  # keys, values and places of the detail tokens, a layer an injector and one more; None without a cache
-    slots: torch.Tensor | None  # (N,), sample * images a sample + place in the sample, of the new images
+    slots: Any  # (N,), sample * images a sample + place in the sample, of the new images
     images_per_sample: int  # slots that every sample has for its new images
     visible: torch.Tensor | None  # (B, S, I) bool, which of the I images of its sample a position sees; None: no image
 
@@ -334,12 +334,12 @@ class MFRSVLMCrossAttentionInjector(GradientCheckpointingLayer):
         if memory is None or memory.visible is None:
             return hidden_states
         batch_size, length, _ = hidden_states.shape
-        images = memory.images_per_sample
+        images, slots = memory.images_per_sample, memory.slots
 
         def by_sample(states: torch.Tensor) -> torch.Tensor:
             _, heads, tokens, size = states.shape
             rows = batch_size // repeats
-            states = states.new_zeros(rows * images, heads, tokens, size).index_copy(0, memory.slots, states)
+            states = states.new_zeros(rows * images, heads, tokens, size).index_copy(0, slots, states)
             # (B / r * images, heads, K * T, size) -> (B, heads, images * K * T, size)
             states = states.view(rows, images, heads, tokens, size).transpose(1, 2).flatten(2, 3)
             return states if repeats == 1 else states.repeat_interleave(repeats, dim=0)

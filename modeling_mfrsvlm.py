@@ -295,7 +295,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             ValueError: the decoder has no list of layers, or would not hand its keyword arguments down to them.
         """
         decoder = self.language_model
-        layers = getattr(decoder, "layers", None)
+        layers: Any = getattr(decoder, "layers", None)
         lacking = None
         if not isinstance(layers, nn.ModuleList):
             lacking = "a list of `layers`"
@@ -559,8 +559,9 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             tokens = self.config.image_seq_length
             # Pieces of images (chunked prefill) count as one image: they come only where no border matters.
             num_images, tokens = (len(visual) // tokens, tokens) if len(visual) % tokens == 0 else (1, len(visual))
-            packed = position_ids is not None and attention_mask is None and cache is None
-            sequence = find_packed_sequence_indices(position_ids.expand(len(mask), -1)) if packed else None
+            sequence = None
+            if position_ids is not None and attention_mask is None and cache is None:
+                sequence = find_packed_sequence_indices(position_ids.expand(len(mask), -1))
             layout = visual_layout(mask, num_images, tokens, image_repeats, sequence)
             inputs_embeds = torch.where(mask[..., None], visual[layout.token], inputs_embeds)
             if features.deepstack_features is not None:
@@ -575,7 +576,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
         if self.config.has_details and self.config.injection_type == "cross_attention":
             cache = None if cache is None else with_detail_cache(cache)
             injection = cross_attention_injection(details, layout, inputs_embeds, cache, rank=len(self.injectors))
-        elif details is not None:
+        elif details is not None and layout is not None:
             injection = gated_injection(details, layout, self.config.routing)
         decoder_cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         outputs = self.language_model(
@@ -780,7 +781,7 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
         input_ids = inputs if inputs is not None else kwargs.get("input_ids")
         if chunk_size and input_ids is not None:
             self._check_chunks(input_ids == self.config.image_token_id, chunk_size)
-        cache = kwargs.get("cache") if kwargs.get("cache") is not None else kwargs.get("past_key_values")
+        cache: Any = kwargs.get("cache") if kwargs.get("cache") is not None else kwargs.get("past_key_values")
         if input_ids is not None and kwargs.get("pixel_values") is not None and not is_empty(cache):
             kwargs["pixel_values"] = self._new_images(kwargs["pixel_values"], input_ids, int(cache.get_seq_length()))
         return super().generate(inputs, generation_config, *args, **kwargs)
