@@ -318,6 +318,8 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
     def train(self, mode: bool = True) -> "MFRSVLMModel":
         """As usual, but batch normalisation stays in evaluation mode: windows of a few images are no statistic."""
         super().train(mode)
+        if mode:
+            self._freeze_unread_parameters()  # again: loading gives every parameter a gradient
         for module in self.vision_tower.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()

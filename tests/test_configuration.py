@@ -8,7 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, ResNetConfig
 
 from mfrsvlm import MFRSVLMConfig
-from mfrsvlm.configuration_mfrsvlm import WindowScale, window_table
+from mfrsvlm.configuration_mfrsvlm import WindowScale, packed_lengths, window_table
 
 
 def backbone_config(**overrides) -> MFRSVLMConfig:
@@ -27,15 +27,15 @@ def test_defaults_are_the_published_sizes():
     assert config.window_sizes == [336, 168]
     assert config.detail_feature_layers == [8, 16, 24]
     assert config.injection_layers == [3, 7, 11, 15]
-    assert config.image_token_id == config.text_config.vocab_size
+    assert config.image_token_id == config.text_config.vocab_size - 1
     assert (config.tokens_per_side, config.image_seq_length) == (24, 576)
     assert config.num_detail_stacks == 24
     assert [window.num_windows for window in config.windows] == [9, 49]
 
 
-def test_windows_of_an_image_fit_in_32_megabytes():
-    values = sum(window.num_values for window in MFRSVLMConfig().windows)
-    assert values == 9 * 3 * 336**2 + 49 * 3 * 168**2
+def test_a_row_of_an_image_fits_in_32_megabytes():
+    values = sum(MFRSVLMConfig().packed_lengths)
+    assert values == 3 * 336**2 + 9 * 3 * 336**2 + 49 * 3 * 168**2
     assert values * 4 <= 32e6
 
 
@@ -73,7 +73,8 @@ def test_window_table(image_size, patch_size, scale, size, overlap, stride, per_
     (window,) = window_table(image_size, patch_size, scale, [size], overlap)
     assert window == WindowScale(size, stride, size // patch_size, stride // patch_size, per_side)
     assert window.num_windows == per_side**2
-    assert window.num_values == per_side**2 * 3 * size**2
+    for channels in (3, 4):
+        assert packed_lengths(7, [window], channels) == [channels * 49, per_side**2 * channels * size**2]
     # The windows lie in row-major order, the first and the last one in the corners of the canvas.
     assert len(window.offsets) == per_side**2
     assert window.offsets == sorted(window.offsets)
@@ -120,7 +121,7 @@ def test_window_table_refuses(arguments, values):
 
 # Overrides of the default config that must fail, and what the message must hold: both sides of the conflict.
 WRONG = {
-    "image_size": ({"image_size": 224}, ["image_size=224", "336"]),
+    "image_size": ({"image_size": 300}, ["image_size=300", "14"]),
     "patch_size": ({"patch_size": 16}, ["16", "14"]),
     "negative_patch_size": ({"patch_size": -14}, ["-14", "=14"]),
     "vision_feature_size": ({"vision_feature_size": 512}, ["512", "1024"]),
@@ -164,6 +165,7 @@ WRONG = {
     "cross_attention_no_size": ({"cross_attention_size": 0}, ["cross_attention_size=0"]),
     "cross_attention_heads": ({"cross_attention_heads": 0}, ["cross_attention_heads=0"]),
     "image_token_id": ({"image_token_id": -200}, ["-200"]),
+    "image_token_id_beyond": ({"image_token_id": 32000}, ["32000", "vocab_size=32000"]),
 }
 
 
@@ -236,12 +238,12 @@ def test_sub_configs_may_be_dicts_or_objects():
     assert objects.to_dict() == dicts.to_dict()
     # What the encoder and the decoder know already need not be said again.
     assert (objects.image_size, objects.patch_size, objects.vision_feature_size) == (28, 7, 24)
-    assert objects.image_token_id == 99
+    assert objects.image_token_id == 98
 
 
 def test_a_backbone_returns_the_stages_that_are_read():
     config = backbone_config()
-    assert not config.has_vit
+    assert config.is_hierarchical
     assert config.num_vision_layers == 4
     assert config.vision_config.out_indices == [2, 3, 4]
     assert (config.image_size, config.patch_size, config.vision_feature_size) == (336, 14, 1024)

@@ -92,7 +92,7 @@ def test_disk_offload_runs_and_agrees(kind, tmp_path):
     model.save_pretrained(tmp_path / "model")
     device_map = {"model.vision_tower": "cpu", "model.multi_modal_projector": "disk", "lm_head": "cpu"}
     device_map.update({f"model.language_model.{name}": "disk" for name in ("embed_tokens", "norm", "injectors")})
-    device_map.update({"model.language_model.rotary_emb": "cpu"})
+    device_map.update({"model.language_model.rotary_emb": "cpu", "model.injectors": "cpu"})
     device_map.update({f"model.language_model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(4)})
     offloaded = MFRSVLMForConditionalGeneration.from_pretrained(
         tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
@@ -109,7 +109,7 @@ def test_decoder_compiles_without_graph_breaks(kind):
     model = tiny_model(**KINDS[kind])
     inputs = tiny_inputs(model.config, [1, 2])
     with torch.no_grad():
-        features = model.get_image_features(inputs["pixel_values"], inputs["pixel_values_local"])
+        features = model.get_image_features(inputs["pixel_values"])
         text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         # The eager backend traces everything and compiles nothing, so no compiler is needed.
         compiled = torch.compile(model, fullgraph=True, backend="eager")
