@@ -64,9 +64,6 @@ from .injection_mfrsvlm import (
 
 logger = logging.get_logger(__name__)
 
-# Key position of detail tokens that no query may see. Any real position is smaller.
-NEVER_VISIBLE = torch.iinfo(torch.int64).max
-
 
 @dataclass
 class MFRSVLMImageFeatures(BaseModelOutputWithPooling):
@@ -471,13 +468,15 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
 
     def _check_positions(self, position_ids: torch.Tensor | None, length: int, cache: Cache | None) -> None:
         """Refuses positions that the decoder does not have. Reads them on the CPU only, elsewhere it would wait."""
-        if position_ids is None:
-            last: Any = length - 1 + (0 if cache is None else cache.get_seq_length())
-        else:
-            last = position_ids.max()
         limit = getattr(self.config.text_config, "max_position_embeddings", None)
-        if limit is None or torch.compiler.is_compiling() or (isinstance(last, torch.Tensor) and last.device.type != "cpu"):
+        if limit is None or torch.compiler.is_compiling():
             return
+        known: Any = position_ids  # asked for its device before anything is computed on it
+        if known is None:
+            known = length - 1 + (0 if cache is None else cache.get_seq_length())
+        if isinstance(known, torch.Tensor) and known.device.type != "cpu":
+            return
+        last = known if isinstance(known, int) else known.max()
         if last >= limit:
             raise ValueError(
                 f"The prompt reaches position {int(last)}, visual tokens included, but the decoder has {limit} "
@@ -572,10 +571,12 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
                 details = details.view(len(features.deepstack_features), num_images, tokens, -1)
                 details = details.to(inputs_embeds.device, inputs_embeds.dtype)
 
-        if cache is None and kwargs.get("use_cache", self.config.text_config.use_cache) and not self.training:
-            cache = DynamicCache(config=self.config.text_config)
         injection = None
         if self.config.has_details and self.config.injection_type == "cross_attention":
+            use_cache = kwargs.get("use_cache")
+            use_cache = self.config.text_config.use_cache if use_cache is None else use_cache
+            if cache is None and use_cache and not self.training:
+                cache = DynamicCache(config=self.config.text_config)
             cache = None if cache is None else with_detail_cache(cache)
             injection = cross_attention_injection(details, layout, inputs_embeds, cache, rank=len(self.injectors))
         elif details is not None and layout is not None:
@@ -594,7 +595,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=visual,
-            **{CACHE: cache if isinstance(cache, EncoderDecoderCache) else outputs[CACHE] if CACHE in outputs else None},
+            **{CACHE: cache if isinstance(cache, EncoderDecoderCache) else outputs.get(CACHE)},
         )
 
 
@@ -695,7 +696,7 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
-            **{CACHE: outputs[CACHE] if CACHE in outputs else None},
+            **{CACHE: outputs.get(CACHE)},
         )
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any) -> tuple[torch.Tensor, dict[str, Any]]:

@@ -20,6 +20,7 @@ import transformers
 from huggingface_hub import metadata_load
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny_models import STAGE_SIZES, VIT_SIZES
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -842,16 +843,7 @@ TEXT_SIZES = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-VISION_SIZES = {
-    "hidden_size": 24,
-    "intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 7,
-}
 BACKBONE = {"image_size": 28, "patch_size": 7, "vision_feature_size": 24}
-STAGES = {"hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 1, 1]}
 # Other families: classes of the checkpoint and of its config, and what differs from the sizes above.
 DECODERS = {
     "mistral": ("MistralForCausalLM", "MistralConfig", {}),
@@ -863,14 +855,14 @@ DECODERS = {
     "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", {}),
 }
 TOWERS = {
-    "siglip": ("SiglipVisionModel", "SiglipVisionConfig", VISION_SIZES),
-    "siglip, no whole patches": ("SiglipVisionModel", "SiglipVisionConfig", {**VISION_SIZES, "image_size": 30}),
-    "siglip2": ("Siglip2VisionModel", "Siglip2VisionConfig", {**VISION_SIZES, "num_patches": 16}),
-    "dinov2": ("Dinov2Model", "Dinov2Config", VISION_SIZES),
-    "dinov3": ("DINOv3ViTModel", "DINOv3ViTConfig", {**VISION_SIZES, "num_register_tokens": 2}),
-    "vit": ("ViTForImageClassification", "ViTConfig", VISION_SIZES),
-    "convnext": ("ConvNextForImageClassification", "ConvNextConfig", STAGES),
-    "convnextv2": ("ConvNextV2ForImageClassification", "ConvNextV2Config", STAGES),
+    "siglip": ("SiglipVisionModel", "SiglipVisionConfig", VIT_SIZES),
+    "siglip, no whole patches": ("SiglipVisionModel", "SiglipVisionConfig", {**VIT_SIZES, "image_size": 30}),
+    "siglip2": ("Siglip2VisionModel", "Siglip2VisionConfig", {**VIT_SIZES, "num_patches": 16}),
+    "dinov2": ("Dinov2Model", "Dinov2Config", VIT_SIZES),
+    "dinov3": ("DINOv3ViTModel", "DINOv3ViTConfig", {**VIT_SIZES, "num_register_tokens": 2}),
+    "vit": ("ViTForImageClassification", "ViTConfig", VIT_SIZES),
+    "convnext": ("ConvNextForImageClassification", "ConvNextConfig", STAGE_SIZES),
+    "convnextv2": ("ConvNextV2ForImageClassification", "ConvNextV2Config", STAGE_SIZES),
     "swin": (
         "SwinForImageClassification",
         "SwinConfig",
@@ -893,11 +885,11 @@ def tiny_models() -> dict[str, Callable[[], Any]]:
         "spare rows": lambda: LlamaForCausalLM(LlamaConfig(**{**TEXT_SIZES, "vocab_size": 520})),
         "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**TEXT_SIZES)),
         "tied": lambda: Qwen3ForCausalLM(Qwen3Config(**TEXT_SIZES, tie_word_embeddings=True)),
-        "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**VISION_SIZES)),
+        "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**VIT_SIZES)),
         "full-clip": lambda: CLIPModel(
-            CLIPConfig(vision_config=VISION_SIZES, text_config={"vocab_size": 9, "num_hidden_layers": 1})
+            CLIPConfig(vision_config=VIT_SIZES, text_config={"vocab_size": 9, "num_hidden_layers": 1})
         ),
-        "resnet": lambda: ResNetForImageClassification(ResNetConfig(embedding_size=8, **STAGES)),
+        "resnet": lambda: ResNetForImageClassification(ResNetConfig(embedding_size=8, **STAGE_SIZES)),
     }
 
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import TEXT_CONFIGS, tiny_config, tiny_inputs, tiny_model
+from tiny_models import STAGE_SIZES, TEXT_CONFIGS, TEXT_SIZES, VIT_SIZES, tiny_config, tiny_inputs, tiny_model
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -44,46 +44,24 @@ INJECTIONS = {
     "token": {"routing": "token"},
     "cross_attention": {"injection_type": "cross_attention"},
 }
-VIT = {
-    "hidden_size": 24,
-    "intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 7,
-}
 ENCODERS = {
-    "clip_vision_model": VIT,
-    "siglip_vision_model": VIT,
-    "siglip2_vision_model": {**VIT, "num_patches": 16},
-    "vit": VIT,
-    "dinov2": VIT,
-    "dinov2_with_registers": {**VIT, "num_register_tokens": 2},
-    "dinov3_vit": {**VIT, "num_register_tokens": 2},
-    "resnet": {"embedding_size": 8, "hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 1, 1]},
-    "convnext": {"hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 1, 1]},
-    "convnextv2": {"hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 1, 1]},
+    "clip_vision_model": VIT_SIZES,
+    "siglip_vision_model": VIT_SIZES,
+    "siglip2_vision_model": {**VIT_SIZES, "num_patches": 16},
+    "vit": VIT_SIZES,
+    "dinov2": VIT_SIZES,
+    "dinov2_with_registers": {**VIT_SIZES, "num_register_tokens": 2},
+    "dinov3_vit": {**VIT_SIZES, "num_register_tokens": 2},
+    "resnet": {"embedding_size": 8, **STAGE_SIZES},
+    "convnext": STAGE_SIZES,
+    "convnextv2": STAGE_SIZES,
     "swin": {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 2, "image_size": 28},
 }
 
 
-def decoder_config(family: str, **overrides):
+def decoder_config(family: str):
     kind, options = DECODERS[family]
-    sizes = {
-        "vocab_size": 99,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 512,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-        "tie_word_embeddings": False,
-    }
-    return kind(**{**sizes, **options, **overrides})
+    return kind(**{**TEXT_SIZES, "tie_word_embeddings": False, **options})
 
 
 def greedy(model, inputs, **kwargs):

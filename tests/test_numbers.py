@@ -174,6 +174,16 @@ def test_a_conversation_may_pass_all_its_images_again(model, spelling):
     assert torch.equal(greedy(model, inputs, **{spelling: cache}), greedy(model, inputs))
 
 
+@pytest.mark.parametrize("said", [{}, {"use_cache": None}, {"use_cache": True}], ids=str)
+def test_a_cache_that_nobody_forbids_can_be_continued_from(model, said):
+    inputs = tiny_inputs(model.config, [1])
+    head = {name: value[:, :-2] if name != "pixel_values" else value for name, value in inputs.items()}
+    with torch.no_grad():
+        first = model(**head, **said)
+        rest = model(input_ids=inputs["input_ids"][:, -2:], past_key_values=first.past_key_values)
+        assert (rest.logits - model(**inputs).logits[:, -2:]).abs().max() <= 2e-4
+
+
 @pytest.mark.parametrize("spelling", ["past_key_values", "cache"])
 def test_both_names_of_the_cache_work_in_every_forward(model, spelling):
     inputs = tiny_inputs(model.config, [1])

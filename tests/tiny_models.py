@@ -7,35 +7,38 @@ from mfrsvlm import MFRSVLMConfig, MFRSVLMForConditionalGeneration
 
 
 TEXT_CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen3": Qwen3Config}
+TEXT_SIZES = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+VIT_SIZES = {
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 7,
+}
+STAGE_SIZES = {"hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 1, 1]}
 
 
 def tiny_config(text: str = "llama", vision: str = "clip", **overrides) -> MFRSVLMConfig:
     """A config of two-digit sizes: 28 px images in 16 tokens, windows of 28 and 14 px on a canvas of 56."""
-    text_config = TEXT_CONFIGS[text](
-        vocab_size=99,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
+    text_config = TEXT_CONFIGS[text](**TEXT_SIZES)
     if vision == "clip":
-        vision_config = CLIPVisionConfig(
-            hidden_size=24,
-            intermediate_size=32,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            image_size=28,
-            patch_size=7,
-        )
+        vision_config = CLIPVisionConfig(**VIT_SIZES)
         sizes = {"detail_feature_layers": [1, 3]}
     else:
-        vision_config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12, 16, 20], depths=[1, 1, 1, 1])
+        vision_config = ResNetConfig(embedding_size=8, **STAGE_SIZES)
         sizes = {"image_size": 28, "patch_size": 7, "vision_feature_size": 24, "detail_feature_layers": [2, 4]}
     sizes.update(window_sizes=[28, 14], injection_layers=[1, 3], routing="stack", routing_size=8)
     sizes.update(cross_attention_size=16, cross_attention_heads=2)
