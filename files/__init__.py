@@ -1,0 +1,1 @@
+"""Files as training, evaluation and the demo read and write them."""
