@@ -5,6 +5,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from mfrsvlm.files.reading import NotJSON, list_images, read_json, read_rows, read_text, shorten
 
 

@@ -5,6 +5,7 @@ import os
 import stat
 
 import pytest
+
 from mfrsvlm.files.writing import write_file
 
 
