@@ -1,0 +1,77 @@
+"""Features of a frozen encoder, computed once and kept in a file."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..modeling_mfrsvlm import MFRSVLMForConditionalGeneration, MFRSVLMImageFeatures
+
+
+# Parameters of the encoder: what lies before the projector.
+ENCODER = ("vision_tower.", "stage_projections.")
+
+
+def freeze_encoder(model: MFRSVLMForConditionalGeneration) -> None:
+    """Takes the parameters that cached features depend on out of training."""
+    for name, parameter in model.model.named_parameters():
+        if name.startswith(ENCODER):
+            parameter.requires_grad = False
+
+
+@torch.inference_mode()
+def cache_image_features(
+    model: MFRSVLMForConditionalGeneration, batches: Iterable[torch.Tensor], count: int, path: Path
+) -> np.ndarray:
+    """Visual tokens and detail stacks of images, before the projector and without position embeddings.
+
+    Args:
+        batches: rows of `pixel_values` (n, L), `count` in all. Not used if the file exists.
+        count: number of images N.
+        path: file to keep them in. It gets its name when it is complete.
+
+    Returns:
+        (N, 1 + K, T, C) float16, read from the file as it is used.
+
+    Raises:
+        ValueError: the file holds another number of images.
+    """
+    if not path.exists():
+        config = model.config
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stacks = config.num_detail_stacks if config.has_details else 0
+        shape = (count, 1 + stacks, config.image_seq_length, config.vision_feature_size)
+        partial = path.with_suffix(".partial")
+        features = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
+        projector, model.model.multi_modal_projector = model.model.multi_modal_projector, nn.Identity()
+        places, config.visual_position_embeddings = config.visual_position_embeddings, False
+        model.eval()
+        start = 0
+        with tqdm(total=count, desc=path.stem, unit="image", mininterval=5) as bar:
+            for pixels in batches:
+                outputs = model.model.get_image_features(pixels, return_dict=True)
+                tokens = [torch.stack(outputs.pooler_output)]
+                tokens += [torch.stack(stack) for stack in outputs.deepstack_features or []]
+                features[start : start + len(pixels)] = torch.stack(tokens, dim=1).half().numpy()
+                start += len(pixels)
+                bar.update(len(pixels))
+        model.model.multi_modal_projector, config.visual_position_embeddings = projector, places
+        features.flush()
+        partial.rename(path)
+    features = np.load(path, mmap_mode="r")
+    if len(features) != count:
+        raise ValueError(f"{path} holds features of {len(features)} images, not of {count}. Remove it to encode again.")
+    return features
+
+
+def project(model: MFRSVLMForConditionalGeneration, features: torch.Tensor) -> MFRSVLMImageFeatures:
+    """Cached features (N, 1 + K, T, C) to what `get_image_features` returns, with gradients into the projector."""
+    projected = model.model.multi_modal_projector(features)
+    details = [list(stack) for stack in projected[:, 1:].unbind(1)] if features.shape[1] > 1 else None
+    visual = projected[:, 0]
+    if model.config.visual_position_embeddings:
+        visual = visual + model.model.visual_position_embedding.weight
+    return MFRSVLMImageFeatures(pooler_output=list(visual), deepstack_features=details)
