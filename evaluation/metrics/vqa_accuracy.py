@@ -1,9 +1,33 @@
-"""Accuracy of short answers to open or multiple-choice questions: overall, as the mean over types, and by type."""
+"""Accuracy of short answers to open or multiple-choice questions: overall, as the mean over types, and by type.
+
+Example:
+    >>> from mfrsvlm.evaluation.metrics import load_metric
+    >>> metric = load_metric("vqa_accuracy")
+    >>> figures = metric.compute(
+    ...     predictions=["Red.", "two", "", "soccer field"],
+    ...     references=[["red", "dark red"], ["2"], ["north"], ["soccer field"]],
+    ...     question_types=["colour", "quantity", "position", "category"],
+    ... )
+    >>> figures["accuracy"]
+    {'value': 0.5, 'low': 0.0, 'high': 1.0, 'n': 4}
+    >>> metric.compute(predictions=["B. forest", "Clearly A"], references=[["B"], ["A"]], parsing="letter")["scores"]
+    [1.0, 0.0]
+
+Limitations:
+- An answer in other words is wrong, and so is "two" for "2". Figures that a language model judged are higher and do not
+  compare.
+- An answer counts whole or not at all; VQA v2 weighs it by how many of ten people gave it.
+- With `"letter"`, "A ship" is read as option A.
+
+Citation:
+Rules: RSEvalKit (https://github.com/fitzpchao/RSEvalKit) for `contained` and `letter`, GeoChat (Kuckreja et al., CVPR
+2024) for `without_spaces`.
+"""
 
 from mfrsvlm.evaluation.intervals import figure
-from mfrsvlm.evaluation.metrics.answers import READERS, agrees
-from mfrsvlm.evaluation.metrics.checked_metric import SOME_TEXTS, TEXT, CheckedMetric
-from mfrsvlm.evaluation.metrics.groups import by_group, check_groups, mean_over_groups
+from mfrsvlm.evaluation.metrics._answers import READERS, agrees
+from mfrsvlm.evaluation.metrics._checked import SOME_TEXTS, TEXT, CheckedMetric
+from mfrsvlm.evaluation.metrics._groups import by_group, check_groups, mean_over_groups
 
 
 class VQAAccuracy(CheckedMetric):

@@ -1,9 +1,28 @@
-"""Counts that are answered in words: how often they are exact, and how far off they are."""
+"""Counts that are answered in words: how often they are exact, and how far off they are.
+
+Example:
+    >>> from mfrsvlm.evaluation.metrics import load_metric
+    >>> metric = load_metric("counting")
+    >>> figures = metric.compute(predictions=["There are 3 ships.", "twelve", "many"], references=[3, 10, 4])
+    >>> figures["exact"]["value"], figures["mae"]["value"]
+    (0.3333333333333333, 2.0)
+    >>> figures["parsed"]
+    ['3', '12', '']
+
+Limitations:
+- "Of the 5 ships, 3 are moored" is read as 5, and "one of the 3 ships" as 1.
+- The mean absolute error is ruled by scenes with many objects and by wild answers; numbers above a thousand million are
+  taken as that.
+- Saying nothing costs less error than a wild guess, so look at both figures.
+
+Citation:
+Willmott and Matsuura: Advantages of the mean absolute error. Climate Research 30, 2005.
+"""
 
 import re
 
 from mfrsvlm.evaluation.intervals import figure
-from mfrsvlm.evaluation.metrics.checked_metric import COUNT, TEXT, CheckedMetric
+from mfrsvlm.evaluation.metrics._checked import COUNT, TEXT, CheckedMetric
 
 
 UNITS = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "

@@ -1,11 +1,32 @@
-"""Boxes of what an expression refers to: how often they are close enough, and how far they overlap."""
+"""Boxes of what an expression refers to: how often they are close enough, and how far they overlap.
+
+Example:
+    >>> from mfrsvlm.evaluation.metrics import load_metric
+    >>> metric = load_metric("visual_grounding")
+    >>> figures = metric.compute(
+    ...     predictions=[[[10, 10, 0, 0]], [[0, 0, 10, 6], [0, 0, 10, 10]], []],
+    ...     references=[[[0, 0, 10, 10]], [[0, 0, 10, 10]], [[5, 5, 9, 9]]],
+    ... )
+    >>> {name: round(figures[name]["value"], 3) for name in ("accuracy_0.5", "accuracy_0.7", "mean_iou")}
+    {'accuracy_0.5': 0.667, 'accuracy_0.7': 0.333, 'mean_iou': 0.533}
+
+Limitations:
+- An upright box around an oriented one may overlap it by less than half. Compare only what was asked for in the same form.
+- A right box that comes after a wrong one is passed over, where one box is to be found.
+- Boxes are not cut at the edge of the image, which the metric does not know.
+- Four corners that make no convex outline are taken for the convex outline around them.
+
+Citation:
+Accuracy at 0.5 and 0.7 with mean IoU, as in DIOR-RSVG (Zhan, Xiong, Yuan: RSVG. IEEE TGRS 2023) and VRSBench (Li et al.,
+NeurIPS 2024).
+"""
 
 from collections.abc import Sequence
 
 from shapely import MultiPoint
 
 from mfrsvlm.evaluation.intervals import figure
-from mfrsvlm.evaluation.metrics.checked_metric import BOXES, SOME_BOXES, CheckedMetric, is_list, is_number
+from mfrsvlm.evaluation.metrics._checked import BOXES, SOME_BOXES, CheckedMetric, is_list, is_number
 
 
 class VisualGrounding(CheckedMetric):

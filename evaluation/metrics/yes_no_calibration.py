@@ -1,9 +1,27 @@
-"""Whether a model that gives "yes" a probability of 0.7 is right in 7 of 10 such cases."""
+"""Whether a model that gives "yes" a probability of 0.7 is right in 7 of 10 such cases.
+
+Example:
+    >>> from mfrsvlm.evaluation.metrics import load_metric
+    >>> metric = load_metric("yes_no_calibration")
+    >>> figures = metric.compute(predictions=[0.9, 0.75, 0.25, 0.5], references=["yes", "no", "no", "yes"])
+    >>> {name: round(figures[name]["value"], 5) for name in ("ece", "brier", "accuracy")}
+    {'ece': 0.4, 'brier': 0.22125, 'accuracy': 0.5}
+
+Limitations:
+- The bins are of the probability of "yes"; papers that bin the probability of the answer given get other values.
+- The calibration error of few samples is too high, and drawing samples anew makes it higher still: its interval leans
+  upwards and may lie above the value.
+- A model that always gives the share of "yes" is calibrated and useless: look at the accuracy too.
+
+Citation:
+Guo, Pleiss, Sun, Weinberger: On Calibration of Modern Neural Networks. ICML 2017. Brier: Verification of forecasts expressed
+in terms of probability. Monthly Weather Review 78, 1950.
+"""
 
 import numpy as np
 
 from mfrsvlm.evaluation.intervals import corpus_figure, figure
-from mfrsvlm.evaluation.metrics.checked_metric import PROBABILITY, YES_OR_NO, CheckedMetric
+from mfrsvlm.evaluation.metrics._checked import PROBABILITY, YES_OR_NO, CheckedMetric
 
 
 class YesNoCalibration(CheckedMetric):
@@ -15,7 +33,6 @@ class YesNoCalibration(CheckedMetric):
     """
 
     prediction, reference = PROBABILITY, YES_OR_NO
-    citation = "Guo, Pleiss, Sun, Weinberger: On Calibration of Modern Neural Networks. ICML 2017."
 
     def _compute(self, predictions, references, bins=10):
         """

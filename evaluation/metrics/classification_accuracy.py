@@ -1,9 +1,34 @@
-"""Accuracy of a scene class that is answered in words: overall, as the mean over classes, and by class."""
+"""Accuracy of a scene class that is answered in words: overall, as the mean over classes, and by class.
+
+Example:
+    >>> from mfrsvlm.evaluation.metrics import load_metric
+    >>> metric = load_metric("classification_accuracy")
+    >>> figures = metric.compute(
+    ...     predictions=["Forest.", "This is a beach.", "beach", ""],
+    ...     references=["forest", "beach", "beach", "forest"],
+    ...     class_names=["forest", "beach", "river"],
+    ... )
+    >>> figures["accuracy"]
+    {'value': 0.5, 'low': 0.0, 'high': 1.0, 'n': 4}
+    >>> figures["parsed"]
+    ['forest', '', 'beach', '']
+
+Limitations:
+- `"contained"` is RSEvalKit's rule: "a" is a part of "baseball field" and right. It is there to be compared with, not to be
+  trusted.
+- `"first_mentioned"` takes "not a beach but a forest" for a beach.
+- Synonyms are wrong: "woodland" is no forest.
+- Values of two rules do not compare.
+
+Citation:
+Rules: RSEvalKit (https://github.com/fitzpchao/RSEvalKit) for `contained`, GeoChat (Kuckreja et al., CVPR 2024) for
+`without_spaces`.
+"""
 
 from mfrsvlm.evaluation.intervals import figure
-from mfrsvlm.evaluation.metrics.answers import ClassReader
-from mfrsvlm.evaluation.metrics.checked_metric import SOME_TEXT, TEXT, CheckedMetric
-from mfrsvlm.evaluation.metrics.groups import by_group, mean_over_groups
+from mfrsvlm.evaluation.metrics._answers import ClassReader
+from mfrsvlm.evaluation.metrics._checked import SOME_TEXT, TEXT, CheckedMetric
+from mfrsvlm.evaluation.metrics._groups import by_group, mean_over_groups
 
 
 class ClassificationAccuracy(CheckedMetric):

@@ -1,4 +1,33 @@
-"""BLEU-1 to 4, METEOR, ROUGE-L and CIDEr of captions, in the three ways in which they are computed in this field."""
+"""BLEU-1 to 4, METEOR, ROUGE-L and CIDEr of captions, in the three ways in which they are computed in this field.
+
+Example:
+    >>> from mfrsvlm.evaluation.metrics import load_metric
+    >>> metric = load_metric("captioning")
+    >>> figures = metric.compute(
+    ...     predictions=["a plane on the runway", "many trees near a river", "a bridge over a river"],
+    ...     references=[
+    ...         ["a plane is on the runway", "one plane stands there"],
+    ...         ["many green trees are near the river"],
+    ...         ["a bridge crosses a wide river"],
+    ...     ],
+    ...     variant="coco_without_java",
+    ... )
+    >>> {name: round(figures[name]["value"], 4) for name in ("bleu_1", "bleu_2", "rouge_l", "cider")}
+    {'bleu_1': 0.7585, 'bleu_2': 0.4704, 'rouge_l': 0.7524, 'cider': 2.0862}
+
+Limitations:
+- CIDEr counts in the references of all samples how rare words are: a part of a set gives other values than the whole, and a
+  single sample always gives 0. For the interval these counts stay as they are in the whole set.
+- Words that say the same in other ways are wrong, but for METEOR's synonyms. Those of `upstream` come from the WordNet 3.0
+  that is part of METEOR 1.5, so that nothing is downloaded; NLTK's own WordNet would also find those of inflected words.
+  NLTK looks for synonyms among stems, and so finds few.
+- `rouge_score` knows only the letters a to z and digits.
+- English only.
+
+Citation:
+BLEU: Papineni et al., ACL 2002. METEOR: Denkowski and Lavie, WMT 2014 (1.5); Lavie and Agarwal, WMT 2007. ROUGE: Lin, 2004.
+CIDEr: Vedantam et al., CVPR 2015. COCO captions: Chen et al., 2015. sacreBLEU: Post, WMT 2018.
+"""
 
 import functools
 import re
@@ -17,8 +46,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 
 from mfrsvlm.evaluation.intervals import corpus_figure, figure
-from mfrsvlm.evaluation.metrics import coco_java
-from mfrsvlm.evaluation.metrics.checked_metric import SOME_TEXTS, TEXT, CheckedMetric
+from mfrsvlm.evaluation.metrics import _java
+from mfrsvlm.evaluation.metrics._checked import SOME_TEXTS, TEXT, CheckedMetric
 
 
 ORDERS = (1, 2, 3, 4)  # lengths of n-grams
@@ -80,7 +109,7 @@ Result = tuple[dict[str, dict[str, Any]], list[float]]  # figures, and ROUGE-L o
 
 def coco(candidates: Captions, references: References) -> Result:
     figures, scores = coco_without_java(candidates, references)
-    with coco_java.Meteor() as meteor:
+    with _java.Meteor() as meteor:
         statistics = [meteor.statistics(said, true) for said, true in zip(candidates, references, strict=True)]
         return {**figures, "meteor": corpus_value(statistics, meteor.value)}, scores
 
@@ -136,7 +165,7 @@ VARIANTS: dict[str, Callable[[Captions, References], Result]] = {
     "upstream": upstream,
 }
 SPLITTERS: dict[str, Callable[[Sequence[str]], list[str]]] = {
-    "coco": coco_java.tokenize,
+    "coco": _java.tokenize,
     "coco_without_java": lambda texts: [" ".join(WORD.findall(text.lower())) for text in texts],
     "upstream": lambda texts: [" ".join(text.split()) for text in texts],
 }
@@ -183,7 +212,7 @@ class MeteorsWordNet:
     @functools.cached_property
     def tables(self) -> tuple[dict[str, list[str]], dict[str, list[Any]]]:
         """Meanings by word, and words by meaning."""
-        with zipfile.ZipFile(coco_java.METEOR) as archive:
+        with zipfile.ZipFile(_java.METEOR) as archive:
             lines = archive.read("synonym/english.synsets").decode("utf-8").split("\n")
         meanings = {word: line.split() for word, line in zip(lines[::2], lines[1::2], strict=False)}
         words: dict[str, list[Any]] = {}

@@ -1,11 +1,35 @@
-"""Accuracy on RSVQA: by type of question, the mean over types (AA) and overall (OA), numbers compared as published."""
+"""Accuracy on RSVQA: by type of question, the mean over types (AA) and overall (OA), numbers compared as published.
+
+Example:
+    >>> from mfrsvlm.evaluation.metrics import load_metric
+    >>> metric = load_metric("rsvqa_accuracy")
+    >>> figures = metric.compute(
+    ...     predictions=["Yes", "7", "12", "rural"],
+    ...     references=["yes", "3", "9", "rural"],
+    ...     question_types=["presence", "count", "count", "rural_urban"],
+    ...     bins="lr",
+    ... )
+    >>> figures["accuracy"]["value"], figures["per_type"]["count"]["value"]
+    (0.75, 0.5)
+    >>> figures["parsed"]
+    ['yes', 'between 0 and 10', 'between 10 and 100', 'rural']
+
+Limitations:
+- The classes hide how far off a count is: 11 and 99 are the same.
+- Papers that leave counts and areas out report other averages, which do not compare.
+- Numbers are read if the answer is nothing but a number; "about 7" and "seven" are wrong.
+
+Citation:
+Lobry, Marcos, Murray, Tuia: RSVQA: Visual Question Answering for Remote Sensing Data. IEEE Transactions on Geoscience and
+Remote Sensing 58(12), 2020. Classes: `VQA_model/VocabEncoder.py` of https://github.com/syvlo/RSVQA.
+"""
 
 import re
 
 from mfrsvlm.evaluation.intervals import figure
-from mfrsvlm.evaluation.metrics.answers import READERS, agrees, tidy
-from mfrsvlm.evaluation.metrics.checked_metric import SOME_TEXT, TEXT, CheckedMetric
-from mfrsvlm.evaluation.metrics.groups import by_group, check_groups, mean_over_groups
+from mfrsvlm.evaluation.metrics._answers import READERS, agrees, tidy
+from mfrsvlm.evaluation.metrics._checked import SOME_TEXT, TEXT, CheckedMetric
+from mfrsvlm.evaluation.metrics._groups import by_group, check_groups, mean_over_groups
 
 
 NUMBER = r"(\d{1,3}(?:,\d{3})+|\d{1,12})"
@@ -32,9 +56,6 @@ class RSVQAAccuracy(CheckedMetric):
     """
 
     prediction, reference = TEXT, SOME_TEXT
-    citation = (
-        "Lobry, Marcos, Murray, Tuia: RSVQA: Visual Question Answering for Remote Sensing Data. IEEE TGRS 58(12), 2020."
-    )
 
     def _compute(self, predictions, references, question_types, parsing="exact", bins="lr"):
         """

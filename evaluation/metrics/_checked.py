@@ -1,4 +1,4 @@
-"""What all metrics have in common: they refuse input that `evaluate` would let through or reject without saying why."""
+"""The base class of all metrics. It rejects input that `evaluate` would let through, or reject without saying why."""
 
 import inspect
 import math
@@ -10,6 +10,8 @@ from typing import Any
 
 import evaluate
 from datasets import Features, List, Value
+
+from mfrsvlm.files.reading import shorten
 
 
 @dataclass(frozen=True)
@@ -72,16 +74,19 @@ YES_OR_NO = Kind("'yes' or 'no'", Value("string"), lambda value: is_text(value) 
 
 # Abstract, so that `evaluate`, which takes the first class it finds in a module, passes over it.
 class CheckedMetric(evaluate.Metric, ABC):
-    """A metric whose predictions and references are lists of the same length, with something in them."""
+    """A metric whose predictions and references are lists of the same length, with something in them.
+
+    What its module says is its page: an example, limitations, and the citation at the end.
+    """
 
     prediction: Kind
     reference: Kind
-    citation = ""
 
     def _info(self) -> evaluate.MetricInfo:
+        page, _, citation = inspect.getmodule(type(self)).__doc__.partition("\nCitation:\n")
         return evaluate.MetricInfo(
-            description=inspect.getdoc(type(self)),
-            citation=self.citation,
+            description=f"{page}\n{inspect.getdoc(type(self))}\n",
+            citation=citation,
             inputs_description=inspect.getdoc(self._compute),
             features=Features(predictions=self.prediction.feature, references=self.reference.feature),
         )
@@ -115,7 +120,9 @@ class CheckedMetric(evaluate.Metric, ABC):
         for name, values in given.items():
             for index, value in enumerate(values):
                 if not kinds[name].accepts(value):
-                    raise ValueError(f"{self.name}: {name}[{index}] is {shown(value)}, not {kinds[name].name}.{hint(value)}")
+                    raise ValueError(
+                        f"{self.name}: {name}[{index}] is {shorten(value)}, not {kinds[name].name}.{hint(value)}"
+                    )
         super().add_batch(predictions=list(predictions), references=list(references), **kwargs)
 
     def compute(self, *, predictions: Any = None, references: Any = None, **settings: Any) -> dict[str, Any]:
@@ -137,11 +144,6 @@ class CheckedMetric(evaluate.Metric, ABC):
         """Raises ValueError if a setting has none of the values it may have."""
         if value not in known:
             raise ValueError(f"{self.name}: {setting}={value!r} is not one of {', '.join(known)}.")
-
-
-def shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def hint(value: Any) -> str:
