@@ -4,7 +4,8 @@
 
     load_metric("counting").compute(predictions=["3", "none"], references=[3, 0])
 
-Every figure is a dictionary of `value`, `low` and `high` (its 95 % bootstrap interval) and `n`, the number of samples. Beside
+Every figure is a dictionary of `value`, `low` and `high` (its 95 % bootstrap interval) and `n`, the number of samples.
+Beside
 the figures, `parsed` holds what was read from each prediction and `scores` what it scored, in the order of the predictions.
 
 `evaluate` copies a metric to its cache and imports the copy. A metric therefore imports the package by its name, and never
