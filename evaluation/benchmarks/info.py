@@ -24,7 +24,7 @@ class BenchmarkInfo:
         size_tolerance: pixels by which the sides of published images differ from `image_size`.
         metrics: see `Benchmark`, as the next two.
         complete_prompts: whether the questions already say how to answer.
-        numeric_types: groups of questions whose answers are numbers.
+        numeric_types: groups of questions whose answers are numbers, and that some publications leave out.
     """
 
     loader: Callable[..., Benchmark]

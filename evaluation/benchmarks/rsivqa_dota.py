@@ -9,6 +9,5 @@ BENCHMARK = BenchmarkInfo(
     splits={"train": 12389, "val": 4041},
     default_split="val",
     tasks=("vqa",),
-    numeric_types=("count",),
     source=SOURCE,
 )

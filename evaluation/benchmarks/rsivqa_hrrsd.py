@@ -9,6 +9,5 @@ BENCHMARK = BenchmarkInfo(
     splits={"val": 78834},
     default_split="val",
     tasks=("vqa",),
-    numeric_types=("count",),
     source=SOURCE,
 )

@@ -13,7 +13,6 @@ BENCHMARK = BenchmarkInfo(
     splits={"theme": 2100, "all": 2795},
     default_split="all",
     tasks=("vqa",),
-    numeric_types=("count",),
     image_size=(256, 256),
     size_tolerance=14,  # as in UC Merced
     source=SOURCE,

@@ -75,7 +75,7 @@ class Benchmark:
         allow_outside_images: whether images may be addresses, or lie outside of `root` (also by a link).
         metrics: metrics by task where they are not those of `METRICS`.
         tag: tag that RSEvalKit puts before the questions of this split; "" for that of the task.
-        numeric_types: groups of questions whose answers are numbers; some protocols do not ask them.
+        numeric_types: groups of questions whose answers are numbers, and that some publications leave out.
         left_out: what the user left out on purpose, and how many: `{"rows with a missing word": 294}`.
     """
 
