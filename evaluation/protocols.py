@@ -263,10 +263,11 @@ class RSEvalKit(Protocol):
 
 
 class GeoChat(Protocol):
-    """GeoChat's: one word or phrase, exact match without spaces and full stops, no questions whose answers are numbers.
+    """GeoChat's: one word or phrase, exact match without spaces and full stops.
 
-    It leaves out counts and areas of RSVQA, and takes the second test set of RSVQA-HR, as published. Boxes are `{<x1><y1><x2><y2>|<degrees>}`, 0 to 100 over the image's
-    sides, turned about their centre (clockwise, as y points down) where the reference is oriented.
+    It leaves out RSVQA's counts and areas, and takes the second test set of RSVQA-HR, as published. Boxes are
+    `{<x1><y1><x2><y2>|<degrees>}`, 0 to 100 over the image's sides. They are turned about their centre where the reference
+    is oriented, clockwise, as y points down.
     """
 
     name = "geochat"

@@ -18,6 +18,5 @@ BENCHMARK = BenchmarkInfo(
     default_split=ALL,
     own_splits=True,
     tasks=("classification",),
-    image_size=(64, 64),
     source="https://github.com/phelber/EuroSAT",
 )

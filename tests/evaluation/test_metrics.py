@@ -4,9 +4,11 @@ import doctest
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from bisect import bisect_left
+from importlib import import_module
 from pathlib import Path
 from statistics import mean
 
@@ -16,17 +18,26 @@ import pytest
 from shapely import box as shapely_box
 
 from mfrsvlm.evaluation import metrics
+from mfrsvlm.evaluation.benchmarks import BENCHMARKS
 from mfrsvlm.evaluation.metrics import METRICS, load_metric
-from mfrsvlm.evaluation.metrics.answers import ClassReader, letter
-from mfrsvlm.evaluation.metrics.checked_metric import CheckedMetric
-from mfrsvlm.evaluation.metrics.groups import by_group, mean_over_groups
-from mfrsvlm.evaluation.metrics.visual_grounding.visual_grounding import iou
+from mfrsvlm.evaluation.metrics._answers import ClassReader, letter
+from mfrsvlm.evaluation.metrics._checked import CheckedMetric
+from mfrsvlm.evaluation.metrics._groups import by_group, mean_over_groups
+from mfrsvlm.evaluation.metrics.visual_grounding import iou
+from mfrsvlm.scenes import plan_scene, scene_seed
+from mfrsvlm.scenes.questions import describe
 
 
 FOLDER = Path(metrics.__file__).parent
 CASES = 1200
-SETTINGS = {"rsvqa_accuracy": {"question_types": ["presence"]}, "captioning": {"variant": "coco_without_java"}}
+FACTS = {"class_names": ["harbour", "desert"], "kinds": {"ship": ["ship", "ships"], "car": ["car", "cars"]}}
+SETTINGS = {
+    "rsvqa_accuracy": {"question_types": ["presence"]},
+    "captioning": {"variant": "coco_without_java"},
+    "caption_facts": FACTS,
+}
 GOOD = {
+    "caption_facts": ("A desert scene.", ["A desert scene."]),
     "captioning": ("a beach", ["a beach"]),
     "classification_accuracy": ("beach", "beach"),
     "counting": ("3", 3),
@@ -58,11 +69,9 @@ def test_a_metric_is_a_module_of_evaluate_with_a_card(name):
             "references",
         }
     )
-    card = (FOLDER / name / "README.md").read_text(encoding="utf-8")
-    assert card.startswith("---\ntitle: ") and "sdk: gradio" in card and "- metric\n" in card
-    assert f'"{name}.py"' in (FOLDER / name / "app.py").read_text()
+    assert "Example:" in metric.description and "Limitations:" in metric.description and metric.citation.strip()
     for figure in figures_of(GOOD[name], name):
-        assert f"`{figure}`" in card or figure.startswith(("bleu", "accuracy_")), figure
+        assert f"{figure}" in metric.inputs_description or figure.startswith("accuracy_"), figure
 
 
 def figures_of(good, name):
@@ -71,8 +80,8 @@ def figures_of(good, name):
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_examples_of_the_cards_give_what_they_show(name):
-    failed, tried = doctest.testfile(str(FOLDER / name / "README.md"), module_relative=False, encoding="utf-8")
+def test_examples_give_what_they_show(name):
+    failed, tried = doctest.testmod(import_module(f"mfrsvlm.evaluation.metrics.{name}"))
     assert tried >= 3 and not failed
 
 
@@ -150,6 +159,8 @@ def test_input_that_is_none_is_named(name):
         ("visual_grounding", [], [], {}, r"references\[0\] is \[\], not a list of at least one box"),
         ("visual_grounding", [], [[0, 0, 1, 1]], {"thresholds": []}, r"thresholds=\[\] must be a list"),
         ("visual_grounding", [], [[0, 0, 1, 1]], {"thresholds": [50]}, r"thresholds=\[50\] must be a list"),
+        ("caption_facts", "a", ["a beach"], FACTS, r"references\[0\] states no fact: \['a beach'\]"),
+        ("caption_facts", "a", ["a"], {**FACTS, "kinds": {}}, "must name at least one class, kind and noun"),
         ("captioning", "a beach", "a beach", {}, "not a list of at least one text"),
         ("captioning", "a beach", ["a beach"], {"variant": "best"}, "variant='best' is not one of coco, "),
         ("captioning", "a", ["..."], {"variant": "coco_without_java"}, r"references\[0\] holds no word: \['\.\.\.'\]"),
@@ -170,7 +181,7 @@ def test_samples_can_be_added_one_by_one():
 
 
 def test_there_is_no_other_metric():
-    with pytest.raises(ValueError, match="no metric 'luck'; there are captioning, "):
+    with pytest.raises(ValueError, match="no metric 'luck'; there are caption_facts, captioning, "):
         load_metric("luck")
 
 
@@ -689,5 +700,51 @@ def test_a_threshold_is_enough():
     assert compute("visual_grounding", [[[0, 0, 10, 5]]], [[TRUE]])["scores"] == [1.0]
 
 
-def test_the_library_finds_the_metric_by_its_path():
-    assert evaluate.load(str(FOLDER / "counting")).compute(predictions=["3"], references=[3])["exact"]["value"] == 1
+@pytest.mark.parametrize("name", METRICS)
+def test_the_library_takes_every_file_as_it_is(name, tmp_path):
+    """Also a copy of the file elsewhere, with nothing beside it."""
+    for path in (FOLDER / f"{name}.py", tmp_path / f"{name}.py"):
+        path.write_text((FOLDER / f"{name}.py").read_text()) if path.parent == tmp_path else None
+        prediction, reference = GOOD[name]
+        found = evaluate.load(str(path)).compute(predictions=[prediction], references=[reference], **SETTINGS.get(name, {}))
+        assert len(found["scores"]) == 1
+
+
+# Facts of captions
+
+
+@pytest.mark.parametrize(
+    ("said", "true", "facts", "exact"),
+    [
+        ("A harbour scene with 2 ships and 1 car.", "A harbour scene with 2 ships and 1 car.", 1, 1),
+        ("a harbour scene with 2 ships and 1 car", "A harbour scene with 2 ships and 1 car.", 1, 1),
+        ("In this harbour scene one sees 1 car, 2 ships", "A harbour scene with 2 ships and 1 car.", 1, 0),
+        ("A harbour scene with 3 ships and 1 car.", "A harbour scene with 2 ships and 1 car.", 2 / 3, 0),
+        ("A desert scene with 2 ships, 3 ships.", "A harbour scene with 2 ships and 1 car.", 1 / 3, 0),
+        ("2 ships", "A harbour scene with 2 ships and 1 car.", 1 / 2, 0),
+        ("A harbour with two ships", "A harbour scene with 2 ships and 1 car.", 0, 0),
+        ("", "A desert scene with no objects.", 0, 0),
+    ],
+)
+def test_facts_of_captions_by_hand(said, true, facts, exact):
+    found = compute("caption_facts", [said], [[true]], **FACTS)
+    assert found["caption_facts"]["value"] == pytest.approx(facts) and found["scores"] == [pytest.approx(facts)]
+    assert found["caption_exact"]["value"] == exact
+    several = compute("caption_facts", [said], [["A desert scene.", true]], **FACTS)
+    assert several["caption_facts"]["value"] >= found["caption_facts"]["value"]
+
+
+def test_captions_of_scenes_against_their_plans():
+    """The facts are those that the scene was drawn from; one wrong number costs the two facts that differ."""
+    for index in range(60):
+        scene = plan_scene(scene_seed("validation", index), 256, (8.0, 16.0))
+        settings = dict(BENCHMARKS["scenes"].metrics["captioning"][1].settings)
+        true = describe(scene)
+        counts = {kind: number for kind, number in scene.counts.items() if number}
+        found = compute("caption_facts", [true], [[true]], **settings)
+        expected = sorted([f"{scene.scene_class} scene", *(f"{number} {kind}" for kind, number in counts.items())])
+        assert found["parsed"] == [", ".join(expected)] and found["scores"] == [1.0]
+        if counts:
+            wrong = re.sub(r"\d+", lambda match: str(int(match[0]) + 7), true, count=1)
+            size = len(counts) + 1
+            assert compute("caption_facts", [wrong], [[true]], **settings)["scores"] == [pytest.approx((size - 1) / size)]

@@ -21,8 +21,8 @@ from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 from rouge_score.rouge_scorer import RougeScorer
 
-from mfrsvlm.evaluation.metrics import coco_java, load_metric
-from mfrsvlm.evaluation.metrics.captioning.captioning import METEORS_WORDNET
+from mfrsvlm.evaluation.metrics import _java, load_metric
+from mfrsvlm.evaluation.metrics.captioning import METEORS_WORDNET
 
 
 WORDS = (
@@ -344,9 +344,9 @@ def test_meteor_and_its_interval(monkeypatch):
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Dfile.encoding=UTF-8")
     said, references = captions(3, 10)
     found = compute(said, references, "coco")
-    words = coco_java.tokenize(said)
-    true = [coco_java.tokenize(group) for group in references]
-    with coco_java.Meteor() as meteor:
+    words = _java.tokenize(said)
+    true = [_java.tokenize(group) for group in references]
+    with _java.Meteor() as meteor:
         statistics = np.array([meteor.statistics(one, group) for one, group in zip(words, true, strict=True)])
     assert found["meteor"]["value"] == pytest.approx(slow_meteor_1_5(statistics.sum(axis=0)))
     library, rng, drawn = Meteor(), np.random.default_rng(0), []
@@ -367,13 +367,13 @@ def test_the_tokenizer_keeps_captions_apart_in_any_locale(monkeypatch):
     monkeypatch.setenv("LC_ALL", "C")
     texts = ["Two planes. (They don't move!)", "", "a\u2028b\x85c\r\nd", "Ein Fluß, 森", "", "\u200b", "...", "last"]
     words = ["two planes -lrb- they do n't move -rrb-", "", "a b c d", "ein fluß 森", "", "", "", "last"]
-    assert coco_java.tokenize(texts) == words
+    assert _java.tokenize(texts) == words
 
 
 @pytest.mark.slow
 @needs_java
 def test_a_meteor_that_stops_is_told():
-    with coco_java.Meteor() as meteor:
+    with _java.Meteor() as meteor:
         meteor.process.kill()
         meteor.process.wait()
         with pytest.raises(OSError, match="METEOR stopped"):
