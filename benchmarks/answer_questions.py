@@ -18,7 +18,7 @@ from accelerate import PartialState
 
 from mfrsvlm.evaluation.answering import Answerer, Prompt, load
 from mfrsvlm.evaluation.benchmarks import Benchmark, Sample
-from mfrsvlm.evaluation.protocols import Ours
+from mfrsvlm.evaluation.protocols import Strict
 from mfrsvlm.evaluation.run import ImageReader, answer_all
 from mfrsvlm.scenes import ask, draw, plan_scene, scene_seed
 
@@ -49,7 +49,7 @@ def main() -> None:
         for number, text in enumerate(islice(cycle(texts), args.questions)):
             samples.append(Sample(f"{name}-{number}", (name,), "vqa", text, ("-",)))
     benchmark = Benchmark("scenes", "test", None, samples, open_image=images.__getitem__, complete_prompts=True)
-    reader = ImageReader(benchmark, Ours(), "error")
+    reader = ImageReader(benchmark, Strict(), "error")
     args.blind = False
 
     def one_by_one() -> list[str]:

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from .benchmarks import Benchmark, Sample
-from .protocols import Ours, bounds
+from .protocols import Protocol, bounds
 
 
-def guesses(benchmark: Benchmark, samples: Sequence[Sample], protocol: Ours) -> list[str]:
+def guesses(benchmark: Benchmark, samples: Sequence[Sample], protocol: Protocol) -> list[str]:
     """One answer a sample, in the words that the protocol asks for.
 
     Answers that the protocol reads alike count together, such as counts of one class. A box is the median of those of its

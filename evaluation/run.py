@@ -28,7 +28,7 @@ from .answering import Answer, Answerer, Prompt, fingerprint, load
 from .benchmarks import BENCHMARKS, Benchmark, BenchmarkError, Sample, load_benchmark
 from .chance import guesses
 from .metrics import load_metric
-from .protocols import PROTOCOLS, Ours
+from .protocols import PROTOCOLS, Protocol
 
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ def add_arguments(parser: Any) -> None:
     asked.add_argument("--benchmark", required=True, help="see docs/benchmarks.md")
     asked.add_argument("--data", type=Path, help="folder of the benchmark")
     asked.add_argument("--split", help="default: the one the protocol names, else the benchmark's test split")
-    asked.add_argument("--protocol", default="ours", choices=sorted(PROTOCOLS))
+    asked.add_argument("--protocol", default="strict", choices=sorted(PROTOCOLS))
     asked.add_argument("--output", type=Path, required=True, help="folder for predictions.jsonl and summary.json")
     asked.add_argument("--limit", type=int, help="only so many questions, drawn with --seed")
     asked.add_argument("--seed", type=int, default=0, help="of --limit")
@@ -86,7 +86,7 @@ def run(args: Any) -> dict[str, Any]:
     benchmark = load_benchmark(
         args.benchmark,
         args.data,
-        args.split or protocol.splits.get(args.benchmark),
+        args.split or (protocol.default_split(BENCHMARKS[args.benchmark]) if args.benchmark in BENCHMARKS else None),
         check_counts=not args.allow_count_mismatch,
         check_images=args.missing_images == "error" and not args.blind and not args.baseline,
         allow_outside_images=args.allow_outside_images,
@@ -145,6 +145,7 @@ def run(args: Any) -> dict[str, Any]:
             "samples": len(samples),
             "in_split": len(benchmark.samples),
             "published": BENCHMARKS[benchmark.name].splits.get(benchmark.split),
+            "left_out": benchmark.left_out,
             "images": len({name for sample in samples for name in sample.images}),
             "empty_answers": sum(not answer.text for answer in answers),
             "cut_off_answers": sum(answer.cut_off for answer in answers),
@@ -225,7 +226,7 @@ def chunks(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
 class ImageReader:
     """Images as the protocol wants them; what cannot be read stops the run, or is noted if the user asked for that."""
 
-    def __init__(self, benchmark: Benchmark, protocol: Ours, missing: str) -> None:
+    def __init__(self, benchmark: Benchmark, protocol: Protocol, missing: str) -> None:
         self.benchmark, self.protocol, self.missing = benchmark, protocol, missing
 
     def read(self, names: Sequence[str]) -> tuple[list[Image.Image], list[str]]:
@@ -359,7 +360,7 @@ def missing_images(output: Path) -> set[str]:
 
 
 def score(
-    protocol: Ours, benchmark: Benchmark, samples: Sequence[Sample], answers: Sequence[Answer]
+    protocol: Protocol, benchmark: Benchmark, samples: Sequence[Sample], answers: Sequence[Answer]
 ) -> tuple[dict[str, Any], list[Any], list[float]]:
     """Figures by task; what was read from every answer, and its score, in the order of the samples."""
     results: dict[str, Any] = {}

@@ -52,7 +52,7 @@ def arguments_parser():
 
 def arguments(model, data, output, benchmark="scenes", *more):
     line = ["--benchmark", benchmark, "--data", str(data[benchmark]), "--output", str(output)]
-    line += ["--protocol", "ours-without-java", "--batch-size", "3", "--images-per-chunk", "2", "--allow-count-mismatch"]
+    line += ["--protocol", "strict-without-java", "--batch-size", "3", "--images-per-chunk", "2", "--allow-count-mismatch"]
     line += ["--model", str(model)] if model else []
     return arguments_parser().parse_args([*line, *more])
 
@@ -69,7 +69,7 @@ def same_for_all_runs(output):
 
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch):
-    monkeypatch.setattr(runner.PROTOCOLS["ours-without-java"], "max_new_tokens", 8)
+    monkeypatch.setattr(runner.PROTOCOLS["strict-without-java"], "max_new_tokens", 8)
 
 
 def test_a_run_writes_every_question_with_its_score(model, data, tmp_path):
@@ -97,7 +97,7 @@ def test_a_summary_says_what_was_measured_with_what(model, data, tmp_path):
     weights = load(str(model))[0]
     assert summary["model"]["name"] == "My model" and summary["model"]["revision"] is None
     assert summary["model"]["fingerprint"] == fingerprint(weights)
-    assert (summary["protocol"], summary["split"], summary["seed"]) == ("ours-without-java", "test", 0)
+    assert (summary["protocol"], summary["split"], summary["seed"]) == ("strict-without-java", "test", 0)
     assert summary["limit"] is None  # there are not so many, so that nothing was left out
     assert summary["versions"]["torch"] == torch.__version__
     assert {"python", "mfrsvlm", "transformers", "evaluate", "pycocoevalcap"} <= summary["versions"].keys()
@@ -107,7 +107,7 @@ def test_a_summary_says_what_was_measured_with_what(model, data, tmp_path):
 def test_the_trained_model_answers_through_the_command_line(tmp_path):
     """Six questions to the model in the repository, as a user would ask them."""
     command = [sys.executable, "-m", "mfrsvlm.evaluation", "run", "--model", str(DEMO), "--benchmark", "scenes"]
-    command += ["--protocol", "ours-without-java", "--limit", "6", "--output", str(tmp_path / "out")]
+    command += ["--protocol", "strict-without-java", "--limit", "6", "--output", str(tmp_path / "out")]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert re.search(r"6/6 \[\d\d:\d\d<", done.stderr) and len(rows(tmp_path / "out")) == 6  # a bar with the time left
@@ -184,7 +184,7 @@ def test_a_run_does_not_go_on_with_other_questions_or_another_template(data, tmp
 def test_a_killed_run_goes_on(tmp_path):
     def command(output):
         line = [sys.executable, "-m", "mfrsvlm.evaluation", "run", "--model", str(DEMO), "--benchmark", "scenes"]
-        return [*line, "--protocol", "ours-without-java", "--limit", "40", "--batch-size", "2", "--output", str(output)]
+        return [*line, "--protocol", "strict-without-java", "--limit", "40", "--batch-size", "2", "--output", str(output)]
 
     do(command(tmp_path / "whole"))
     process = subprocess.Popen(command(tmp_path / "killed"), env=ENVIRONMENT, stderr=subprocess.DEVNULL)
@@ -203,7 +203,7 @@ def of_processes(number, model, data, output):
     """The command of a run by so many processes, which accelerate starts on a CPU only if told `--multi_gpu`."""
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(number), "--main_process_port", "0"]
     line = ["-m", "mfrsvlm.evaluation", "run", "--model", str(model), "--benchmark", "scenes", "--data"]
-    line += [str(data["scenes"]), "--output", str(output), "--protocol", "ours-without-java", "--batch-size", "3"]
+    line += [str(data["scenes"]), "--output", str(output), "--protocol", "strict-without-java", "--batch-size", "3"]
     return [sys.executable, *(launch if number > 1 else []), *line, "--images-per-chunk", "1"]
 
 

@@ -1,14 +1,18 @@
 """Features of a frozen encoder, computed once and kept in a file."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..modeling_mfrsvlm import MFRSVLMForConditionalGeneration, MFRSVLMImageFeatures
+from .branches import BranchCollator
+from .data import ConversationDataset
 
 
 # Parameters of the encoder: what lies before the projector.
@@ -75,3 +79,38 @@ def project(model: MFRSVLMForConditionalGeneration, features: torch.Tensor) -> M
     if model.config.visual_position_embeddings:
         visual = visual + model.model.visual_position_embedding.weight
     return MFRSVLMImageFeatures(pooler_output=list(visual), deepstack_features=details)
+
+
+class CachedRows(Dataset):
+    """Rows of a `ConversationDataset` with cached features in place of their images.
+
+    Args:
+        conversations: the rows, made without `encode`.
+        collator: encodes them.
+        model: its encoder makes the features, unless they are in the file.
+        path: see `cache_image_features`.
+
+    Raises:
+        ValueError: a row has no image, or several.
+    """
+
+    def __init__(
+        self, conversations: ConversationDataset, collator: BranchCollator, model: MFRSVLMForConditionalGeneration, path: Path
+    ) -> None:
+        self.conversations, self.collator = conversations, collator
+        self.features = cache_image_features(model, self._pixels(), len(conversations), path)
+
+    def _pixels(self) -> Iterator[torch.Tensor]:
+        for index in range(len(self.conversations)):
+            sample = self.collator.encode(self.conversations[index]["messages"])
+            count = len(sample.get("pixel_values", ()))
+            if count != 1:
+                raise ValueError(f"{self.conversations.where(index)} has {count} images; cached features need one in each row.")
+            yield sample["pixel_values"]
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        features = torch.from_numpy(np.array(self.features[index : index + 1])).float()
+        return self.collator.encode(self.conversations[index]["messages"], image_features=features)

@@ -1,50 +1,96 @@
-"""Captions in Karpathy's layout, one JSON file for all splits: RSICD, Sydney captions, UCM captions, RSITMD."""
+"""Captions, as RSICD, Sydney captions, UCM captions and RSITMD are published: in Karpathy's JSON file, or in text files.
+
+Karpathy's layout is one JSON file for all splits. The other, `NAME_precomp` in work on image-text retrieval, has two text
+files a split: `train_caps.txt` with one caption a line, and `train_filename.txt` with the names of the images.
+"""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .reading import find, read_json, take, take_text
+from .reading import find, read_json, read_text, take, take_text
 from .sample import Benchmark, BenchmarkError, Sample
 
 
 logger = logging.getLogger(__name__)
 
+# The JSON file has these; "trainval" is both, as the text files have it.
+PARTS = {"train": ("train",), "val": ("val",), "test": ("test",), "trainval": ("train", "val")}
 SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
 class CaptionFiles:
-    """Names under which the captions and the folder of the images are published."""
+    """Names under which the captions and the folder of the images are published.
+
+    Attributes:
+        captions: the JSON file.
+        precomp: folders that the text files may lie in. They may also lie in the root.
+        precomp_splits: split of the benchmark -> split of the text files.
+    """
 
     captions: tuple[str, ...]
     images: tuple[str, ...]
+    precomp: tuple[str, ...] = ()
+    precomp_splits: Mapping[str, str] = field(default_factory=dict)
+
+    def load(self, name: str, root: Path, split: str, check_counts: bool) -> Benchmark:
+        """One sample for each image of the split, with all its captions as references.
+
+        The text files are read where the JSON file is absent.
+
+        Raises:
+            BenchmarkError: see `reading`; or a row of an unknown split, an image without a caption, or text files that do
+                not fit each other.
+        """
+        texts = next((root / place for place in ("", *self.precomp) if any((root / place).glob("*_caps.txt"))), None)
+        if texts is not None and not any((root / file).exists() for file in self.captions):
+            return Benchmark(name, split, root, self._read_texts(name, root, texts, split))
+        path = find(root, self.captions, "file of captions")
+        folder = find(root, self.images, "folder of images").name
+        samples = []
+        for number, row in enumerate(take(read_json(path, dict), "images", list, path, "0")):
+            if take_split(row, path, number) not in PARTS[split]:
+                continue
+            file = take_text(row, "filename", path, number)
+            sentences = take(row, "sentences", list, path, number)
+            captions = [take(sentence, "raw", str, path, f"{number} ({file})") for sentence in sentences]
+            samples.append(_sample(folder, file, captions, path))
+        return Benchmark(name, split, root, samples)
+
+    def _read_texts(self, name: str, root: Path, texts: Path, split: str) -> list[Sample]:
+        if split not in self.precomp_splits:
+            raise BenchmarkError(
+                f"{name}: the text files in {texts} hold the splits {', '.join(self.precomp_splits)}, not {split!r}."
+            )
+        part = self.precomp_splits[split]
+        path, names_path = texts / f"{part}_caps.txt", texts / f"{part}_filename.txt"
+        captions, names = _lines(path), _lines(names_path)
+        files = list(dict.fromkeys(names))
+        # Names stand once for each image, or once for each caption.
+        if "" in files or not files or len(names) not in (len(files), len(captions)) or len(captions) % len(files):
+            raise BenchmarkError(
+                f"{path} holds {len(captions)} captions and {names_path} {len(names)} names of {len(files)} images. "
+                "Each image needs the same number of captions, and its name once, or once for each caption."
+            )
+        each = len(captions) // len(files)
+        if len(names) == len(captions) and names != [file for file in files for _ in range(each)]:
+            raise BenchmarkError(f"{names_path}: the {each} captions of an image do not stand together.")
+        folder = next((place for place in self.images if (root / place).is_dir()), self.images[0])
+        return [
+            _sample(folder, file, captions[each * number : each * (number + 1)], path) for number, file in enumerate(files)
+        ]
 
 
-RSICD = CaptionFiles(("dataset_rsicd.json",), ("RSICD_images", "images"))
-SYDNEY = CaptionFiles(("dataset.json",), ("imgs", "images"))
-UCM = CaptionFiles(("dataset.json",), ("imgs", "images"))
-RSITMD = CaptionFiles(("dataset_RSITMD.json", "dataset_rsitmd.json"), ("images",))
+def _lines(path: Path) -> list[str]:
+    """Lines of a text file, blank ones too: their number says to which image they belong."""
+    return [line.strip() for line in read_text(path).removesuffix("\n").split("\n")]
 
 
-def load_karpathy_captions(files: CaptionFiles, name: str, root: Path, split: str, check_counts: bool) -> Benchmark:
-    """One sample for each image of the split, with all its captions as references.
-
-    Raises:
-        BenchmarkError: see `reading`; or a row of an unknown split, or an image without a caption.
-    """
-    path = find(root, files.captions, "file of captions")
-    folder = find(root, files.images, "folder of images").name
-    samples = []
-    for number, row in enumerate(take(read_json(path, dict), "images", list, path, "0")):
-        if take_split(row, path, number) != split:
-            continue
-        file = take_text(row, "filename", path, number)
-        sentences = take(row, "sentences", list, path, number)
-        captions = [take(sentence, "raw", str, path, f"{number} ({file})") for sentence in sentences]
-        samples.append(Sample(file, (f"{folder}/{file}",), "captioning", "", references(captions, path, file)))
-    return Benchmark(name, split, root, samples)
+def _sample(folder: str, file: str, captions: list[str], path: Path) -> Sample:
+    return Sample(file, (f"{folder}/{file}",), "captioning", "", references(captions, path, file))
 
 
 def take_split(row: Any, path: Path, number: int | str) -> str:
