@@ -223,7 +223,7 @@ def check_start(options: ModelArguments) -> None:
         stored = "float32"  # of the adapter's own weights, whatever its base has
         if options.lora and not options.lora_merge:
             raise SettingsError(
-                f"{start.source} is an adapter. A new adapter would be saved without it. Set lora_merge=true to save the whole "
+                f"{start.source} is an adapter, and a new one would be saved without it. Set lora_merge=true to save the whole "
                 "model, or resume_from_checkpoint to go on with the first one."
             )
     keeps_base = options.lora and not options.lora_merge
