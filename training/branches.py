@@ -72,7 +72,7 @@ class BranchCollator:
             marks being (position in the branch, number); for N > 0 images `pixel_values` (N, L) unless given; and `inputs`.
 
         Raises:
-            BadRow: an image outside the first user turn, or a row longer than `max_length`.
+            BadRow: an image outside the first user turn, an answer that is not learned, or a row longer than `max_length`.
         """
         system = None
         if messages[0]["role"] == "system":
@@ -83,6 +83,8 @@ class BranchCollator:
         for number, question in enumerate(questions[1:], start=2):
             if any(part["type"] == "image" for part in question["content"]):
                 raise BadRow(f"question {number} holds an image: in branches, all images belong to the first question.")
+        if not all(answer.get("learn", True) for answer in answers):
+            raise BadRow("it holds an answer that is not learned: branches are independent, so it would be context to none.")
         before, between, opening, closing = self._template(system, num_images)
         asked = ["".join(part["text"] for part in message["content"] if part["type"] == "text") for message in questions]
         said = ["".join(part["text"] for part in message["content"]) for message in answers]

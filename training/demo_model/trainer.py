@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers.trainer_utils import TrainOutput
 
 from ..image_features import project
-from ..trainer import MFRSVLMTrainer, MFRSVLMTrainingArguments
+from ..trainer import MFRSVLMTrainer, MFRSVLMTrainingArguments, SettingsError
 from .guidance import GUIDANCE_WEIGHT, Guidance
 
 
@@ -38,7 +38,7 @@ class DemoModelTrainer(MFRSVLMTrainer):
     It runs in one process.
 
     Raises:
-        ValueError: there are several processes.
+        SettingsError: there are several processes.
     """
 
     args: DemoModelTrainingArguments
@@ -46,7 +46,7 @@ class DemoModelTrainer(MFRSVLMTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.args.world_size > 1:
-            raise ValueError(f"DemoModelTrainer runs in one process, not in {self.args.world_size}.")
+            raise SettingsError(f"DemoModelTrainer runs in one process, not in {self.args.world_size}.")
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch
         self.guidance = Guidance(self.model).to(self.args.device) if self.args.guidance else None
         self.loss_parts: dict[str, list[torch.Tensor]] = {}  # since the last log
