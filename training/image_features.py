@@ -95,7 +95,11 @@ class CachedRows(Dataset):
     """
 
     def __init__(
-        self, conversations: ConversationDataset, collator: BranchCollator, model: MFRSVLMForConditionalGeneration, path: Path
+        self,
+        conversations: ConversationDataset,
+        collator: BranchCollator,
+        model: MFRSVLMForConditionalGeneration,
+        path: Path,
     ) -> None:
         self.conversations, self.collator = conversations, collator
         self.features = cache_image_features(model, self._pixels(), len(conversations), path)
@@ -105,7 +109,9 @@ class CachedRows(Dataset):
             sample = self.collator.encode(self.conversations[index]["messages"])
             count = len(sample.get("pixel_values", ()))
             if count != 1:
-                raise ValueError(f"{self.conversations.where(index)} has {count} images; cached features need one in each row.")
+                raise ValueError(
+                    f"{self.conversations.where(index)} has {count} images; cached features need one in each row."
+                )
             yield sample["pixel_values"]
 
     def __len__(self) -> int:

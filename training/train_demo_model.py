@@ -45,7 +45,8 @@ logger = logging.getLogger("mfrsvlm.training.train_demo_model")  # also where th
 
 # Boxes need to know which phase a feature came from, which the weights of whole stacks cannot say.
 ARCHITECTURE = {"routing": "token", "routing_size": 32, "injection_layers": [0, 1, 2, 3]}
-PROTOCOL = "strict-without-java"
+CONFIG = Path(__file__).with_name("configs") / "demo_model.yaml"
+PROTOCOL = "strict-without-java"  # METEOR, which needs Java, says nothing about captions of one form
 
 
 @dataclass
@@ -265,7 +266,9 @@ def above_majority(figures: dict[str, dict[str, Any]]) -> str:
     """One sentence: which tasks do not score above the majority baseline."""
     image, majority = figures["image"], figures["majority"]
     below = [task for task, row in image.items() if row["low"] <= majority[task]["value"]]
-    return f"Not above the majority baseline: {', '.join(below)}." if below else "All tasks score above the majority baseline."
+    return (
+        f"Not above the majority baseline: {', '.join(below)}." if below else "All tasks score above the majority baseline."
+    )
 
 
 def main(arguments: list[str] | None = None) -> Path:

@@ -126,9 +126,7 @@ class MFRSVLMTrainingArguments(TrainingArguments):
     projector_learning_rate: float | None = field(default=None, metadata={"help": "Else learning_rate."})
     injectors_learning_rate: float | None = field(default=None, metadata={"help": "Else learning_rate."})
     decoder_learning_rate: float | None = field(default=None, metadata={"help": "Else learning_rate."})
-    muon: bool = field(
-        default=False, metadata={"help": "Train matrices between hidden states by Muon, the rest by AdamW."}
-    )
+    muon: bool = field(default=False, metadata={"help": "Train matrices between hidden states by Muon, the rest by AdamW."})
     muon_factor: float = field(default=3.0, metadata={"help": "Learning rate of Muon over that of AdamW."})
     group_by_modality_length: bool = field(
         default=True, metadata={"help": "Batches of like length, with images or without."}

@@ -176,7 +176,9 @@ def make_trainer(tokenizer, folder, cached=True, **overrides):
 def test_training_learns_and_leaves_no_trace_of_guidance(tokenizer, tmp_path):
     trainer = make_trainer(tokenizer, tmp_path, max_steps=20, logging_steps=5)
     model = trainer.model
-    frozen = {name: value.clone() for name, value in model.state_dict().items() if "vision_tower" in name or "stage_" in name}
+    frozen = {
+        name: value.clone() for name, value in model.state_dict().items() if "vision_tower" in name or "stage_" in name
+    }
     names, attention = set(model.state_dict()), model.config.text_config._attn_implementation
     trainer.train()
     losses = [row["answers_loss"] for row in trainer.state.log_history if "answers_loss" in row]

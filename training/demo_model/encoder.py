@@ -72,9 +72,7 @@ def token_targets(table: np.ndarray, left: float, top: float, side: float, token
     return target.reshape(tokens * tokens, len(KINDS), CHANNELS)
 
 
-def batches(
-    images: SceneImages, size: int, seed: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def batches(images: SceneImages, size: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Endless batches of pixels (n, 3, s, s) in [-1, 1], targets (n, t * t, kinds, CHANNELS) and classes (n,)."""
     rng = np.random.default_rng(seed)
     tables = [object_table(scene) for scene in images.scenes]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from ..image_features import project
@@ -26,6 +27,16 @@ class DemoModelTrainingArguments(MFRSVLMTrainingArguments):
     decoder_attention: str | None = field(
         default=None, metadata={"help": "Attention of the decoder in training, such as short, see `short_attention`."}
     )
+
+
+class ZeroGuidanceGradients(TrainerCallback):
+    """Clears the gradients of the guidance after each step. The stock `Trainer` clears those of the model alone."""
+
+    def __init__(self, guidance: Guidance) -> None:
+        self.guidance = guidance
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.guidance.zero_grad()
 
 
 class DemoModelTrainer(MFRSVLMTrainer):
@@ -49,12 +60,17 @@ class DemoModelTrainer(MFRSVLMTrainer):
             raise SettingsError(f"DemoModelTrainer runs in one process, not in {self.args.world_size}.")
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch
         self.guidance = Guidance(self.model).to(self.args.device) if self.args.guidance else None
+        if self.guidance is not None:
+            self.add_callback(ZeroGuidanceGradients(self.guidance))
         self.loss_parts: dict[str, list[torch.Tensor]] = {}  # since the last log
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         groups = super().parameter_groups(model)
         if self.guidance is not None:
-            rate, muon = self.args.decoder_learning_rate or self.args.learning_rate, {"muon": False} if self.args.muon else {}
+            rate, muon = (
+                self.args.decoder_learning_rate or self.args.learning_rate,
+                {"muon": False} if self.args.muon else {},
+            )
             for matrices, decay in ((True, self.args.weight_decay), (False, 0.0)):
                 parameters = [each for each in self.guidance.parameters() if (each.ndim > 1) == matrices]
                 groups.append({"params": parameters, "lr": rate, "weight_decay": decay, **muon})
