@@ -57,8 +57,9 @@ def targets(scenes: Sequence[Scene]) -> np.ndarray:
 
 
 def linear_probe(states: np.ndarray, targets: np.ndarray, scene_of_row: np.ndarray, test_states: np.ndarray) -> np.ndarray:
-    """Predicts targets from new states by ridge regression. Of each target, the last fifth of the scenes chooses the strength.
+    """Predicts targets from new states by ridge regression.
 
+    The last fifth of the scenes chooses the strength for each target, then all scenes are fitted.
     Features are standardized, so that the scale of states, which grows with depth, plays no part.
 
     Args:

@@ -64,8 +64,8 @@ class BranchCollator:
         Args:
             messages: chat messages of content parts, questions and answers in turn, after at most one system message. A user
                 message may hold `marks`: (end, number) of words of its text, `end` being the offset behind the word.
-            **inputs: kept in the sample, such as `image_features` (N, 1 + K, T, C). With them, or with `pixel_values`, images
-                are not opened.
+            **inputs: kept in the sample, such as `image_features` (N, 1 + K, T, C). With them, or with `pixel_values`,
+                images are not opened.
 
         Returns:
             `prefix`, the ids that all branches begin with; `branches`, a list of (prompt ids, answer ids, weight, marks),

@@ -230,10 +230,11 @@ every part works."""
     if figures:
         text += f"""
 
-The table shows accuracy in per cent on held-out synthetic scenes (`{PROTOCOL}` protocol, greedy decoding). Objects are {low:g}
-to {high:g} pixels long on the canvas of {CANVAS}, half of that in the global view. A box counts if its intersection over union
-with the true box is at least 0.5. A caption counts if it is exact; *caption facts* is the F1 score of its facts. *Blind* is
-the same model without the image. *Majority* always gives the most frequent answer to a kind of question.
+The table shows accuracy in per cent on held-out synthetic scenes (`{PROTOCOL}` protocol, greedy decoding). Objects
+are {low:g} to {high:g} pixels long on the canvas of {CANVAS}, half of that in the global view. A box counts if its
+intersection over union with the true box is at least 0.5. A caption counts if it is exact; *caption facts* is the F1
+score of its facts. *Blind* is the same model without the image. *Majority* always gives the most frequent answer to a
+kind of question.
 {above_majority(figures)}
 
 | task | accuracy | 95 % interval | n | blind | majority |

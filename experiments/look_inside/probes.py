@@ -1,7 +1,7 @@
 """Linear probes: what can still be read from the hidden states, layer by layer.
 
-From a visual token: how many objects have their centre in its cell. From the last position of "How many ... are there?": that
-number. Probes are fitted on scenes of the validation split.
+From a visual token: how many objects have their centre in its cell. From the last position of "How many ... are there?":
+that number. Probes are fitted on scenes of the validation split.
 """
 
 import math

@@ -76,7 +76,7 @@ def relative_entropy(weights: np.ndarray, axis: int) -> np.ndarray:
     return entropy / math.log(max(weights.shape[axis], 2))
 
 
-def summarise_router(weights: np.ndarray, config: MFRSVLMConfig) -> dict[str, Any]:
+def summarize_router(weights: np.ndarray, config: MFRSVLMConfig) -> dict[str, Any]:
     """Mean weights of one injection layer.
 
     Args:
@@ -144,8 +144,8 @@ def measure_routing(
         "object_pixels": {"small": SMALL_OBJECTS, "large": LARGE_OBJECTS},
         "layers": [
             {
-                "small": summarise_router(small, config),
-                "large": summarise_router(large, config),
+                "small": summarize_router(small, config),
+                "large": summarize_router(large, config),
                 "small_to_large": routing_shift(small, large),
             }
             for small, large in zip(groups["small"], groups["large"], strict=True)

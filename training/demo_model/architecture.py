@@ -116,7 +116,7 @@ def make_processor(config: Any, tokenizer: Any, canvas_source: str = "image") ->
 
 @torch.no_grad()
 def start_positions(model: MFRSVLMForConditionalGeneration, features: np.ndarray) -> None:
-    """Starts position embeddings, if the model has any, as sines and cosines of row and column, as large as visual tokens."""
+    """Starts position embeddings, if any, as sines and cosines of row and column, as large as visual tokens."""
     if not model.config.visual_position_embeddings:
         return
     table = model.model.visual_position_embedding.weight
