@@ -164,7 +164,7 @@ def train_decoder(
     Returns:
         `seconds` and `decoder_tokens` that it took.
     """
-    fixed = {"save_strategy": "no", "include_num_input_tokens_seen": "all"}
+    fixed = {"save_strategy": "no", "include_num_input_tokens_seen": "true"}
     _, args = DemoModelConfig().read(CONFIG, [f"--{name}={value}" for name, value in (settings | fixed).items()])
     freeze_encoder(model)
     trainer = DemoModelTrainer(

@@ -114,7 +114,7 @@ def test_the_majority_baseline_has_no_boxes():
 TINY = ("--crowded-scenes", "2", "--encoder-steps", "1")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_ablation_command_continues_where_it_stopped(tmp_path, monkeypatch, capsys):
     arms = {name: ablation.Arm(ablation.ARMS[name].features, ablation.ARMS[name].injection) for name in ablation.KEPT}
     monkeypatch.setattr(ablation, "ARMS", arms)
