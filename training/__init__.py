@@ -1,8 +1,24 @@
-"""Fine-tuning of MF-RSVLM: `python -m mfrsvlm.training.finetune CONFIG.yaml`, or the pieces below with any trainer."""
+"""Fine-tuning of MF-RSVLM: `mfrsvlm finetune CONFIG.yaml`, or the pieces below with any trainer."""
 
-from .collator import ConversationCollator
-from .data import BadRow, ConversationDataset
-from .trainer import MFRSVLMTrainer, MFRSVLMTrainingArguments
+from typing import TYPE_CHECKING
 
+from ..lazy_exports import lazy_exports
+
+
+if TYPE_CHECKING:
+    from .collator import ConversationCollator
+    from .data import BadRow, ConversationDataset
+    from .trainer import MFRSVLMTrainer, MFRSVLMTrainingArguments
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "BadRow": "data",
+        "ConversationCollator": "collator",
+        "ConversationDataset": "data",
+        "MFRSVLMTrainer": "trainer",
+        "MFRSVLMTrainingArguments": "trainer",
+    },
+)
 
 __all__ = ["BadRow", "ConversationCollator", "ConversationDataset", "MFRSVLMTrainer", "MFRSVLMTrainingArguments"]
