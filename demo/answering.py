@@ -29,11 +29,19 @@ def load(name: str, dtype: str = "auto", device: str | None = None, trust_remote
     """Model, in eval mode, and processor of a folder or Hub id.
 
     An MF-RSVLM runs the code of this package. Other models that bring their own code need `trust_remote_code`.
+
+    Raises:
+        ValueError: `name` is no folder with a config.json, and cannot be found on the Hub.
     """
+    try:
+        model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{name} is no model folder, and cannot be loaded from the Hub: {reason}") from error
     model_class: Any = AutoModelForImageTextToText
     processor_class: Any = AutoProcessor
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if not trust_remote_code and PreTrainedConfig.get_config_dict(name)[0].get("model_type") == "mfrsvlm":
+    if not trust_remote_code and model_type == "mfrsvlm":
         model_class, processor_class, options = MFRSVLMForConditionalGeneration, MFRSVLMProcessor, {}
     if device is None:
         accelerator = torch.accelerator.current_accelerator()
