@@ -1,7 +1,6 @@
-"""Makes Hub folders of this package: from a released checkpoint, or from the parts of a new model.
+"""Converts a checkpoint in the authors' layout to a Hub folder of this package.
 
     python -m mfrsvlm.convert_checkpoint released SRC --vision-tower DIR_OR_HUB_ID --output OUT [--dtype bfloat16] [--verify]
-    python -m mfrsvlm.convert_checkpoint assemble --language-model ID --vision-tower ID --output OUT [--projector FILE]
 
 A released checkpoint is mapped into memory rather than read, so that its size hardly matters. Every key is matched by
 `released_layout.KEY_TABLE`, dropped there on purpose, or the run fails and names it. The output appears whole or not at all.
@@ -9,7 +8,6 @@ A released checkpoint is mapped into memory rather than read, so that its size h
 
 import argparse
 import contextlib
-import json
 import os
 import pickle
 import re
@@ -18,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +24,22 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.trainer_utils import set_seed
+from transformers import GenerationConfig
 from transformers.utils import logging
 
 from .configuration_mfrsvlm import MFRSVLMConfig
 from .image_processing_mfrsvlm import MFRSVLMImageProcessor
-from .model_card.card import write_model_card
 from .modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from .processing_mfrsvlm import MFRSVLMProcessor, make_chat_template
 from .released_layout import (
     DTYPES,
     ConversionError,
     explained,
-    make_config,
     read_json,
     read_tokenizer,
-    refuse_eva,
     refuse_variants,
     released_config,
     rename,
-    resolve_depths,
-    resolve_window_sizes,
 )
 
 
@@ -56,10 +48,7 @@ logger = logging.get_logger(__name__)
 MAX_OUTPUT_SHARD = 10**9  # bytes
 IMAGE_TOKEN = "<image>"
 NOTHING = r"(?!)"
-# What is new in a new model. Of a tower: its pooler, which is never read, and the norms that transformers puts after the
-# stages of a backbone, which a classifier lacks; new, they only normalise.
-UNTRAINED = r"model\.(injectors|multi_modal_projector|stage_projections|visual_position_embedding)\."
-UNTRAINED_TOWER = r"(.*\.)?(pooler|hidden_states_norms)\."
+ASSEMBLE = "To make a new model from parts, run: python -m mfrsvlm.training.assemble --help"
 
 
 def find_shards(folder: Path) -> list[Path]:
@@ -155,14 +144,6 @@ def load_model(config: MFRSVLMConfig, state: dict[str, torch.Tensor], new: str =
         raise ConversionError(f"{name} has shape {tuple(shape)}, but its place in the model {tuple(expected)}.")
     refuse_missing("the weights", info["missing_keys"], new)
     return model
-
-
-def load_part(model_class: Any, name: str, new: str = NOTHING, **kwargs: Any) -> Any:
-    """A trained part, whole: `transformers` fills what a checkpoint lacks with random numbers."""
-    with explained(f"{name} cannot be loaded"):
-        part, info = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
-    refuse_missing(name, info["missing_keys"], new)
-    return part
 
 
 def refuse_missing(what: str, keys: set[str], allowed: str) -> None:
@@ -264,10 +245,8 @@ def whole_output(output: Path, overwrite: bool, sources: list[Path]) -> Iterator
             raise
 
 
-def save_folder(
-    folder: Path, model: Any, processor: Any, settings: GenerationConfig, origin: str, parts: dict[str, Any]
-) -> None:
-    """Writes a Hub folder: weights, configs, processor, code and card."""
+def save_folder(folder: Path, model: Any, processor: Any, settings: GenerationConfig) -> None:
+    """Writes a Hub folder: weights, configs, processor and code."""
     if not settings.do_sample:  # Vicuna sets a temperature all the same: it has no effect, and is refused when saved
         for name in ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
             setattr(settings, name, None)
@@ -276,7 +255,6 @@ def save_folder(
     model.generation_config = settings
     model.save_pretrained(folder, max_shard_size=MAX_OUTPUT_SHARD)
     processor.save_pretrained(folder)
-    write_model_card(folder, model.config, origin=origin, parts=parts)
 
 
 def convert_released(
@@ -300,6 +278,8 @@ def convert_released(
     Raises:
         ConversionError: the checkpoint is incomplete, damaged or of an unsupported variant, or `output` exists.
     """
+    from .model_card.card import write_model_card  # here, since modules of the root import no room when they are loaded
+
     content = read_json(source / "config.json")
     refuse_variants(source, content)
     tokenizer = read_tokenizer(source)
@@ -334,102 +314,10 @@ def convert_released(
         add_image_token(tokenizer, model)
         template = make_chat_template(tokenizer)
         processor = MFRSVLMProcessor(image_processor, tokenizer, chat_template=template, image_placement="prefix")
-        save_folder(folder, model, processor, settings, "converted", parts)
+        save_folder(folder, model, processor, settings)
+        write_model_card(folder, model.config, origin="converted", parts=parts)
         if verify:
             verify_folder(folder, model)
-
-
-def assemble(
-    language_model: str,
-    vision_tower: str,
-    output: Path,
-    projector: Path | None = None,
-    overrides: dict[str, Any] | None = None,
-    image_placement: str = "inline",
-    dtype: str | None = None,
-    seed: int = 0,
-    overwrite: bool = False,
-) -> None:
-    """Makes a new model from trained parts; injectors, and the projector if none is given, start untrained.
-
-    Args:
-        language_model: folder or Hub id of a causal language model with a list of layers.
-        vision_tower: folder or Hub id of a ViT (CLIP, SigLIP, DINO, ...) or a hierarchical backbone (ResNet, Swin, ...).
-        output: folder to make.
-        projector: a LLaVA `mm_projector.bin` (the paper starts from Vicuna, CLIP and LLaVA's projector).
-        overrides: fields of `MFRSVLMConfig`, for example `{"injection_type": "cross_attention"}`.
-        image_placement: `"inline"` or `"prefix"`, see `MFRSVLMProcessor`.
-        dtype: of the weights; the language model's own if `None`.
-        seed: of the untrained weights.
-        overwrite: whether an existing model folder at `output` may be replaced.
-
-    Raises:
-        ConversionError: the parts make no model, one of them is incomplete, or the projector does not fit.
-    """
-    with explained(f"The config of language model {language_model} cannot be read"):
-        text_config = AutoConfig.from_pretrained(language_model)
-    with explained(f"The config of vision tower {vision_tower} cannot be read"):
-        tower_config = AutoConfig.from_pretrained(vision_tower)
-    refuse_eva(vision_tower, tower_config.to_dict())
-    config = assembled_config(getattr(tower_config, "vision_config", tower_config), text_config, overrides or {}, dtype)
-    with explained(f"{language_model} and {vision_tower} make no model"), torch.device("meta"):
-        tower_class = type(MFRSVLMForConditionalGeneration(config).model.vision_tower)
-    image_processor = make_image_processor(resolve_folder(vision_tower, []), config)
-    with explained(f"The tokenizer of {language_model} cannot be read"):
-        tokenizer = AutoTokenizer.from_pretrained(language_model)
-    with whole_output(output, overwrite, [Path(language_model), Path(vision_tower)]) as folder:
-        decoder = load_part(AutoModelForCausalLM, language_model, dtype=config.dtype)
-        # Not through AutoBackbone, which cannot load from a folder. A full CLIP or a classifier holds more than its tower,
-        # and that is all that is wanted of it.
-        tower = load_part(tower_class, vision_tower, UNTRAINED_TOWER, dtype=config.dtype, config=config.vision_config)
-        with explained(f"{language_model} has no decoder, or no head"):
-            state = {f"model.language_model.{key}": value for key, value in decoder.get_decoder().state_dict().items()}
-            state |= {f"lm_head.{key}": value for key, value in decoder.get_output_embeddings().state_dict().items()}
-        state |= {f"model.vision_tower.{key}": value for key, value in tower.state_dict().items()}
-        new = UNTRAINED
-        if projector is not None:
-            new = UNTRAINED.replace("multi_modal_projector|", "")
-            for key, tensor in read_shard(projector).items():
-                if "mm_projector." not in key:
-                    raise ConversionError(f"{projector} holds {key}, which is no tensor of a projector.")
-                state |= rename(f"model.{key.removeprefix('model.')}", tensor.to(config.dtype))
-        set_seed(seed)
-        model = load_model(config, state, new)
-        add_image_token(tokenizer, model)
-        template = make_chat_template(tokenizer)
-        processor = MFRSVLMProcessor(image_processor, tokenizer, chat_template=template, image_placement=image_placement)
-        parts = {"language model": language_model, "vision tower": vision_tower}
-        save_folder(folder, model, processor, decoder.generation_config, "assembled", parts)
-
-
-def assembled_config(vision_config: Any, text_config: Any, options: dict[str, Any], dtype: str | None) -> MFRSVLMConfig:
-    """The config of a new model: what `options` leave open follows the sizes of its parts.
-
-    Windows are as large as the global view and half of it; depths are a third, two thirds and all of a ViT's layers,
-    or the last three stages of a backbone; injection is before layers 4, 8, 12 and 16, as far as the decoder has them,
-    and before the last one of a decoder with fewer than four.
-    """
-    fields = set(MFRSVLMConfig.__annotations__) - {"vision_config", "text_config", "image_token_id", "tie_word_embeddings"}
-    unknown = sorted(set(options) - fields)
-    if unknown:
-        raise ConversionError(f"Fields {unknown} cannot be set; those that can are {sorted(fields)}.")
-    with explained("These parts and options make no model"):
-        side, patch_size = (getattr(vision_config, name, None) for name in ("image_size", "patch_size"))
-        if not hasattr(vision_config, "depths") and isinstance(side, int) and isinstance(patch_size, int):
-            # Some ViTs cut off what is no whole patch: SigLIP so400m reads 378 of its 384 pixels.
-            options = {"image_size": side - side % patch_size, **options}
-        sizes: dict[str, Any] = {name: options[name] for name in ("image_size", "patch_size") if name in options}
-        bare: dict[str, Any] = {"window_sizes": [], "injection_layers": [], "detail_feature_layers": []}
-        probe = MFRSVLMConfig(vision_config=vision_config, text_config=text_config, **sizes, **bare)
-        depth, num_layers = probe.num_vision_layers, text_config.num_hidden_layers
-        stages = list(range(max(1, depth - 2), depth + 1))
-        layers = [layer for layer in (3, 7, 11, 15) if layer < num_layers] or [num_layers - 1]
-        defaults = {
-            "window_sizes": resolve_window_sizes([1.0, 0.5], probe.tokens_per_side, probe.patch_size),
-            "detail_feature_layers": stages if probe.is_hierarchical else resolve_depths([1 / 3, 2 / 3, 1.0], depth),
-            "injection_layers": layers if options.get("window_sizes", True) else [],
-        }
-        return make_config(vision_config, text_config, dtype or text_config.dtype or "float32", **{**defaults, **options})
 
 
 # Runs in a process of its own, on nothing but the folder: what a stranger would get.
@@ -480,32 +368,37 @@ def verify_folder(folder: Path, model: MFRSVLMForConditionalGeneration) -> None:
     print(f"verified: {len(written)} tensors equal, logits of one forward differ by {error:.1e}")
 
 
-def json_object(text: str) -> dict[str, Any]:
-    return {**json.loads(text)}
-
-
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m mfrsvlm.convert_checkpoint", description=__doc__.splitlines()[0])
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["assemble"]:
+        print(f"error: this command converts. {ASSEMBLE}", file=sys.stderr)
+        return 2
+    parser = argparse.ArgumentParser(
+        prog="python -m mfrsvlm.convert_checkpoint", description=__doc__.splitlines()[0], epilog=ASSEMBLE
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     released = commands.add_parser("released", help="convert a checkpoint in the authors' layout")
     released.add_argument("source", type=Path, help="folder with config.json, shards and tokenizer")
     tower = "folder or Hub id; shards hold none, and openai/clip-vit-large-patch14-336 is not what they were trained with"
     released.add_argument("--vision-tower", required=True, help=tower)
     released.add_argument("--verify", action="store_true", help="compare the result with the source in a clean process")
-    parts = commands.add_parser("assemble", help="make a new, untrained model from parts")
-    parts.add_argument("--language-model", required=True, help="folder or Hub id of a causal language model")
-    parts.add_argument("--vision-tower", required=True, help="folder or Hub id of a ViT or a hierarchical backbone")
-    parts.add_argument("--projector", type=Path, help="LLaVA mm_projector.bin")
-    parts.add_argument("--config", type=json_object, dest="overrides", metavar="JSON", help="fields of MFRSVLMConfig to set")
-    parts.add_argument("--image-placement", choices=["inline", "prefix"], default="inline")
-    parts.add_argument("--seed", type=int, default=0, help="of the untrained weights")
-    for command in (released, parts):
-        command.add_argument("--output", required=True, type=Path, help="folder to make")
-        command.add_argument("--dtype", choices=DTYPES, help="of the written weights")
-        command.add_argument("--overwrite", action="store_true", help="replace an existing model folder")
+    add_output_arguments(released)
     options = vars(parser.parse_args(argv))
+    options.pop("command")
+    return run(convert_released, options)
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of every command that writes a model folder."""
+    parser.add_argument("--output", required=True, type=Path, help="folder to make")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the written weights")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing model folder")
+
+
+def run(command: Callable[..., None], options: dict[str, Any]) -> int:
+    """Runs a command that writes `options["output"]`, and returns the exit status. Errors go to stderr in one line."""
     try:
-        (convert_released if options.pop("command") == "released" else assemble)(**options)
+        command(**options)
     except (ConversionError, OSError, SafetensorError) as error:  # the last two: a full disk, a folder that is not ours
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -516,7 +409,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    # By default a termination would end the process without cleaning up.
+def exit_on_termination() -> None:
+    """Lets a termination clean up, where by default it would end the process at once."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
+if __name__ == "__main__":
+    exit_on_termination()
     sys.exit(main())

@@ -16,16 +16,13 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedConfig,
 )
 from transformers.utils import ModelOutput
 
-from mfrsvlm import MFRSVLMForConditionalGeneration, MFRSVLMProcessor
+from ..files.model_folder import load_model
 
 
 logger = logging.getLogger(__name__)
@@ -64,19 +61,17 @@ def load(
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """Model and processor of a folder or Hub id. An MF-RSVLM runs this package's code unless its own is trusted."""
-    model_type = PreTrainedConfig.get_config_dict(name, revision=revision)[0].get("model_type")
-    known: dict[str, Any] = {"revision": revision}
-    model_class, processor_class = MFRSVLMForConditionalGeneration, MFRSVLMProcessor
-    if model_type != "mfrsvlm" or trust_remote_code:
-        model_class, processor_class = AutoModelForImageTextToText, AutoProcessor
-        known["trust_remote_code"] = trust_remote_code
-    processor = processor_class.from_pretrained(name, **known)
+    """Model and processor of a folder or Hub id, see `mfrsvlm.files.model_folder.load_model`.
+
+    Raises:
+        ValueError: the folder holds no model that can be loaded, or has no chat template.
+    """
+    model, processor = load_model(name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     if not getattr(processor, "chat_template", None):
         raise ValueError(
             f"{name} has no chat template, so it is not known how a question is put to it. Add one to its folder."
         )
-    return model_class.from_pretrained(name, dtype=dtype, **known).to(device).eval(), processor
+    return model.to(device).eval(), processor
 
 
 def fingerprint(model: torch.nn.Module) -> str:

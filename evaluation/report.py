@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard
+from ..model_card.results import update_card
 
 
 FORMAT = 1  # of summary.json
@@ -505,86 +505,6 @@ def write_report(
     if plots:
         write_plots(tables, output)
     return tables
-
-
-# Model card
-
-
-def update_card(folder: str | Path, summaries: Sequence[Summary], model: str | None = None) -> list[EvalResult]:
-    """Writes what a model's runs on images measured into the `model-index` of its README.md.
-
-    Runs of other models, blind runs and chance are passed over, and values by group stay in the tables. What the card held
-    of the same benchmark, split and protocol is replaced, and what it held of other weights than those of the runs is left
-    out; results that do not say of which weights they are, are kept. The text below the front matter does not change.
-
-    Args:
-        folder: the model folder.
-        summaries: of `read_summaries`.
-        model: the model's name in the summaries, and in a card that has none yet; `None` for the folder's own, behind an
-            organisation or not.
-
-    Returns:
-        What was written.
-
-    Raises:
-        ReportError: no card, no run of the model, a run on a part of a split, or two revisions. Nothing is written then.
-    """
-    path = Path(folder) / "README.md"
-    if not path.is_file():
-        raise ReportError(f"{folder} holds no README.md. Name a model folder, or write its card with `write_model_card`.")
-    own = Path(folder).resolve().name
-    on_images = [summary for summary in summaries if summary.mode == "image"]
-    chosen = [s for s in on_images if (s.model == model if model else s.model.split("/")[-1] == own)]
-    if not chosen:
-        names = ", ".join(sorted({summary.model for summary in on_images})) or "no model"
-        raise ReportError(f"No run on images is of {model or own}, but of {names}. Name the model that the card is of.")
-    for summary in chosen:
-        if not summary.is_complete:
-            raise ReportError(f"A card holds results on whole splits. Leave out this run, or run it in full: {summary}")
-    if len({(summary.model, summary.revision) for summary in chosen}) > 1:
-        runs = "; ".join(f"{summary}, revision {summary.revision}" for summary in chosen)
-        raise ReportError(f"A card holds the results of one model in one revision. Leave out some of: {runs}")
-
-    written = [result for summary in chosen for result in card_results(summary)]
-    replaced = {result.unique_identifier for result in written}
-    card = ModelCard.load(path)
-    current = [result for result in card.data.eval_results or [] if weights_of(result) in (None, chosen[0].fingerprint)]
-    kept = [result for result in current if result.unique_identifier not in replaced]
-    card.data.model_name = card.data.model_name or model or own
-    card.data.eval_results = kept + written
-    card.save(path)
-    return written
-
-
-def weights_of(result: EvalResult) -> str | None:
-    """The fingerprint of the weights that a result of a card was measured with, if it says so."""
-    return (result.metric_args or {}).get("weights")
-
-
-def card_results(summary: Summary) -> list[EvalResult]:
-    """One result a figure.
-
-    The protocol is written as the configuration of the data set: the Hub merges what has the same task type, data set, split
-    and configuration, and two protocols must not merge, nor ours with what others wrote.
-    """
-    return [
-        EvalResult(
-            task_type="image-text-to-text",  # however it is asked; `metric_name` says what for
-            task_name="Image-Text-to-Text",
-            dataset_type=summary.benchmark,
-            dataset_name=f"{summary.benchmark}, protocol {summary.protocol}",
-            dataset_config=summary.protocol,
-            dataset_split=summary.split,
-            metric_type=column.figure,
-            metric_name=f"{task} {column.figure}".replace("_", " "),
-            metric_value=cell.value,
-            metric_args={"low": cell.low, "high": cell.high, "confidence": 0.95, "n": cell.n}
-            | ({"weights": summary.fingerprint} if summary.fingerprint else {}),
-        )
-        for task, cells in summary.results.items()
-        for column, cell in cells.items()
-        if not column.group
-    ]
 
 
 # Command line

@@ -10,45 +10,28 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import transformers
 from huggingface_hub import metadata_load
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_models import STAGE_SIZES, VIT_SIZES
-from transformers import (
-    CLIPConfig,
-    CLIPModel,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaTokenizer,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    ResNetConfig,
-    ResNetForImageClassification,
-)
+from tiny_parts import CHECKPOINT, VOCAB, assert_same, refused, weights
 
 from mfrsvlm import MFRSVLMConfig, MFRSVLMForConditionalGeneration, MFRSVLMProcessor, convert_checkpoint
 from mfrsvlm.configuration_mfrsvlm import window_table
-from mfrsvlm.convert_checkpoint import ConversionError, assemble, convert_released, main
+from mfrsvlm.convert_checkpoint import convert_released, main
+from mfrsvlm.model_card import card
 from mfrsvlm.released_layout import resolve_depths, resolve_injection_layers, resolve_window_sizes
 
 
 REFERENCE = Path(__file__).parent / "reference"
 SHARED = Path(__file__).parents[2] / "shared"
-CHECKPOINT = REFERENCE / "checkpoint"
 MANIFEST = json.loads((REFERENCE / "manifest.json").read_text())
 REMOVED = object()
 INDEX = "released/pytorch_model.bin.index.json"
 FIRST, SECOND = "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"
-VOCAB = 512  # of the checkpoint; the model has one row more, for <image>
 
 
 def write_json(path: Path, **fields) -> None:
@@ -107,27 +90,6 @@ class Source:
 @pytest.fixture
 def source(tmp_path: Path) -> Source:
     return Source(tmp_path / "released")
-
-
-def refused(capsys, command: list[str], *needles: str) -> None:
-    """Runs the command line: it must fail with one line on stderr that holds every needle."""
-    capsys.readouterr()
-    assert main(command) == 1
-    captured = capsys.readouterr()
-    before, error, message = captured.err.partition("error: ")  # a progress bar may stand before it
-    assert error and "Traceback" not in before and captured.out == ""
-    assert len(message.splitlines()) == 1 or "clean process" in message
-    for needle in needles:
-        assert needle in message, f"{needle!r} not in {message!r}"
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {key: value for file in sorted(folder.glob("*.safetensors")) for key, value in load_file(file).items()}
-
-
-def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    assert sorted(left) == sorted(right)
-    assert not [key for key in left if left[key].dtype != right[key].dtype or not torch.equal(left[key], right[key])]
 
 
 # Names of both sides, written out: one of every kind of tensor.
@@ -420,7 +382,7 @@ class TestVariants:
     def test_refused_by_name(self, source: Source, capsys, fields: dict, needles: list[str]):
         source.configure(**fields)
         before = source.siblings()
-        refused(capsys, source.command(), *needles)
+        refused(main, capsys, source.command(), *needles)
         assert source.siblings() == before
 
     @pytest.mark.parametrize("name", ["clip-retrieval", "/data/evaluation/clip", "some/evaluation-tower"])
@@ -446,12 +408,12 @@ class TestVariants:
         write_json(source.tower / "config.json", **fields)
         if "num_hidden_layers" in fields or "patch_size" in fields:  # keep the rest of the config valid
             source.configure(deepstack_detail_layers=[2, 4], mm_vision_select_layer=4)
-        refused(capsys, source.command(), *needles)
+        refused(main, capsys, source.command(), *needles)
 
     @pytest.mark.parametrize("tower", ["no-such-folder", "/no/such/folder", "nobody/no-such-tower"])
     def test_no_tower(self, source: Source, capsys, tower: str):
         command = ["released", str(source.folder), "--output", str(source.output), "--vision-tower", tower]
-        refused(capsys, command, tower, "no folder, and cannot be downloaded")
+        refused(main, capsys, command, tower, "no folder, and cannot be downloaded")
         with pytest.raises(SystemExit):  # the usage
             main(command[:-2])
 
@@ -570,7 +532,7 @@ class TestDamage:
         damage, needles = DAMAGES[case]
         damage(source)
         before = source.siblings()
-        refused(capsys, source.command(), *needles)
+        refused(main, capsys, source.command(), *needles)
         assert source.siblings() == before  # neither output nor anything half-written
 
     @pytest.mark.parametrize("kind", ["zip", "old pickle", "safetensors"])
@@ -581,7 +543,7 @@ class TestDamage:
         whole = path.read_bytes()
         for length in [0, 1, 8, 100, 1000, len(whole) // 3, len(whole) // 2, len(whole) - 1000, len(whole) - 1]:
             path.write_bytes(whole[:length])
-            refused(capsys, source.command(), path.name)
+            refused(main, capsys, source.command(), path.name)
         assert not source.output.exists()
 
     @pytest.mark.parametrize("place", ["checkpoint", "tower", "bare pickle"])
@@ -599,7 +561,7 @@ class TestDamage:
             file.write_bytes(pickle.dumps({"payload": Payload()}))
         else:
             torch.save(tensors, file)
-        refused(capsys, source.command(), str(file), "refused", "run code")
+        refused(main, capsys, source.command(), str(file), "refused", "run code")
         assert not marker.exists()
         # The payload is real: a loader that trusts the file runs it.
         torch.load(file, weights_only=False) if place != "bare pickle" else pickle.loads(file.read_bytes())
@@ -609,7 +571,7 @@ class TestDamage:
         tensors = source.tensors()
         tensors["lm_head.weight"][3, 4] = 1e6
         source.write(tensors)
-        refused(capsys, source.command("--dtype", "float16"), "lm_head.weight", "1e+06", "bfloat16")
+        refused(main, capsys, source.command("--dtype", "float16"), "lm_head.weight", "1e+06", "bfloat16")
         assert main(source.command("--dtype", "bfloat16")) == 0
 
 
@@ -645,7 +607,7 @@ class TestOutput:
             source.output.mkdir()
         for name, text in (files or {}).items():
             (source.output / name).write_text(text)
-        refused(capsys, source.command(*filter(None, [option])), str(source.output), needle)
+        refused(main, capsys, source.command(*filter(None, [option])), str(source.output), needle)
         if files is None:
             assert source.output.read_text() == "a file"
         else:
@@ -655,7 +617,7 @@ class TestOutput:
     def test_output_and_source_must_lie_apart(self, source: Source, capsys, output: str):
         source.output = source.folder.parent / output
         before = {path: path.stat().st_mtime for path in source.folder.parent.rglob("*")}
-        refused(capsys, source.command("--overwrite"), "another --output")
+        refused(main, capsys, source.command("--overwrite"), "another --output")
         assert {path: path.stat().st_mtime for path in source.folder.parent.rglob("*")} == before
 
     def test_output_beside_with_a_common_beginning_is_fine(self, source: Source):
@@ -678,7 +640,7 @@ class TestOutput:
                 monkeypatch.undo()
                 siblings.add(source.convert().name)
             before = {path: path.read_bytes() for path in source.output.glob("*")}
-            monkeypatch.setattr(convert_checkpoint, step, fail)
+            monkeypatch.setattr(card if step == "write_model_card" else convert_checkpoint, step, fail)
             if code is None:  # not ours to explain, but it cleans up all the same
                 with pytest.raises(type(error)):
                     main(source.command("--overwrite"))
@@ -698,7 +660,7 @@ class TestOutput:
             replace(origin, target)
 
         monkeypatch.setattr(convert_checkpoint.os, "replace", fail_for_new)
-        refused(capsys, source.command("--overwrite", "--dtype", "bfloat16"), "the disk is gone")
+        refused(main, capsys, source.command("--overwrite", "--dtype", "bfloat16"), "the disk is gone")
         assert {value.dtype for value in weights(source.output).values()} == {torch.float32}
         assert source.siblings() == {"released", "tower", "output"}
 
@@ -711,7 +673,7 @@ class TestOutput:
             (source.output / "config.json").write_text('{"model_type": "other"}')
 
         monkeypatch.setattr(convert_checkpoint, "save_folder", save_and_race)
-        refused(capsys, source.command(), str(source.output))
+        refused(main, capsys, source.command(), str(source.output))
         assert [path.name for path in source.output.iterdir()] == ["config.json"]
 
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
@@ -808,7 +770,7 @@ class TestVerify:
             save_file(saved, folder / "model.safetensors", metadata={"format": "pt"})
 
         self.corrupt(monkeypatch, change)
-        refused(capsys, source.command("--verify"), "changed on the way", "layers.3.mlp.up_proj.weight")
+        refused(main, capsys, source.command("--verify"), "changed on the way", "layers.3.mlp.up_proj.weight")
         assert source.siblings() == {"released", "tower"}
 
     @pytest.mark.slow
@@ -827,417 +789,11 @@ class TestVerify:
             (folder / file).write_text(text.replace(old, new))
 
         self.corrupt(monkeypatch, change)
-        refused(capsys, source.command("--verify"), needle)
+        refused(main, capsys, source.command("--verify"), needle)
         assert source.siblings() == {"released", "tower"}
 
 
-TEXT_SIZES = {
-    "vocab_size": 512,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-BACKBONE = {"image_size": 28, "patch_size": 7, "vision_feature_size": 24}
-# Other families: classes of the checkpoint and of its config, and what differs from the sizes above.
-DECODERS = {
-    "mistral": ("MistralForCausalLM", "MistralConfig", {}),
-    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", {}),
-    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {}),
-    "granite": ("GraniteForCausalLM", "GraniteConfig", {"logits_scaling": 2.0, "embedding_multiplier": 3.0}),
-    "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", {}),
-    "phi3": ("Phi3ForCausalLM", "Phi3Config", {}),
-    "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", {}),
-}
-TOWERS = {
-    "siglip": ("SiglipVisionModel", "SiglipVisionConfig", VIT_SIZES),
-    "siglip, no whole patches": ("SiglipVisionModel", "SiglipVisionConfig", {**VIT_SIZES, "image_size": 30}),
-    "siglip2": ("Siglip2VisionModel", "Siglip2VisionConfig", {**VIT_SIZES, "num_patches": 16}),
-    "dinov2": ("Dinov2Model", "Dinov2Config", VIT_SIZES),
-    "dinov3": ("DINOv3ViTModel", "DINOv3ViTConfig", {**VIT_SIZES, "num_register_tokens": 2}),
-    "vit": ("ViTForImageClassification", "ViTConfig", VIT_SIZES),
-    "convnext": ("ConvNextForImageClassification", "ConvNextConfig", STAGE_SIZES),
-    "convnextv2": ("ConvNextV2ForImageClassification", "ConvNextV2Config", STAGE_SIZES),
-    "swin": (
-        "SwinForImageClassification",
-        "SwinConfig",
-        {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 2, "patch_size": 2},
-    ),
-}
-
-
-def tiny_models() -> dict[str, Callable[[], Any]]:
-    """Trained parts by name: language models and vision towers."""
-
-    def member(model: str, config: str, sizes: dict) -> Callable[[], Any]:
-        return lambda: getattr(transformers, model)(getattr(transformers, config)(**sizes))
-
-    return {
-        **{name: member(model, config, {**TEXT_SIZES, **more}) for name, (model, config, more) in DECODERS.items()},
-        **{name: member(*family) for name, family in TOWERS.items()},
-        "llama": lambda: LlamaForCausalLM(LlamaConfig(**TEXT_SIZES)),
-        "half": lambda: LlamaForCausalLM(LlamaConfig(**TEXT_SIZES)).to(torch.bfloat16),
-        "spare rows": lambda: LlamaForCausalLM(LlamaConfig(**{**TEXT_SIZES, "vocab_size": 520})),
-        "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**TEXT_SIZES)),
-        "tied": lambda: Qwen3ForCausalLM(Qwen3Config(**TEXT_SIZES, tie_word_embeddings=True)),
-        "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**VIT_SIZES)),
-        "full-clip": lambda: CLIPModel(
-            CLIPConfig(vision_config=VIT_SIZES, text_config={"vocab_size": 9, "num_hidden_layers": 1})
-        ),
-        "resnet": lambda: ResNetForImageClassification(ResNetConfig(embedding_size=8, **STAGE_SIZES)),
-    }
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of tiny trained parts, as `save_pretrained` leaves them."""
-    folder = tmp_path_factory.mktemp("parts")
-    torch.manual_seed(1)
-    tokenizer = LlamaTokenizer.from_pretrained(CHECKPOINT)
-    for name, make in tiny_models().items():
-        model = make()
-        model.save_pretrained(folder / name)
-        if hasattr(model, "lm_head"):
-            tokenizer.save_pretrained(folder / name)
-        else:
-            content = json.loads((CHECKPOINT / "vision_tower" / "preprocessor_config.json").read_text())
-            # Many towers say another size here than the one that they were trained at.
-            content.update(size={"shortest_edge": 32}, crop_size={"height": 14, "width": 14}, image_mean=[0.1, 0.2, 0.3])
-            (folder / name / "preprocessor_config.json").write_text(json.dumps(content))
-    return folder
-
-
-def expected_parts(language_model: Path, tower: Path) -> dict[str, torch.Tensor]:
-    """Tensors of the files of both parts under the names of the assembled model."""
-    names = {}
-    for key, value in load_file(language_model / "model.safetensors").items():
-        names[key.replace("model.", "model.language_model.", 1) if key.startswith("model.") else key] = value
-    for key, value in load_file(tower / "model.safetensors").items():
-        if not key.startswith(("text_model.", "text_projection.", "visual_projection.", "logit_scale", "classifier.")):
-            names["model.vision_tower." + key.removeprefix("vision_model.").removeprefix("resnet.")] = value
-    return names
-
-
-class TestAssemble:
-    @pytest.mark.parametrize(
-        "language_model, tower, options",
-        [
-            ("llama", "clip", {}),
-            ("qwen3", "full-clip", {"injection_type": "cross_attention"}),
-            ("tied", "clip", {"routing": "stack"}),
-            ("spare rows", "clip", {}),
-            ("llama", "resnet", BACKBONE),
-            ("half", "resnet", BACKBONE),
-        ],
-    )
-    def test_parts_arrive_and_the_rest_is_untrained(
-        self, parts: Path, tmp_path: Path, language_model: str, tower: str, options: dict
-    ):
-        output = tmp_path / "output"
-        command = ["assemble", "--language-model", str(parts / language_model), "--vision-tower", str(parts / tower)]
-        assert main([*command, "--output", str(output), "--config", json.dumps(options)]) == 0
-        model, info = MFRSVLMForConditionalGeneration.from_pretrained(output, output_loading_info=True)
-        assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-        dtype = torch.bfloat16 if language_model == "half" else torch.float32
-        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-
-        state = model.state_dict()
-        expected = expected_parts(parts / language_model, parts / tower)
-        assert model.config.image_token_id == VOCAB
-        assert model.config.text_config.vocab_size == (520 if language_model == "spare rows" else VOCAB + 1)
-        for name, value in expected.items():
-            rows = (
-                VOCAB
-                if name.endswith(("embed_tokens.weight", "lm_head.weight"))
-                else len(state[name])
-                if value.ndim
-                else None
-            )
-            assert torch.equal(state[name][:rows], value[:rows].to(state[name].dtype)) if value.ndim else True, name
-        embedding = state["model.language_model.embed_tokens.weight"]
-        torch.testing.assert_close(embedding[VOCAB].float(), embedding[:VOCAB].float().mean(dim=0), atol=1e-4, rtol=1e-2)
-        if language_model == "tied":
-            assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
-        elif language_model != "spare rows":
-            assert not state["lm_head.weight"][VOCAB].any()
-        new = {name: value for name, value in state.items() if name not in expected and name != "lm_head.weight"}
-        beginnings = ("model.injectors.", "model.multi_modal_projector.", "model.stage_projections.")
-        assert all(name.startswith(beginnings) for name in new)
-        for name, value in new.items():
-            assert value.isfinite().all(), name
-            if name.endswith("residual_scale"):
-                assert value.item() == pytest.approx(0.1, abs=1e-3)
-            elif name.endswith((".bias", ".gate")):
-                assert not value.any(), name
-            elif "norm.weight" in name:
-                assert (value == 1).all(), name
-            else:
-                assert 0.01 < value.float().std() < 0.04, name  # initializer_range is 0.02
-
-        processor = MFRSVLMProcessor.from_pretrained(output)
-        assert processor.image_placement == "inline" and list(processor.image_processor.image_mean) == [0.1, 0.2, 0.3]
-        image = Image.effect_noise((50, 40), 60).convert("RGB")
-        inputs = processor(images=image, text="<image>What is this?", return_tensors="pt").to(dtype)
-        tokens = model.generate(**inputs, max_new_tokens=3, do_sample=False)
-        assert inputs["input_ids"].shape[1] < tokens.shape[1] <= inputs["input_ids"].shape[1] + 3
-        assert model(**inputs).logits.isfinite().all()
-        assert "Untrained" in (output / "README.md").read_text()
-
-    @pytest.mark.parametrize(
-        "language_model, tower", [*((name, "clip") for name in DECODERS), *(("llama", name) for name in TOWERS)]
-    )
-    def test_families(self, parts: Path, tmp_path: Path, language_model: str, tower: str):
-        """Text alone gives the logits of the stock model; with an image there are a loss and an answer."""
-        hierarchical = "depths" in json.loads((parts / tower / "config.json").read_text())
-        overrides = {"image_size": 64, "patch_size": 16, "vision_feature_size": 24} if hierarchical else {}
-        assemble(str(parts / language_model), str(parts / tower), tmp_path / "output", overrides=overrides)
-        model = MFRSVLMForConditionalGeneration.from_pretrained(tmp_path / "output")
-        processor = MFRSVLMProcessor.from_pretrained(tmp_path / "output")
-        stock = transformers.AutoModelForCausalLM.from_pretrained(parts / language_model)
-        tokens = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            assert torch.equal(model(input_ids=tokens).logits[..., :VOCAB], stock(input_ids=tokens).logits)
-            image = Image.effect_noise((50, 40), 60).convert("RGB")
-            inputs = processor(images=image, text="<image>What is this?", return_tensors="pt")
-            labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == VOCAB, -100)
-            outputs = model(**inputs, labels=labels)
-            assert outputs.loss.isfinite() and outputs.logits.isfinite().all()
-            length = inputs["input_ids"].shape[1]
-            assert length < model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] <= length + 3
-            again = weights(tmp_path / "output")
-            model.save_pretrained(tmp_path / "again")
-            assert_same(weights(tmp_path / "again"), again)
-
-    def test_defaults_follow_the_parts(self, parts: Path, tmp_path: Path):
-        assemble(str(parts / "llama"), str(parts / "clip"), tmp_path / "vit")
-        config = MFRSVLMConfig.from_pretrained(tmp_path / "vit")
-        assert (config.image_size, config.window_sizes, config.canvas_scale) == (28, [28, 14], 2)
-        assert (config.detail_feature_layers, config.injection_layers) == ([1, 2, 3], [3])  # 5 layers: 4 of (4, 8, 12, 16)
-        assert (config.window_encoding, config.window_weighting, config.routing) == ("native", "hann_nonzero", "token")
-        image_processor = MFRSVLMProcessor.from_pretrained(tmp_path / "vit").image_processor
-        assert image_processor.window_sizes == [28, 14] and image_processor.canvas_source == "image"
-        assert image_processor.window_packing == "windows_first"
-        assert (dict(image_processor.size), dict(image_processor.crop_size)) == (
-            {"shortest_edge": 28},
-            {"height": 28, "width": 28},
-        )
-
-        assemble(str(parts / "llama"), str(parts / "resnet"), tmp_path / "backbone")
-        config = MFRSVLMConfig.from_pretrained(tmp_path / "backbone")
-        assert (config.image_size, config.window_sizes, config.patch_size) == (336, [336, 168], 14)
-        assert config.detail_feature_layers == [2, 3, 4]
-
-        assemble(str(parts / "llama"), str(parts / "clip"), tmp_path / "global", overrides={"window_sizes": []})
-        assert MFRSVLMConfig.from_pretrained(tmp_path / "global").injection_layers == []
-
-    def test_published_sizes_get_the_published_layout(self):
-        """The defaults for CLIP ViT-L/14-336 and a decoder of 32 layers are those of `MFRSVLMConfig`."""
-        default = MFRSVLMConfig()
-        config = convert_checkpoint.assembled_config(default.vision_config, LlamaConfig(num_hidden_layers=32), {}, None)
-        for name in ("window_sizes", "detail_feature_layers", "injection_layers", "image_size", "patch_size"):
-            assert getattr(config, name) == getattr(default, name)
-        config = convert_checkpoint.assembled_config(default.vision_config, LlamaConfig(num_hidden_layers=2), {}, None)
-        assert config.injection_layers == [1]
-
-    def test_seed(self, parts: Path, tmp_path: Path):
-        for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-            torch.rand(seed + 1)  # what was drawn before does not matter
-            assemble(str(parts / "llama"), str(parts / "clip"), tmp_path / name, seed=seed)
-        a, b, c = (weights(tmp_path / name) for name in "abc")
-        assert_same(a, b)
-        differing = {name for name in a if not torch.equal(a[name], c[name])}
-        assert differing and all(".injectors." in name or ".multi_modal_projector." in name for name in differing)
-
-    @pytest.mark.parametrize("prefix", ["model.mm_projector", "mm_projector"])
-    def test_projector(self, parts: Path, tmp_path: Path, prefix: str):
-        projector = {f"{prefix}.{n}.weight": torch.randn(32, width) for n, width in ((0, 24), (2, 32))}
-        projector |= {f"{prefix}.{n}.bias": torch.randn(32) for n in (0, 2)}
-        torch.save(projector, tmp_path / "mm_projector.bin")
-        assemble(str(parts / "llama"), str(parts / "clip"), tmp_path / "output", projector=tmp_path / "mm_projector.bin")
-        ours = weights(tmp_path / "output")
-        for theirs, mine in ((0, "linear_1"), (2, "linear_2")):
-            for kind in ("weight", "bias"):
-                given = projector[f"{prefix}.{theirs}.{kind}"]
-                assert torch.equal(ours[f"model.multi_modal_projector.{mine}.{kind}"], given)
-
-    @pytest.mark.parametrize(
-        "change, needles",
-        [
-            (lambda p: p.update({"mm_projector.0.weight": torch.ones(32, 48)}), ["(32, 48)", "(32, 24)"]),
-            (lambda p: p.pop("mm_projector.2.bias"), ["1 tensors", "linear_2.bias"]),
-            (lambda p: p.update({"mm_projector.4.weight": torch.ones(2)}), ["mm_projector.4.weight"]),
-            (lambda p: p.update({"norm.weight": torch.ones(32)}), ["norm.weight"]),
-            (lambda p: p.update({"steps": 5}), ["holds a int"]),
-            (None, ["mm_projector.bin cannot be read", "missing"]),
-        ],
-        ids=["shape", "missing", "third layer", "other part", "no tensor", "no file"],
-    )
-    def test_projector_misfits(self, parts: Path, tmp_path: Path, capsys, change, needles: list[str]):
-        projector = {f"mm_projector.{n}.weight": torch.ones(32, width) for n, width in ((0, 24), (2, 32))}
-        projector |= {f"mm_projector.{n}.bias": torch.ones(32) for n in (0, 2)}
-        if change is not None:
-            change(projector)
-            torch.save(projector, tmp_path / "mm_projector.bin")
-        command = ["assemble", "--language-model", str(parts / "llama"), "--vision-tower", str(parts / "clip")]
-        command += ["--projector", str(tmp_path / "mm_projector.bin"), "--output", str(tmp_path / "output")]
-        before = sorted(tmp_path.iterdir())
-        refused(capsys, command, *needles)
-        assert sorted(tmp_path.iterdir()) == before
-
-    @pytest.mark.parametrize(
-        "language_model, tower, options, needles",
-        [
-            ("clip", "clip", {}, ["make no model", "vocab_size"]),
-            ("llama", "llama", {}, ["make no model"]),
-            ("no-such-folder", "clip", {}, ["language model", "no-such-folder"]),
-            ("llama", "no-such-folder", {}, ["vision tower", "no-such-folder"]),
-            ("no tokenizer", "clip", {}, ["no tokenizer"]),
-            ("no weights", "clip", {}, ["no weights", "cannot be loaded"]),
-            ("lacks a tensor", "clip", {}, ["1 tensors", "model.norm.weight"]),
-            ("mis-shaped", "clip", {}, ["mis-shaped"]),
-            ("small vocabulary", "clip", {}, ["vocab_size=500", "12 tokens"]),
-            ("llama", "clip without preprocessor", {}, ["preprocessor_config.json cannot be read"]),
-            ("llama", "clip", {"window_size": [28]}, ["['window_size']", "'window_sizes'"]),
-            ("llama", "clip", {"text_config": {}}, ["['text_config']"]),
-            ("llama", "clip", {"window_sizes": [30]}, ["Window size 30", "patch_size=7"]),
-            ("llama", "clip", {"injection_layers": [7]}, ["injection_layers=[7]", "0 to 4"]),
-            ("llama", "clip", {"injection_type": "sum"}, ["injection_type", "sum"]),
-            ("llama", "clip", {"projector_hidden_act": "no-such"}, ["no-such"]),
-        ],
-        ids=str,
-    )
-    def test_refused(self, parts: Path, tmp_path: Path, capsys, language_model, tower, options, needles: list[str]):
-        def change_weights(change):
-            def apply(folder: Path) -> None:
-                tensors = load_file(folder / "model.safetensors")
-                change(tensors)
-                save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-            return apply
-
-        folders = {
-            "no tokenizer": ("llama", lambda p: [path.unlink() for path in p.glob("tokenizer*")]),
-            "no weights": ("llama", lambda p: (p / "model.safetensors").unlink()),
-            "lacks a tensor": ("llama", change_weights(lambda t: t.pop("model.norm.weight"))),
-            "mis-shaped": ("llama", change_weights(lambda t: t.update({"model.norm.weight": torch.ones(9)}))),
-            "small vocabulary": (
-                "llama",
-                lambda p: LlamaForCausalLM(LlamaConfig(**{**TEXT_SIZES, "vocab_size": 500})).save_pretrained(p),
-            ),
-            "clip without preprocessor": ("clip", lambda p: (p / "preprocessor_config.json").unlink()),
-        }
-        (tmp_path / "parts").mkdir()
-        paths = []
-        for name in (language_model, tower):
-            path = parts / name
-            if name in folders:
-                origin, change = folders[name]
-                path = tmp_path / "parts" / name
-                shutil.copytree(parts / origin, path)
-                change(path)
-            paths.append(str(path))
-        command = ["assemble", "--language-model", paths[0], "--vision-tower", paths[1], "--config", json.dumps(options)]
-        refused(capsys, [*command, "--output", str(tmp_path / "output")], *needles)
-        assert [path.name for path in tmp_path.iterdir()] == ["parts"]
-
-    @pytest.mark.parametrize("text", ["{", "[1]"])
-    def test_config_must_be_a_json_object(self, capsys, text: str):
-        with pytest.raises(SystemExit) as stop:
-            main(["assemble", "--language-model", "a", "--vision-tower", "b", "--output", "c", "--config", text])
-        assert stop.value.code == 2
-        assert "json_object" in capsys.readouterr().err
-
-    def test_sampling_settings_without_sampling(self, parts: Path, tmp_path: Path):
-        """Vicuna's own generation_config.json, which transformers reads but refuses to save."""
-        shutil.copytree(parts / "llama", tmp_path / "vicuna")
-        settings = {"bos_token_id": 1, "eos_token_id": 2, "max_length": 4096, "temperature": 0.9, "top_p": 0.6}
-        for sampled in (False, True):
-            settings.update({"do_sample": True} if sampled else {})
-            (tmp_path / "vicuna" / "generation_config.json").write_text(json.dumps(settings))
-            assemble(str(tmp_path / "vicuna"), str(parts / "clip"), tmp_path / "output", overwrite=True)
-            saved = json.loads((tmp_path / "output" / "generation_config.json").read_text())
-            assert (saved["eos_token_id"], saved["pad_token_id"], saved["max_length"]) == (2, 0, 4096)
-            assert (saved.get("temperature"), saved.get("top_p")) == ((0.9, 0.6) if sampled else (None, None))
-
-    def test_dtype(self, parts: Path, tmp_path: Path):
-        assemble(str(parts / "half"), str(parts / "clip"), tmp_path / "output", dtype="float32")
-        assert {value.dtype for value in weights(tmp_path / "output").values()} == {torch.float32}
-
-    def test_conversion_errors_reach_python_callers(self, parts: Path, tmp_path: Path):
-        with pytest.raises(ConversionError, match="make no model"):
-            assemble(str(parts / "llama"), str(parts / "qwen3"), tmp_path / "output")
-        with pytest.raises(ConversionError, match=r"config\.json cannot be read"):
-            convert_released(tmp_path / "nothing", "tower", tmp_path / "output")
-
-
 class TestCard:
-    """Licence and base models come from the cards of the parts; what they do not say is left out."""
-
-    @pytest.mark.parametrize(
-        "language_model, tower, expected",
-        [
-            ({"license": "mit"}, {"license": "mit"}, {"license": "mit"}),
-            ({"license": "llama2"}, {"license": "mit"}, {}),  # the card's table has both
-            ({"license": "mit"}, {}, {}),
-            ({"license": "mit"}, None, {}),
-            (
-                {"license": "other", "license_name": "sam", "license_link": "LICENSE"},
-                {"license": "other", "license_name": "sam", "license_link": "LICENSE"},
-                {"license": "other", "license_name": "sam", "license_link": "LICENSE"},
-            ),
-            ({"license": "other", "license_name": "a"}, {"license": "other", "license_name": "b"}, {}),
-            ({"base_model": "a/b"}, {"base_model": ["c/d", "a/b"]}, {"base_model": ["a/b", "c/d"]}),
-            ({"license": "mit", "tags": "[unclosed"}, {"license": "mit"}, {}),
-            (None, None, {}),
-        ],
-        ids=str,
-    )
-    def test_folders(self, parts: Path, tmp_path: Path, language_model, tower, expected: dict):
-        paths = []
-        for name, card in (("llama", language_model), ("clip", tower)):
-            shutil.copytree(parts / name, tmp_path / name)
-            paths.append(str(tmp_path / name))
-            if card is not None:
-                lines = [f"{key}: {value if key == 'tags' else json.dumps(value)}" for key, value in card.items()]
-                (tmp_path / name / "README.md").write_text("---\n" + "\n".join(lines) + "\n---\n# A part\n")
-        assemble(*paths, tmp_path / "output")
-        data = metadata_load(tmp_path / "output" / "README.md")
-        fields = ("license", "license_name", "license_link", "base_model")
-        assert {field: data[field] for field in fields if field in data} == expected
-        text = (tmp_path / "output" / "README.md").read_text()
-        assert str(tmp_path) not in text  # a path means nothing to others
-        for row, card in (("language model", language_model), ("vision tower", tower)):
-            broken = card is None or "tags" in card
-            stated = "unknown" if broken else card.get("license_name") or card.get("license") or "unknown"
-            (line,) = [line for line in text.splitlines() if line.startswith(f"| {row} |") and line.count("|") == 4][:1]
-            assert line.endswith(f"| {stated} |")
-
-    def test_hub_ids(self, tmp_path: Path, monkeypatch):
-        from mfrsvlm.model_card import card
-
-        (tmp_path / "README.md").write_text("---\nlicense: mit\nbase_model: far/away\n---\n")
-
-        def download(repo_id: str, filename: str) -> str:
-            assert filename == "README.md"
-            if repo_id == "no/card":
-                raise FileNotFoundError(repo_id)
-            return str(tmp_path / "README.md")
-
-        monkeypatch.setattr(card, "hf_hub_download", download)
-        for ids, expected in (
-            (["a/b", "c/d"], {"license": "mit", "base_model": ["a/b", "c/d"]}),
-            (["a/b", "no/card"], {"base_model": ["a/b", "no/card"]}),
-        ):
-            card.write_model_card(tmp_path, MFRSVLMConfig(), "assembled", parts=dict(zip(("one", "two"), ids, strict=True)))
-            data = metadata_load(tmp_path / "README.md")
-            assert {field: data[field] for field in ("license", "base_model") if field in data} == expected
-            (tmp_path / "README.md").write_text("---\nlicense: mit\nbase_model: far/away\n---\n")
-
     def test_converted(self, source: Source):
         """A tower inside the checkpoint's folder is under the checkpoint's card."""
         (source.folder / "README.md").write_text("---\nlicense: llama2\nbase_model: x/y\n---\n")
@@ -1247,25 +803,9 @@ class TestCard:
         data = metadata_load(source.output / "README.md")
         assert (data["license"], data["base_model"]) == ("llama2", "x/y")
 
-    @pytest.mark.parametrize("said", [{}, {"base_model": "mine/own"}])
-    def test_derived(self, parts: Path, tmp_path: Path, said: dict):
-        trainer = pytest.importorskip("mfrsvlm.training.trainer")
-        assemble(str(parts / "llama"), str(parts / "clip"), tmp_path / "start")
-        (tmp_path / "start" / "README.md").write_text("---\nlicense: mit\nbase_model: a/b\n---\n")
-        model = MFRSVLMForConditionalGeneration.from_pretrained(tmp_path / "start")
-        args = trainer.MFRSVLMTrainingArguments(output_dir=str(tmp_path / "run"), use_cpu=True, report_to="none")
-        run = trainer.MFRSVLMTrainer(model=model, args=args)
-        run.card_details = said
-        (tmp_path / "run").mkdir(exist_ok=True)
-        run.create_model_card()
-        data = metadata_load(tmp_path / "run" / "README.md")
-        assert (data["license"], data["base_model"]) == ("mit", said.get("base_model", "a/b"))
 
-    def test_what_the_caller_says_wins(self, tmp_path: Path):
-        from mfrsvlm.model_card.card import write_model_card
-
-        write_model_card(tmp_path, MFRSVLMConfig(), "trained", license="mit", base_model="mine/own")
-        data = metadata_load(tmp_path / "README.md")
-        assert (data["license"], data["base_model"]) == ("mit", "mine/own")
-        write_model_card(tmp_path, MFRSVLMConfig(), "trained")
-        assert not {"license", "base_model"} & set(metadata_load(tmp_path / "README.md"))
+def test_the_old_command_of_new_models_points_to_its_place(capsys):
+    assert main(["assemble", "--language-model", "a"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: this command converts. To make a new model from parts, run: python -m mfrsvlm.training.assemble --help"
+    ]

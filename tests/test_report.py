@@ -24,10 +24,10 @@ from mfrsvlm.evaluation.report import (
     read_published,
     read_summaries,
     report,
-    update_card,
     write_report,
 )
 from mfrsvlm.model_card.card import write_model_card
+from mfrsvlm.model_card.results import CardError, update_card
 
 
 def figure(value, low=None, high=None, n=200):
@@ -526,20 +526,20 @@ def test_results_of_others_and_of_other_benchmarks_are_kept(run, card):
 )
 def test_a_run_on_a_part_is_refused_by_name(run, card, change, named):
     before = (card / "README.md").read_bytes()
-    with pytest.raises(ReportError, match=rf"whole splits.*org/tiny on aid, test, protocol ours, image, {named}"):
+    with pytest.raises(CardError, match=rf"whole splits.*org/tiny on aid, test, protocol ours, image, {named}"):
         update_card(card, read_summaries([run("whole"), run("part", benchmark="aid", **change)]))
     assert (card / "README.md").read_bytes() == before
 
 
 def test_a_card_gets_the_results_of_its_own_model(run, card, tmp_path):
     other = run("other", model={"name": "org/big"})
-    with pytest.raises(ReportError, match=r"No run on images is of tiny, but of org/big\."):
+    with pytest.raises(CardError, match=r"No run on images is of tiny, but of org/big\."):
         update_card(card, read_summaries([other, run("blind", mode="blind")]))
     assert update_card(card, read_summaries([other]), model="org/big")
     revisions = [run("a", model={"revision": "a"}), run("b", model={"revision": "b"}, benchmark="aid")]
-    with pytest.raises(ReportError, match="one model in one revision"):
+    with pytest.raises(CardError, match="one model in one revision"):
         update_card(card, read_summaries(revisions))
-    with pytest.raises(ReportError, match=r"holds no README\.md"):
+    with pytest.raises(CardError, match=r"holds no README\.md"):
         update_card(tmp_path, read_summaries([other]))
 
 

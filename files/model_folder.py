@@ -1,0 +1,246 @@
+"""What a model folder is, and how its model and processor are loaded: for fine-tuning, evaluation, demo and converter."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
+
+from ..modeling_mfrsvlm import MFRSVLMForConditionalGeneration
+from ..processing_mfrsvlm import MFRSVLMProcessor
+from .reading import read_json
+
+
+logger = logging.getLogger(__name__)
+
+MODEL_TYPES = ("mfrsvlm", "vhm")  # released folders have either
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+NAMED = 5  # tensors that a message names
+
+
+class ModelFolderError(ValueError):
+    """A folder or Hub id that no model can be loaded from. The message says what it is, and what to do."""
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """What a folder or Hub id holds.
+
+    Attributes:
+        source: the folder or Hub id.
+        kind: `"whole"`, an MF-RSVLM (saved, merged, or a checkpoint of a training); `"adapter"`, weights of PEFT beside a
+            base model (also a checkpoint); `"released"`, the authors' layout; `"other"`, another model.
+        config: its `config.json`, or its `adapter_config.json`.
+        base: of an adapter, the folder or Hub id that it was trained on.
+        is_checkpoint: whether a trainer wrote it to resume from.
+    """
+
+    source: str
+    kind: str
+    config: dict[str, Any] = field(repr=False)
+    base: str | None = None
+    is_checkpoint: bool = False
+
+
+def classify(source: str | Path, revision: str | None = None) -> ModelFolder:
+    """Finds out what a folder or Hub id holds. Nothing but its JSON files is read.
+
+    Raises:
+        ModelFolderError: it holds no model, or its weights are missing.
+    """
+    source = str(source)
+    adapter = _read_config(source, "adapter_config.json", revision)
+    config = _read_config(source, "config.json", revision)
+    folder = Path(source)
+    is_checkpoint = (folder / "trainer_state.json").is_file()
+    if adapter is not None:  # before config.json, which some trainers write beside it
+        if folder.is_dir() and not any(folder.glob("adapter_model*")):
+            raise ModelFolderError(f"{source} has an adapter_config.json, but no adapter_model.safetensors. Copy it again.")
+        return ModelFolder(source, "adapter", adapter, adapter.get("base_model_name_or_path"), is_checkpoint)
+    if config is None:
+        if not folder.is_dir():
+            raise ModelFolderError(f"{source} is no folder, and no model of that name was found on the Hub or in its cache.")
+        inside = sorted(path.name for path in folder.glob("checkpoint-*"))
+        advice = f"Name one of its checkpoints: {', '.join(inside)}." if inside else "Name a folder with a config.json."
+        raise ModelFolderError(f"{source} is no model folder: it has no config.json and no adapter_config.json. {advice}")
+    kind = "other"
+    if config.get("model_type") in MODEL_TYPES:
+        kind = "whole" if "text_config" in config else "released"
+    if folder.is_dir() and not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
+        raise ModelFolderError(f"{source} has a config.json, but no weights (*.safetensors or *.bin). Copy it again.")
+    return ModelFolder(source, kind, config, is_checkpoint=is_checkpoint)
+
+
+def load_model(
+    source: str | Path,
+    revision: str | None = None,
+    dtype: Any = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    base_model: str | None = None,
+    allow_incomplete: bool = False,
+) -> tuple[Any, Any]:
+    """Loads the model and the processor of a folder or Hub id, whatever its kind. The model is in eval mode, on the CPU.
+
+    An MF-RSVLM runs this package's code unless `trust_remote_code` is set. An adapter is merged into its base.
+
+    Args:
+        source: what `classify` calls whole, an adapter, or another image-text-to-text model.
+        revision: of a Hub id.
+        dtype: of the weights in memory; `"auto"` for the saved one.
+        attn_implementation: see `from_pretrained` of transformers.
+        trust_remote_code: run the code in the folder.
+        base_model: in place of the base that an adapter names.
+        allow_incomplete: only warn where tensors are missing, unknown or of another shape. Missing ones are random then.
+
+    Returns:
+        (model, processor).
+
+    Raises:
+        ModelFolderError: see `classify`; or the folder is in the released layout, the base of an adapter is missing, or
+            its weights are incomplete.
+    """
+    folder = classify(source, revision)
+    options = {"dtype": dtype, "attn_implementation": attn_implementation}
+    if folder.kind == "released":
+        raise ModelFolderError(
+            f"{source} is in the released layout. Convert it first: python -m mfrsvlm.convert_checkpoint released {source} "
+            "--vision-tower DIR_OR_HUB_ID --output OUT"
+        )
+    if folder.kind == "adapter":
+        model, processor = _load_adapter(folder, revision, base_model, trust_remote_code, allow_incomplete, options)
+    else:
+        model = _load_whole(folder, revision, trust_remote_code, allow_incomplete, options)
+        processor = _load_processor(folder, revision, trust_remote_code)
+    return model.eval(), processor
+
+
+def _read_config(source: str, name: str, revision: str | None) -> dict[str, Any] | None:
+    """A JSON file of a folder or Hub id, `None` if there is none."""
+    folder = Path(source)
+    if folder.is_dir():
+        path = folder / name if (folder / name).is_file() else None
+    else:
+        try:
+            path = cached_file(
+                source,
+                name,
+                revision=revision,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+        except OSError as error:
+            raise ModelFolderError(f"{source} cannot be read: {' '.join(str(error).split())}") from error
+    if path is None:
+        return None
+    try:
+        content = read_json(path)
+    except ValueError as error:
+        raise ModelFolderError(str(error)) from error
+    if not isinstance(content, dict):
+        raise ModelFolderError(f"{path} holds a {type(content).__name__}, not fields and values.")
+    return content
+
+
+def _own_code(folder: ModelFolder, trust_remote_code: bool) -> bool:
+    return folder.kind == "whole" and not trust_remote_code
+
+
+def _load_whole(
+    folder: ModelFolder, revision: str | None, trust_remote_code: bool, allow_incomplete: bool, options: dict[str, Any]
+) -> Any:
+    model_class: Any = MFRSVLMForConditionalGeneration
+    if not _own_code(folder, trust_remote_code):
+        model_class = AutoModelForImageTextToText
+        options = {**options, "trust_remote_code": trust_remote_code}
+    with _quiet():  # the library prints as a table what is said below
+        model, info = model_class.from_pretrained(
+            folder.source, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    _check_complete(folder, info, allow_incomplete)
+    return model
+
+
+def _check_complete(folder: ModelFolder, info: dict[str, Any], allow_incomplete: bool) -> None:
+    """Raises, or warns, where a checkpoint and its model differ. Other models may leave tensors unread."""
+    shapes = [f"{key} {tuple(found)} in place of {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]]
+    problems = {
+        "missing": sorted(info["missing_keys"]),
+        "unknown to the model": sorted(info["unexpected_keys"]) if folder.kind == "whole" else [],
+        "of another shape": sorted(shapes),
+    }
+    told = [
+        f"{len(keys)} tensors are {problem}: {', '.join(keys[:NAMED])}{', ...' if len(keys) > NAMED else ''}"
+        for problem, keys in problems.items()
+        if keys
+    ]
+    if not told:
+        return
+    message = f"The weights of {folder.source} do not fit its config.json. {'; '.join(told)}."
+    if not allow_incomplete:
+        raise ModelFolderError(f"{message} Copy or save it again.")
+    logger.warning(message)
+
+
+def _load_processor(folder: ModelFolder, revision: str | None, trust_remote_code: bool) -> Any:
+    source, local = folder.source, Path(folder.source)
+    if folder.is_checkpoint and not any((local / name).is_file() for name in PROCESSOR_FILES):
+        source = str(local.parent)  # some trainers save the processor only beside their checkpoints
+    if _own_code(folder, trust_remote_code):
+        return MFRSVLMProcessor.from_pretrained(source, revision=revision)
+    return AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def _load_adapter(
+    folder: ModelFolder,
+    revision: str | None,
+    base_model: str | None,
+    trust_remote_code: bool,
+    allow_incomplete: bool,
+    options: dict[str, Any],
+) -> tuple[Any, Any]:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ModelFolderError(
+            f"{folder.source} is an adapter, which needs PEFT: pip install 'mfrsvlm[training]'"
+        ) from error
+
+    base = base_model or folder.base
+    advice = "Name it with base_model, or correct base_model_name_or_path in its adapter_config.json."
+    if not base:
+        raise ModelFolderError(f"{folder.source} is an adapter that names no base model. {advice}")
+    try:
+        model, processor = load_model(
+            base, trust_remote_code=trust_remote_code, allow_incomplete=allow_incomplete, **options
+        )
+    except ModelFolderError as error:
+        raise ModelFolderError(
+            f"{folder.source} is an adapter, and its base model cannot be loaded: {error} {advice}"
+        ) from error
+    try:
+        adapted = PeftModel.from_pretrained(model, folder.source, revision=revision or "main")
+    except RuntimeError as error:
+        raise ModelFolderError(
+            f"The adapter {folder.source} does not fit its base model {base}: {' '.join(str(error).split())[:500]}"
+        ) from error
+    merged = adapted.merge_and_unload()
+    own = ModelFolder(folder.source, "whole" if isinstance(model, MFRSVLMForConditionalGeneration) else "other", {})
+    if any(_read_config(folder.source, name, revision) is not None for name in PROCESSOR_FILES):
+        processor = _load_processor(own, revision, trust_remote_code)
+    return merged, processor
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)

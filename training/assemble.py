@@ -1,0 +1,175 @@
+"""Makes a new, untrained model from a trained language model and a trained vision tower.
+
+    python -m mfrsvlm.training.assemble --language-model ID --vision-tower ID --output OUT [--projector FILE]
+
+The injectors start at random, and so does the projector if none is given. The output appears whole or not at all.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_utils import set_seed
+
+from ..configuration_mfrsvlm import MFRSVLMConfig
+from ..convert_checkpoint import (
+    NOTHING,
+    add_image_token,
+    add_output_arguments,
+    exit_on_termination,
+    load_model,
+    make_image_processor,
+    read_shard,
+    refuse_missing,
+    resolve_folder,
+    run,
+    save_folder,
+    whole_output,
+)
+from ..model_card.card import write_model_card
+from ..modeling_mfrsvlm import MFRSVLMForConditionalGeneration
+from ..processing_mfrsvlm import MFRSVLMProcessor, make_chat_template
+from ..released_layout import (
+    ConversionError,
+    explained,
+    make_config,
+    refuse_eva,
+    rename,
+    resolve_depths,
+    resolve_window_sizes,
+)
+
+
+# What is new in a new model. Of a tower: its pooler, which is never read, and the norms that transformers puts after the
+# stages of a backbone, which a classifier lacks; new, they only normalise.
+UNTRAINED = r"model\.(injectors|multi_modal_projector|stage_projections|visual_position_embedding)\."
+UNTRAINED_TOWER = r"(.*\.)?(pooler|hidden_states_norms)\."
+
+
+def assemble(
+    language_model: str,
+    vision_tower: str,
+    output: Path,
+    projector: Path | None = None,
+    overrides: dict[str, Any] | None = None,
+    image_placement: str = "inline",
+    dtype: str | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> None:
+    """Makes a new model from trained parts; injectors, and the projector if none is given, start untrained.
+
+    Args:
+        language_model: folder or Hub id of a causal language model with a list of layers.
+        vision_tower: folder or Hub id of a ViT (CLIP, SigLIP, DINO, ...) or a hierarchical backbone (ResNet, Swin, ...).
+        output: folder to make.
+        projector: a LLaVA `mm_projector.bin` (the paper starts from Vicuna, CLIP and LLaVA's projector).
+        overrides: fields of `MFRSVLMConfig`, for example `{"injection_type": "cross_attention"}`.
+        image_placement: `"inline"` or `"prefix"`, see `MFRSVLMProcessor`.
+        dtype: of the weights; the language model's own if `None`.
+        seed: of the untrained weights.
+        overwrite: whether an existing model folder at `output` may be replaced.
+
+    Raises:
+        ConversionError: the parts make no model, one of them is incomplete, or the projector does not fit.
+    """
+    with explained(f"The config of language model {language_model} cannot be read"):
+        text_config = AutoConfig.from_pretrained(language_model)
+    with explained(f"The config of vision tower {vision_tower} cannot be read"):
+        tower_config = AutoConfig.from_pretrained(vision_tower)
+    refuse_eva(vision_tower, tower_config.to_dict())
+    config = assembled_config(getattr(tower_config, "vision_config", tower_config), text_config, overrides or {}, dtype)
+    with explained(f"{language_model} and {vision_tower} make no model"), torch.device("meta"):
+        tower_class = type(MFRSVLMForConditionalGeneration(config).model.vision_tower)
+    image_processor = make_image_processor(resolve_folder(vision_tower, []), config)
+    with explained(f"The tokenizer of {language_model} cannot be read"):
+        tokenizer = AutoTokenizer.from_pretrained(language_model)
+    with whole_output(output, overwrite, [Path(language_model), Path(vision_tower)]) as folder:
+        decoder = load_part(AutoModelForCausalLM, language_model, dtype=config.dtype)
+        # Not through AutoBackbone, which cannot load from a folder. A full CLIP or a classifier holds more than its tower,
+        # and that is all that is wanted of it.
+        tower = load_part(tower_class, vision_tower, UNTRAINED_TOWER, dtype=config.dtype, config=config.vision_config)
+        with explained(f"{language_model} has no decoder, or no head"):
+            state = {f"model.language_model.{key}": value for key, value in decoder.get_decoder().state_dict().items()}
+            state |= {f"lm_head.{key}": value for key, value in decoder.get_output_embeddings().state_dict().items()}
+        state |= {f"model.vision_tower.{key}": value for key, value in tower.state_dict().items()}
+        new = UNTRAINED
+        if projector is not None:
+            new = UNTRAINED.replace("multi_modal_projector|", "")
+            for key, tensor in read_shard(projector).items():
+                if "mm_projector." not in key:
+                    raise ConversionError(f"{projector} holds {key}, which is no tensor of a projector.")
+                state |= rename(f"model.{key.removeprefix('model.')}", tensor.to(config.dtype))
+        set_seed(seed)
+        model = load_model(config, state, new)
+        add_image_token(tokenizer, model)
+        template = make_chat_template(tokenizer)
+        processor = MFRSVLMProcessor(image_processor, tokenizer, chat_template=template, image_placement=image_placement)
+        parts = {"language model": language_model, "vision tower": vision_tower}
+        save_folder(folder, model, processor, decoder.generation_config)
+        write_model_card(folder, model.config, origin="assembled", parts=parts)
+
+
+def assembled_config(vision_config: Any, text_config: Any, options: dict[str, Any], dtype: str | None) -> MFRSVLMConfig:
+    """The config of a new model: what `options` leave open follows the sizes of its parts.
+
+    Windows are as large as the global view and half of it; depths are a third, two thirds and all of a ViT's layers,
+    or the last three stages of a backbone; injection is before layers 4, 8, 12 and 16, as far as the decoder has them,
+    and before the last one of a decoder with fewer than four.
+    """
+    fields = set(MFRSVLMConfig.__annotations__) - {"vision_config", "text_config", "image_token_id", "tie_word_embeddings"}
+    unknown = sorted(set(options) - fields)
+    if unknown:
+        raise ConversionError(f"Fields {unknown} cannot be set; those that can are {sorted(fields)}.")
+    with explained("These parts and options make no model"):
+        side, patch_size = (getattr(vision_config, name, None) for name in ("image_size", "patch_size"))
+        if not hasattr(vision_config, "depths") and isinstance(side, int) and isinstance(patch_size, int):
+            # Some ViTs cut off what is no whole patch: SigLIP so400m reads 378 of its 384 pixels.
+            options = {"image_size": side - side % patch_size, **options}
+        sizes: dict[str, Any] = {name: options[name] for name in ("image_size", "patch_size") if name in options}
+        bare: dict[str, Any] = {"window_sizes": [], "injection_layers": [], "detail_feature_layers": []}
+        probe = MFRSVLMConfig(vision_config=vision_config, text_config=text_config, **sizes, **bare)
+        depth, num_layers = probe.num_vision_layers, text_config.num_hidden_layers
+        stages = list(range(max(1, depth - 2), depth + 1))
+        layers = [layer for layer in (3, 7, 11, 15) if layer < num_layers] or [num_layers - 1]
+        defaults = {
+            "window_sizes": resolve_window_sizes([1.0, 0.5], probe.tokens_per_side, probe.patch_size),
+            "detail_feature_layers": stages if probe.is_hierarchical else resolve_depths([1 / 3, 2 / 3, 1.0], depth),
+            "injection_layers": layers if options.get("window_sizes", True) else [],
+        }
+        return make_config(vision_config, text_config, dtype or text_config.dtype or "float32", **{**defaults, **options})
+
+
+def load_part(model_class: Any, name: str, new: str = NOTHING, **kwargs: Any) -> Any:
+    """A trained part, whole: `transformers` fills what a checkpoint lacks with random numbers."""
+    with explained(f"{name} cannot be loaded"):
+        part, info = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
+    refuse_missing(name, info["missing_keys"], new)
+    return part
+
+
+def json_object(text: str) -> dict[str, Any]:
+    return {**json.loads(text)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m mfrsvlm.training.assemble", description=__doc__.splitlines()[0])
+    parser.add_argument("--language-model", required=True, help="folder or Hub id of a causal language model")
+    parser.add_argument("--vision-tower", required=True, help="folder or Hub id of a ViT or a hierarchical backbone")
+    parser.add_argument("--projector", type=Path, help="LLaVA mm_projector.bin")
+    parser.add_argument(
+        "--config", type=json_object, dest="overrides", metavar="JSON", help="fields of MFRSVLMConfig to set"
+    )
+    parser.add_argument("--image-placement", choices=["inline", "prefix"], default="inline")
+    parser.add_argument("--seed", type=int, default=0, help="of the untrained weights")
+    add_output_arguments(parser)
+    return run(assemble, vars(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    exit_on_termination()
+    sys.exit(main())
