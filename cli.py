@@ -44,7 +44,7 @@ COMMANDS = {
         "fine-tune a model", "training.finetune", parser="training.arguments:finetune_parser", extra="training"
     ),
     "evaluate": Command("measure a model on benchmarks", "evaluation.__main__", ("run",), extra="evaluation"),
-    "report": Command("make tables, plots and a card from evaluations", "evaluation.__main__", ("report",), extra="evaluation"),
+    "report": Command("make tables and plots of evaluations", "evaluation.__main__", ("report",), extra="evaluation"),
     "scenes": Command("write a data set of synthetic scenes", "scenes.__main__"),
 }
 

@@ -385,7 +385,7 @@ def _check_ascending(name: str, values: Sequence[int], low: int, high: int, what
         raise ValueError(f"{name}={values} is out of range: {what} are {low} to {high}.")
 
 
-# Saving an object of a class named so writes its code beside it, and a derived checkpoint loads with `trust_remote_code=True`.
+# Saving an object of this class writes its code beside it, so a derived checkpoint loads with `trust_remote_code=True`.
 # (Registering with the Auto classes is something else: an installed package would then win over the code on the Hub.)
 MFRSVLMConfig.register_for_auto_class()
 

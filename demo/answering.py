@@ -5,9 +5,8 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 
-from .. import MFRSVLMForConditionalGeneration, MFRSVLMProcessor
+from ..files.model_folder import load_model
 
 
 @dataclass(frozen=True)
@@ -26,33 +25,22 @@ class Answer:
 
 
 def load(name: str, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """Model, in eval mode, and processor of a folder or Hub id.
+    """Model, in eval mode, and processor of a folder or Hub id, see `files.model_folder.load_model`.
 
-    An MF-RSVLM runs the code of this package. Other models that bring their own code need `trust_remote_code`.
-
-    Raises:
-        ValueError: `name` is no folder with a config.json, and cannot be found on the Hub.
+    Args:
+        name: folder or Hub id.
+        dtype: of the weights.
+        device: where the model goes; an accelerator by default, if there is one.
+        trust_remote_code: run code that comes with the model. An MF-RSVLM runs the code of this package without it.
     """
-    try:
-        model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{name} is no model folder, and cannot be loaded from the Hub: {reason}") from error
-    model_class: Any = AutoModelForImageTextToText
-    processor_class: Any = AutoProcessor
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if not trust_remote_code and model_type == "mfrsvlm":
-        model_class, processor_class, options = MFRSVLMForConditionalGeneration, MFRSVLMProcessor, {}
     if device is None:
         accelerator = torch.accelerator.current_accelerator()
         device = "cpu" if accelerator is None else str(accelerator)
-    processor = processor_class.from_pretrained(name, **options)
-    return model_class.from_pretrained(name, dtype=dtype, **options).to(device).eval(), processor
+    model, processor = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model.to(device), processor
 
 
-def answer(
-    model: Any, processor: Any, image: Image.Image, questions: list[str], max_new_tokens: int = 64
-) -> list[Answer]:
+def answer(model: Any, processor: Any, image: Image.Image, questions: list[str], max_new_tokens: int = 64) -> list[Answer]:
     """Answers to all questions in one batch, by greedy decoding.
 
     Args:

@@ -6,9 +6,7 @@ from PIL import Image, ImageDraw, ImageFont
 PANEL = 512  # pixels
 
 
-def draw_answers(
-    image: Image.Image, answers: list[tuple[str, str]], boxes: list[tuple[str, list[float]]]
-) -> Image.Image:
+def draw_answers(image: Image.Image, answers: list[tuple[str, str]], boxes: list[tuple[str, list[float]]]) -> Image.Image:
     """The image with its boxes on the left, questions and answers on the right.
 
     Args:

@@ -17,7 +17,7 @@ KEYS = """keys most used, of the YAML file or as --key value:
   lora, lora_r, lora_merge
   freeze_vision_tower, freeze_projector, freeze_injectors, freeze_decoder
   bf16, gradient_checkpointing, resume_from_checkpoint, push_to_hub, hub_model_id
-Every field of transformers' TrainingArguments is a key. `mfrsvlm finetune --help-all` lists all keys, after a few seconds."""
+Every field of transformers' TrainingArguments is a key. `mfrsvlm finetune --help-all` lists all of them."""
 
 
 def assemble_parser() -> ArgumentParser:

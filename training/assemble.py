@@ -1,12 +1,10 @@
 """Makes a new, untrained model from a trained language model and a trained vision tower.
 
-    python -m mfrsvlm.training.assemble --language-model ID --vision-tower ID --output OUT [--projector FILE]
+    mfrsvlm assemble --language-model ID --vision-tower ID --output OUT [--projector FILE]
 
 The injectors start at random, and so does the projector if none is given. The output appears whole or not at all.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from ..configuration_mfrsvlm import MFRSVLMConfig
 from ..convert_checkpoint import (
     NOTHING,
     add_image_token,
-    add_output_arguments,
     exit_on_termination,
     load_model,
     make_image_processor,
@@ -42,6 +39,7 @@ from ..released_layout import (
     resolve_depths,
     resolve_window_sizes,
 )
+from .arguments import assemble_parser
 
 
 # What is new in a new model. Of a tower: its pooler, which is never read, and the norms that transformers puts after the
@@ -152,22 +150,8 @@ def load_part(model_class: Any, name: str, new: str = NOTHING, **kwargs: Any) ->
     return part
 
 
-def json_object(text: str) -> dict[str, Any]:
-    return {**json.loads(text)}
-
-
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m mfrsvlm.training.assemble", description=__doc__.splitlines()[0])
-    parser.add_argument("--language-model", required=True, help="folder or Hub id of a causal language model")
-    parser.add_argument("--vision-tower", required=True, help="folder or Hub id of a ViT or a hierarchical backbone")
-    parser.add_argument("--projector", type=Path, help="LLaVA mm_projector.bin")
-    parser.add_argument(
-        "--config", type=json_object, dest="overrides", metavar="JSON", help="fields of MFRSVLMConfig to set"
-    )
-    parser.add_argument("--image-placement", choices=["inline", "prefix"], default="inline")
-    parser.add_argument("--seed", type=int, default=0, help="of the untrained weights")
-    add_output_arguments(parser)
-    return run(assemble, vars(parser.parse_args(argv)))
+    return run(assemble, vars(assemble_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":
