@@ -108,6 +108,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         return run(name, rest)
+    except (ValueError, OSError) as error:
+        # What the user can mend is said in one line. Anything else is a fault of the program and shows where it is.
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
