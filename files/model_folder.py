@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 MODEL_TYPES = ("mfrsvlm", "vhm")  # released folders have either
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 NAMED = 5  # tensors that a message names
+BASE_ADVICE = "Name it with base_model, or correct base_model_name_or_path in the adapter_config.json."
 
 
 class ModelFolderError(ValueError):
@@ -106,18 +108,38 @@ def load_model(
             its weights are incomplete.
     """
     folder = classify(source, revision)
+    processor = load_processor(source, revision, trust_remote_code, base_model)
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
+    if folder.kind == "adapter":
+        base = _base_of(folder, base_model)
+        with _explain_base(folder):
+            model, _ = load_model(base, trust_remote_code=trust_remote_code, allow_incomplete=allow_incomplete, **options)
+        model = _merge_adapter(model, folder, base, revision)
+    else:
+        model = _load_whole(folder, revision, trust_remote_code, allow_incomplete, options)
+    return model.eval(), processor
+
+
+def load_processor(
+    source: str | Path, revision: str | None = None, trust_remote_code: bool = False, base_model: str | None = None
+) -> Any:
+    """Loads the processor alone. Arguments and errors are those of `load_model`."""
+    folder = classify(source, revision)
     if folder.kind == "released":
         raise ModelFolderError(
             f"{source} is in the released layout. Convert it first: python -m mfrsvlm.convert_checkpoint released {source} "
             "--vision-tower DIR_OR_HUB_ID --output OUT"
         )
-    if folder.kind == "adapter":
-        model, processor = _load_adapter(folder, revision, base_model, trust_remote_code, allow_incomplete, options)
-    else:
-        model = _load_whole(folder, revision, trust_remote_code, allow_incomplete, options)
-        processor = _load_processor(folder, revision, trust_remote_code)
-    return model.eval(), processor
+    has_own = any(_read_config(folder.source, name, revision) is not None for name in PROCESSOR_FILES)
+    if folder.kind == "adapter" and not has_own:  # PEFT alone saves none
+        with _explain_base(folder):
+            return load_processor(_base_of(folder, base_model), trust_remote_code=trust_remote_code)
+    place = folder.source
+    if folder.is_checkpoint and not has_own:
+        place = str(Path(place).parent)  # some trainers save the processor only beside their checkpoints
+    if folder.kind == "other" or trust_remote_code:
+        return AutoProcessor.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
+    return MFRSVLMProcessor.from_pretrained(place, revision=revision)
 
 
 def _read_config(source: str, name: str, revision: str | None) -> dict[str, Any] | None:
@@ -147,15 +169,11 @@ def _read_config(source: str, name: str, revision: str | None) -> dict[str, Any]
     return content
 
 
-def _own_code(folder: ModelFolder, trust_remote_code: bool) -> bool:
-    return folder.kind == "whole" and not trust_remote_code
-
-
 def _load_whole(
     folder: ModelFolder, revision: str | None, trust_remote_code: bool, allow_incomplete: bool, options: dict[str, Any]
 ) -> Any:
     model_class: Any = MFRSVLMForConditionalGeneration
-    if not _own_code(folder, trust_remote_code):
+    if folder.kind == "other" or trust_remote_code:
         model_class = AutoModelForImageTextToText
         options = {**options, "trust_remote_code": trust_remote_code}
     with _quiet():  # the library prints as a table what is said below
@@ -187,53 +205,36 @@ def _check_complete(folder: ModelFolder, info: dict[str, Any], allow_incomplete:
     logger.warning(message)
 
 
-def _load_processor(folder: ModelFolder, revision: str | None, trust_remote_code: bool) -> Any:
-    source, local = folder.source, Path(folder.source)
-    if folder.is_checkpoint and not any((local / name).is_file() for name in PROCESSOR_FILES):
-        source = str(local.parent)  # some trainers save the processor only beside their checkpoints
-    if _own_code(folder, trust_remote_code):
-        return MFRSVLMProcessor.from_pretrained(source, revision=revision)
-    return AutoProcessor.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+def _base_of(folder: ModelFolder, base_model: str | None) -> str:
+    base = base_model or folder.base
+    if not base:
+        raise ModelFolderError(f"{folder.source} is an adapter that names no base model. {BASE_ADVICE}")
+    return base
 
 
-def _load_adapter(
-    folder: ModelFolder,
-    revision: str | None,
-    base_model: str | None,
-    trust_remote_code: bool,
-    allow_incomplete: bool,
-    options: dict[str, Any],
-) -> tuple[Any, Any]:
+@contextlib.contextmanager
+def _explain_base(folder: ModelFolder) -> Iterator[None]:
+    try:
+        yield
+    except ModelFolderError as error:
+        raise ModelFolderError(
+            f"{folder.source} is an adapter, and its base model cannot be loaded: {error} {BASE_ADVICE}"
+        ) from error
+
+
+def _merge_adapter(model: Any, folder: ModelFolder, base: str, revision: str | None) -> Any:
     try:
         from peft import PeftModel
     except ImportError as error:
-        raise ModelFolderError(
-            f"{folder.source} is an adapter, which needs PEFT: pip install 'mfrsvlm[training]'"
-        ) from error
-
-    base = base_model or folder.base
-    advice = "Name it with base_model, or correct base_model_name_or_path in its adapter_config.json."
-    if not base:
-        raise ModelFolderError(f"{folder.source} is an adapter that names no base model. {advice}")
+        raise ModelFolderError(f"{folder.source} is an adapter and needs PEFT: pip install 'mfrsvlm[training]'") from error
     try:
-        model, processor = load_model(
-            base, trust_remote_code=trust_remote_code, allow_incomplete=allow_incomplete, **options
-        )
-    except ModelFolderError as error:
-        raise ModelFolderError(
-            f"{folder.source} is an adapter, and its base model cannot be loaded: {error} {advice}"
-        ) from error
-    try:
-        adapted = PeftModel.from_pretrained(model, folder.source, revision=revision or "main")
-    except RuntimeError as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*missing adapter keys")  # PEFT goes on with random ones
+            return PeftModel.from_pretrained(model, folder.source, revision=revision or "main").merge_and_unload()
+    except (RuntimeError, ValueError, UserWarning) as error:
         raise ModelFolderError(
             f"The adapter {folder.source} does not fit its base model {base}: {' '.join(str(error).split())[:500]}"
         ) from error
-    merged = adapted.merge_and_unload()
-    own = ModelFolder(folder.source, "whole" if isinstance(model, MFRSVLMForConditionalGeneration) else "other", {})
-    if any(_read_config(folder.source, name, revision) is not None for name in PROCESSOR_FILES):
-        processor = _load_processor(own, revision, trust_remote_code)
-    return merged, processor
 
 
 @contextlib.contextmanager

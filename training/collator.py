@@ -17,7 +17,7 @@ class ConversationCollator:
     """Encodes conversations with a processor and pads them to a batch.
 
     Labels cover the answers, from the space after "ASSISTANT:" to the end-of-sequence token, as in training of the
-    published model. Samples with and without images may be mixed.
+    published model; of a prompt and its completion, only the completion. Samples with and without images may be mixed.
 
     Args:
         processor: an `MFRSVLMProcessor`.
@@ -25,8 +25,8 @@ class ConversationCollator:
             line break, with the loss on the last two. What the user says is left out.
         prompt_version: of the chat template; `"v1"` is what the published model was trained with. The template's own
             default if `None`.
-        max_length: longest sample in tokens, image tokens included. The rest of the text is cut off; image tokens
-            never are. No limit if `None`.
+        max_length: longest sample in tokens, image tokens included. Longer text is truncated; image tokens never are.
+            No limit if `None`.
         pad_to_multiple_of: pads batches to such a length.
         image_root: folder that the images of rows must lie in, see `open_image`. `None` opens everything.
     """
@@ -55,7 +55,8 @@ class ConversationCollator:
         """Encodes one conversation.
 
         Args:
-            messages: chat messages; images as parts that `open_image` takes, or opened by `ConversationDataset`.
+            messages: chat messages; images as parts that `open_image` takes, or opened by `ConversationDataset`. The
+                answers of those with `"learn": False` have no labels.
 
         Returns:
             `input_ids` and `labels`, lists of S numbers, and for N > 0 images `pixel_values` (N, L), one row an image.
@@ -65,7 +66,8 @@ class ConversationCollator:
                 fit the template.
             ValueError: an image cannot be read.
         """
-        messages = [dict(message) for message in messages]
+        learned = [message.get("learn", True) for message in messages if message["role"] == "assistant"]
+        messages = [{key: value for key, value in message.items() if key != "learn"} for message in messages]
         open_images(messages, self.image_root)
         if self.template == "plain":
             ids, answer, outputs = self._encode_plain(messages)
@@ -75,6 +77,7 @@ class ConversationCollator:
                 messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **version
             )
             ids, answer = np.array(outputs["input_ids"][0]), np.array(outputs["assistant_masks"][0], dtype=bool)
+            answer = _keep_runs(answer, learned)
 
         is_image = ids == self.processor.image_token_id
         if self.max_length is not None and len(ids) > self.max_length:
@@ -134,3 +137,13 @@ class ConversationCollator:
             if images:
                 tensors[name] = torch.cat(images)
         return tensors
+
+
+def _keep_runs(mask: np.ndarray, kept: Sequence[bool]) -> np.ndarray:
+    """A mask without the runs of true values that are not kept."""
+    if all(kept):
+        return mask
+    starts = mask & ~np.concatenate([[False], mask[:-1]])
+    if starts.sum() != len(kept):
+        raise BadRow(f"the chat template marks {starts.sum()} answers, but the conversation has {len(kept)}.")
+    return mask & np.concatenate([[False], kept])[np.cumsum(starts)]

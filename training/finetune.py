@@ -14,20 +14,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from transformers import HfArgumentParser, set_seed
+import torch
+from transformers import HfArgumentParser, TrainerState, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils.logging import set_verbosity_info
 
-from mfrsvlm import MFRSVLMForConditionalGeneration, MFRSVLMProcessor
-
+from ..files.model_folder import ModelFolderError, classify, load_model, load_processor
+from ..files.reading import read_text
+from ..modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from .collator import ConversationCollator
-from .data import ConversationDataset
-from .trainer import UNFINISHED, MFRSVLMTrainer, MFRSVLMTrainingArguments, freeze_parts
+from .data import BadRow, ConversationDataset, ConversationStream
+from .trainer import UNFINISHED, MFRSVLMTrainer, MFRSVLMTrainingArguments, SettingsError, freeze_parts
 
 
 logger = logging.getLogger("mfrsvlm.training.finetune")  # also where this file is the main program
 
+SHUFFLED_ROWS = 1000  # of a stream, at a time
 # Linear layers of the decoder, and of nothing else: neither tower nor injectors.
 DECODER_LINEARS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 # Trained whole beside the adapter, as in every stage of the published training: they are small or new. Of a list of
@@ -42,10 +44,16 @@ SAVED_WHOLE = {
 
 @dataclass
 class ModelArguments:
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Folder or Hub id of the model to start from."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id to start from: a model, an adapter or a checkpoint."}
+    )
     dtype: str = field(
         default="float32",
-        metadata={"help": "Of the weights in training. With bf16=true, float32 weights are the master copy."},
+        metadata={
+            "help": "Of the weights in training; of an adapter's, of those that are frozen. With bf16=true, float32 weights "
+            "are the master copy.",
+            "choices": ["float32", "bfloat16", "float16"],
+        },
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flash_attention_2, eager."})
     lora: bool = field(default=False, metadata={"help": "Train an adapter (LoRA) instead of the weights."})
@@ -67,7 +75,20 @@ class ModelArguments:
 class DataArguments:
     train_file: str | None = field(default=None, metadata={"help": "JSON or JSONL of conversations to train on."})
     eval_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
-    image_root: str | None = field(default=None, metadata={"help": "Folder of the images. Default: the current one."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "In place of train_file: a folder or Hub id for `datasets.load_dataset`."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Its split to train on."})
+    dataset_test_split: str = field(
+        default="test", metadata={"help": "Its split to evaluate on, if eval_strategy is set and eval_file is not."}
+    )
+    dataset_streaming: bool = field(
+        default=False, metadata={"help": "Read the dataset while training, without storing it. Needs max_steps."}
+    )
+    image_root: str | None = field(
+        default=None, metadata={"help": "Folder of the images. Default: dataset_name if it is a folder, or the current one."}
+    )
     allow_outside_images: bool = field(
         default=False, metadata={"help": "Open images at addresses and outside of image_root, too."}
     )
@@ -89,31 +110,33 @@ class DataArguments:
         default=None,
         metadata={"help": "Hub id for the model card. Default: model_name_or_path, or what that folder's card names."},
     )
-    dataset_name: list[str] | None = field(default=None, metadata={"help": "Hub ids of the data, for the model card."})
+    card_datasets: list[str] | None = field(default=None, metadata={"help": "Hub ids of the data, for the model card."})
 
 
 class ConfigParser(HfArgumentParser):
-    """Reads a YAML file and overrides; every complaint is a `ValueError` that names the key."""
+    """Reads a YAML file and overrides. Every error is a `SettingsError` that names the key."""
 
     def __init__(self) -> None:
         super().__init__([ModelArguments, DataArguments, MFRSVLMTrainingArguments], allow_abbrev=False, prog="finetune")
 
     def error(self, message: str) -> Any:
-        raise ValueError(message)
+        raise SettingsError(message)
 
     def check_key(self, key: str, place: str) -> None:
         known = [action.dest for action in self._actions]
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1)
-            raise ValueError(f"{place}: unknown key {key!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
+            raise SettingsError(f"{place}: unknown key {key!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
 
     def read(self, config: Path, overrides: list[str]) -> tuple[ModelArguments, DataArguments, MFRSVLMTrainingArguments]:
+        import yaml
+
         try:
-            values = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+            values = yaml.safe_load(read_text(config)) or {}
         except yaml.YAMLError as error:
-            raise ValueError(f"{config} is not YAML: {error}") from error
+            raise SettingsError(f"{config} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
-            raise ValueError(f"{config} holds a {type(values).__name__}, not keys and values.")
+            raise SettingsError(f"{config} holds a {type(values).__name__}, not keys and values.")
         # Through the command line, so that the type of every value is checked in one place. (YAML reads 2e-5 as text.)
         words = []
         for key, value in values.items():
@@ -137,7 +160,7 @@ def check_output_dir(args: MFRSVLMTrainingArguments, overwrite: bool) -> str | N
         The checkpoint that `resume_from_checkpoint` means: a path, or `last` for the last one in `output_dir`.
 
     Raises:
-        ValueError: there is no such checkpoint; or the folder holds files and neither resuming nor overwriting is asked.
+        SettingsError: there is no such checkpoint; or the folder holds files and neither resuming nor overwriting is asked.
     """
     folder = Path(args.output_dir)
     content = [path.name for path in folder.iterdir()] if folder.is_dir() else []
@@ -145,16 +168,16 @@ def check_output_dir(args: MFRSVLMTrainingArguments, overwrite: bool) -> str | N
     if wanted is not None:
         checkpoint = (get_last_checkpoint(folder) if content else None) if wanted in ("last", "true", "True") else wanted
         if checkpoint is None or not (Path(checkpoint) / "trainer_state.json").is_file():
-            raise ValueError(f"resume_from_checkpoint={wanted}: there is no whole checkpoint in {checkpoint or folder}.")
+            raise SettingsError(f"resume_from_checkpoint={wanted}: there is no whole checkpoint in {checkpoint or folder}.")
         return str(checkpoint)
     runs = [name for name in content if name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") or name == UNFINISHED]
     if runs:
-        raise ValueError(
+        raise SettingsError(
             f"output_dir={folder} holds checkpoints of another run ({', '.join(sorted(runs))}). Go on with "
             "--resume_from_checkpoint last, remove them, or choose another folder."
         )
     if content and not overwrite:
-        raise ValueError(
+        raise SettingsError(
             f"output_dir={folder} is not empty ({len(content)} entries, such as {min(content)}). Choose another folder, or "
             "set overwrite_output_dir."
         )
@@ -162,7 +185,7 @@ def check_output_dir(args: MFRSVLMTrainingArguments, overwrite: bool) -> str | N
 
 
 def add_lora(model: MFRSVLMForConditionalGeneration, options: ModelArguments, frozen_parts: list[str]) -> Any:
-    """Wraps the model in an adapter, see `ModelArguments`."""
+    """Wraps the model in an adapter, see `ModelArguments`. What is trained becomes float32, the rest `options.dtype`."""
     from peft import LoraConfig, get_peft_model
 
     targets: Any = options.lora_target_modules or [DECODER_LINEARS]
@@ -178,15 +201,46 @@ def add_lora(model: MFRSVLMForConditionalGeneration, options: ModelArguments, fr
         target_modules=targets[0] if len(targets) == 1 else targets,  # one string is a regular expression
         modules_to_save=whole or None,
     )
-    return get_peft_model(model, config)
+    model = get_peft_model(model, config)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else getattr(torch, options.dtype))
+    return model
 
 
-def load_model(options: ModelArguments, args: MFRSVLMTrainingArguments) -> Any:
-    """Loads the model, adds the adapter, freezes parts."""
+def check_start(options: ModelArguments) -> None:
+    """Rejects settings whose result would not be the model that the training started from, were nothing learned.
+
+    Raises:
+        SettingsError: the start is another model or an adapter that a new one would not contain, or `dtype` rounds weights
+            that are saved.
+        ModelFolderError: there is no model, see `classify`.
+    """
+    start = classify(options.model_name_or_path)
+    stored = start.config.get("dtype") or start.config.get("torch_dtype") or "float32"
+    if start.kind == "other":
+        raise SettingsError(f"{start.source} is a {start.config.get('model_type')}, and only an MF-RSVLM is trained here.")
+    if start.kind == "adapter":
+        stored = "float32"  # of the adapter's own weights, whatever its base has
+        if options.lora and not options.lora_merge:
+            raise SettingsError(
+                f"{start.source} is an adapter. A new adapter would be saved without it. Set lora_merge=true to save the whole "
+                "model, or resume_from_checkpoint to go on with the first one."
+            )
+    keeps_base = options.lora and not options.lora_merge
+    if options.dtype not in ("float32", stored) and not keeps_base and start.kind != "released":
+        raise SettingsError(
+            f"dtype={options.dtype} would round the {stored} weights of {start.source}, and the result is saved. Set "
+            "dtype=float32, and bf16=true to compute in bfloat16."
+        )
+
+
+def prepare_model(options: ModelArguments, args: MFRSVLMTrainingArguments) -> Any:
+    """Loads the model, adds the adapter, freezes parts. Errors are those of `load_model`, `add_lora` and `freeze_parts`."""
     set_seed(args.seed)  # for the adapter's first weights
-    model = MFRSVLMForConditionalGeneration.from_pretrained(
-        options.model_name_or_path, dtype=options.dtype, attn_implementation=options.attn_implementation
-    )
+    # The parts that are trained beside an adapter are saved, so they must not have been rounded.
+    keeps_base = options.lora and not options.lora_merge
+    dtype = "auto" if keeps_base else options.dtype
+    model, _ = load_model(options.model_name_or_path, dtype=dtype, attn_implementation=options.attn_implementation)
     sharded = (
         args.fsdp or args.deepspeed or os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_USE_DEEPSPEED")
     )
@@ -201,35 +255,116 @@ def load_model(options: ModelArguments, args: MFRSVLMTrainingArguments) -> Any:
     return model
 
 
-def finetune(options: ModelArguments, data: DataArguments, args: MFRSVLMTrainingArguments) -> MFRSVLMTrainer:
-    """Trains, evaluates, saves model, processor, code and card to `output_dir`, and pushes if asked to.
+def load_data(
+    data: DataArguments, args: MFRSVLMTrainingArguments, encode: Any
+) -> dict[str, ConversationDataset | ConversationStream]:
+    """The conversations to train on (`"train"`) and, if there are any, those to evaluate on (`"eval"`).
 
     Raises:
-        ValueError: an argument is missing or makes no sense; a row is bad and `on_bad_row="fail"`.
+        SettingsError: the settings of the data contradict each other, or the dataset or a split of it cannot be loaded.
+        BadRow: see `ConversationDataset`.
     """
-    for name, value in {"model_name_or_path": options.model_name_or_path, "train_file": data.train_file}.items():
-        if not value:
-            raise ValueError(f"{name} is missing.")
+    rows: dict[str, Any] = {"train": data.train_file, "eval": data.eval_file}
+    if data.dataset_name is not None:
+        evaluates = data.eval_file is None and args.eval_strategy != "no"
+        rows |= load_splits(data, [data.dataset_train_split, *([data.dataset_test_split] if evaluates else [])])
+    root = data.image_root
+    if root is None and data.dataset_name is not None and Path(data.dataset_name).is_dir():
+        root = data.dataset_name
+    datasets: dict[str, ConversationDataset | ConversationStream] = {}
+    for name, source in rows.items():
+        if source is None:
+            continue
+        if hasattr(source, "__len__"):  # a path has one, too
+            dataset = ConversationDataset(source, root, data.on_bad_row, encode, data.allow_outside_images)
+            logger.info(f"{name}: {len(dataset)} conversations {dict(dataset.sources.most_common(10))}")
+        else:
+            source = source.shuffle(args.seed, buffer_size=SHUFFLED_ROWS) if name == "train" else source
+            dataset = ConversationStream(source, root, data.on_bad_row, encode, data.allow_outside_images)
+        datasets[name] = dataset
+    return datasets
+
+
+def load_splits(data: DataArguments, splits: list[str]) -> dict[str, Any]:
+    """Splits of a dataset by `datasets.load_dataset`: the first is `"train"`, the second, if any, `"eval"`."""
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(data.dataset_name, data.dataset_config, streaming=data.dataset_streaming)
+    except Exception as error:  # readers of many formats, the Hub and its cache raise almost anything
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise SettingsError(f"dataset_name={data.dataset_name} cannot be loaded: {text[:500]}") from error
+    for split in splits:
+        if split not in loaded:
+            raise SettingsError(
+                f"dataset_name={data.dataset_name} has no split {split!r}, but {', '.join(map(repr, loaded))}. Set "
+                "dataset_train_split, dataset_test_split, or eval_file."
+            )
+    return {name: loaded[split] for name, split in zip(("train", "eval"), splits, strict=False)}
+
+
+def is_finished(args: MFRSVLMTrainingArguments, checkpoint: str | None) -> bool:
+    """Whether `checkpoint` is the end of the training in `output_dir`, and its result is saved there."""
+    folder = Path(args.output_dir)
+    if checkpoint is None or Path(checkpoint).resolve().parent != folder.resolve():
+        return False
+    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    planned = args.max_steps
+    if planned <= 0:
+        planned = state.max_steps if state.num_train_epochs >= args.num_train_epochs else state.global_step + 1
+    saved = any(folder.glob("*.safetensors")) and (folder / "train_results.json").is_file()
+    return state.global_step >= planned and saved
+
+
+def check_settings(options: ModelArguments, data: DataArguments, args: MFRSVLMTrainingArguments) -> None:
+    """Raises `SettingsError` for what is missing and what contradicts itself."""
+    if not options.model_name_or_path:
+        raise SettingsError("model_name_or_path is missing.")
+    if not data.train_file and not data.dataset_name:
+        raise SettingsError("train_file is missing: name a file, or a dataset with dataset_name.")
+    if data.train_file and data.dataset_name:
+        raise SettingsError(
+            f"train_file={data.train_file} and dataset_name={data.dataset_name}: only one can be trained on."
+        )
     if options.lora_merge and not options.lora:
-        raise ValueError("lora_merge=true needs lora=true.")
-    if data.eval_file is None and args.eval_strategy != "no":
-        raise ValueError(f"eval_strategy={args.eval_strategy.value} needs an eval_file.")
+        raise SettingsError("lora_merge=true needs lora=true.")
+    if data.eval_file is None and data.dataset_name is None and args.eval_strategy != "no":
+        raise SettingsError(f"eval_strategy={args.eval_strategy.value} needs an eval_file.")
+    if data.dataset_streaming and not data.dataset_name:
+        raise SettingsError("dataset_streaming=true needs a dataset_name.")
+    if data.dataset_streaming and args.max_steps <= 0:
+        raise SettingsError("dataset_streaming=true needs max_steps: a stream has no length, so its epochs have no end.")
+
+
+def finetune(options: ModelArguments, data: DataArguments, args: MFRSVLMTrainingArguments) -> MFRSVLMTrainer | None:
+    """Trains, evaluates, saves model, processor, code and card to `output_dir`, and pushes if asked to.
+
+    Returns:
+        The trainer, or `None` if the training that is to be resumed has reached its end.
+
+    Raises:
+        SettingsError: an argument is missing or makes no sense.
+        ModelFolderError: the model cannot be loaded.
+        BadRow: a row is bad and `on_bad_row="fail"`.
+    """
+    check_settings(options, data, args)
     checkpoint = None
     if args.process_index == 0 or args.resume_from_checkpoint is not None:  # the first rank looks before any writes
         checkpoint = check_output_dir(args, data.overwrite_output_dir)
+    if is_finished(args, checkpoint):
+        logger.info(
+            f"Nothing to do: {checkpoint} is the end of this training. Raise num_train_epochs or max_steps to go on."
+        )
+        return None
+    check_start(options)
 
-    processor = MFRSVLMProcessor.from_pretrained(options.model_name_or_path)
+    processor = load_processor(options.model_name_or_path)
     collator = ConversationCollator(processor, data.template, data.prompt_version, data.max_length)
-    datasets: dict[str, ConversationDataset] = {}
-    for name, path in {"train": data.train_file, "eval": data.eval_file}.items():
-        if path is not None:
-            datasets[name] = ConversationDataset(
-                path, data.image_root, data.on_bad_row, collator.encode, data.allow_outside_images
-            )
-            logger.info(f"{path}: {len(datasets[name])} conversations {dict(datasets[name].sources)}")
-
+    datasets = load_data(data, args, collator.encode)
+    if data.dataset_streaming and args.accelerator_config.dispatch_batches is None:
+        args.accelerator_config.dispatch_batches = False  # else one process cuts batches, whose images do not divide
     trainer = MFRSVLMTrainer(
-        model=load_model(options, args),
+        model=prepare_model(options, args),
         args=args,
         data_collator=collator,
         train_dataset=datasets["train"],
@@ -238,28 +373,30 @@ def finetune(options: ModelArguments, data: DataArguments, args: MFRSVLMTraining
     )
     trainer.card_details = {
         "base_model": data.base_model,
-        "datasets": data.dataset_name,
+        "datasets": data.card_datasets,
         "name": None if args.hub_model_id is None else args.hub_model_id.rpartition("/")[2],
     }
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     metrics["bad_rows"] = datasets["train"].num_bad_rows
     trainer.log_metrics("train", metrics)
-    trainer.save_metrics("train", metrics)
     if "eval" in datasets:
-        metrics = trainer.evaluate()
-        metrics["bad_rows"] = datasets["eval"].num_bad_rows
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
+        eval_metrics = trainer.evaluate()
+        eval_metrics["bad_rows"] = datasets["eval"].num_bad_rows
+        trainer.log_metrics("eval", eval_metrics)
+        trainer.save_metrics("eval", eval_metrics)
     if options.lora_merge:
-        trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+        trainer.model = merged.to(getattr(torch, options.dtype))  # what was trained whole is float32 until here
     trainer.save_model()
     trainer.create_model_card()
+    trainer.save_metrics("train", metrics)  # last, since it says that all is saved
     if args.push_to_hub:
         trainer.push_to_hub()
     return trainer
 
 
-def main(arguments: list[str] | None = None) -> MFRSVLMTrainer:
+def main(arguments: list[str] | None = None) -> MFRSVLMTrainer | None:
+    """Reads the command line and trains. Returns and raises what `finetune` does."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = ConfigParser()
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -272,5 +409,18 @@ def main(arguments: list[str] | None = None) -> MFRSVLMTrainer:
     return finetune(*parser.read(Path(arguments[0]), arguments[1:]))
 
 
+def run(arguments: list[str] | None = None) -> int:
+    """The command: an exit status, and what the user can correct on stderr in one line."""
+    try:
+        main(arguments)
+    except (SettingsError, ModelFolderError, BadRow, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    except ImportError as error:
+        print(f"error: {error}. Install what training needs: pip install 'mfrsvlm[training]'", file=sys.stderr)
+    else:
+        return 0
+    return 1
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(run())

@@ -31,6 +31,10 @@ PARTS = {
 UNFINISHED = "_unfinished"
 
 
+class SettingsError(ValueError):
+    """Settings of a training that are missing, contradict each other or make no sense. The message says which."""
+
+
 def part_of(name: str) -> str:
     """The part that a parameter belongs to.
 
@@ -47,18 +51,18 @@ def freeze_parts(model: nn.Module, parts: Sequence[str]) -> None:
     """Takes the parameters of the named parts out of training.
 
     Raises:
-        ValueError: nothing is left to train, or an adapter or a copy of PEFT would train in a frozen part.
+        SettingsError: nothing is left to train, or an adapter or a copy of PEFT would train in a frozen part.
     """
     for name, parameter in model.named_parameters():
         if part_of(name) in parts:
             if parameter.requires_grad and re.search(r"\.(lora_|modules_to_save\.)", name):
-                raise ValueError(
+                raise SettingsError(
                     f"The part {part_of(name)} is to be frozen, but the adapter would train {name}. Change one of "
                     "freeze_*, lora_target_modules and lora_modules_to_save."
                 )
             parameter.requires_grad = False
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(f"Nothing is left to train: {', '.join(parts)} are frozen.")
+        raise SettingsError(f"Nothing is left to train: {', '.join(parts)} are frozen.")
 
 
 class ModalityLengthSampler(Sampler[int]):

@@ -2,6 +2,8 @@
 
 import functools
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,14 +16,18 @@ pytest.importorskip("trl")
 import trl
 from peft import LoraConfig
 
+import mfrsvlm
 from mfrsvlm import MFRSVLMForConditionalGeneration, MFRSVLMProcessor
 from mfrsvlm.training import ConversationCollator
 from mfrsvlm.training.finetune import DECODER_LINEARS
-from mfrsvlm.training.sft_example import main
 from mfrsvlm.training.trainer import PARTS, part_of
 
 
+EXAMPLE = Path(mfrsvlm.__file__).parent / "examples" / "finetune_with_trl.py"
+
+
 def test_sft_example(tmp_path):
+    main = runpy.run_path(str(EXAMPLE))["main"]
     rows = [
         {
             "messages": [

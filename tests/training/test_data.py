@@ -17,7 +17,7 @@ from mfrsvlm.training.data import to_messages
 from mfrsvlm.training.trainer import ModalityLengthSampler
 
 
-REFERENCE = Path(__file__).parent / "reference"
+REFERENCE = Path(__file__).parents[1] / "reference"
 MANIFEST = json.loads((REFERENCE / "manifest.json").read_text())
 MARKER = -200  # stands for the <image> marker in the manifest
 TOKENS = 16  # visual tokens of a tiny image
@@ -110,8 +110,8 @@ BAD = {
     "value": ({"conversations": [{"from": "human"}]}, "`from` and `value`"),
     "content": ({"messages": [{"role": "user", "content": 5}]}, "turn 1"),
     "part": ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "video"),
-    "more_markers": ({"image": "0.png", "conversations": turns("<image> <image>?", "Yes.")}, "1 images, but at least 2"),
-    "marker_alone": ({"conversations": turns("<image>?", "Yes.")}, "0 images, but at least 1"),
+    "more_markers": ({"image": "0.png", "conversations": turns("<image> <image>?", "Yes.")}, "1 images, but 2"),
+    "marker_alone": ({"conversations": turns("<image>?", "Yes.")}, "0 images, but 1"),
     "more_images": ({"image": ["0.png", "1.png"], "conversations": turns("<image>?", "Yes.")}, "2 images, but 1"),
     "no_marker": ({"image": "0.png", "conversations": turns("Hi?", "Yes.")}, "1 images, but 0"),
     "marker_in_answer": ({"image": "0.png", "conversations": turns("Hi?", "<image> Yes.")}, "only a user's turn"),

@@ -504,7 +504,7 @@ main(sys.argv[1:])
 @pytest.mark.slow
 def test_push_sends_model_processor_code_and_card(start, tmp_path):
     options = {"push_to_hub": True, "hub_model_id": "author/tuned", "num_train_epochs": 1, "hub_strategy": "every_save"}
-    options |= {"base_model": "author/MF-RSVLM", "dataset_name": ["author/data"]}
+    options |= {"base_model": "author/MF-RSVLM", "card_datasets": ["author/data"]}
     config = write_config(start, tmp_path, **options)
     with HubServer() as hub:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}

@@ -1,4 +1,4 @@
-"""TRL's `SFTTrainer` with MF-RSVLM: `python -m mfrsvlm.training.sft_example MODEL ROWS.json IMAGES OUTPUT`.
+"""Fine-tunes MF-RSVLM with TRL's `SFTTrainer`: `python examples/finetune_with_trl.py MODEL ROWS.json IMAGES OUTPUT`.
 
 `ROWS.json` is a list of `{"messages": [{"role": ..., "content": "<image>\\n..."}, ...], "images": ["a.png", ...]}`.
 """
