@@ -1,6 +1,6 @@
 """Named protocols: prompt, length, how an answer is read, and metric, held together so that a number has a name.
 
-`ours` is the default. The others follow published evaluations, so that numbers can be set beside theirs; where a published
+`strict` is the default. The others follow published evaluations, so that numbers can be set beside theirs; where a published
 script is at fault, the protocol is corrected and says what was wrong.
 """
 
@@ -24,7 +24,7 @@ NUMBER = r"\s*(-?\d{1,6}(?:\.\d{1,6})?)\s*"
 ANGLED_BOX = re.compile(rf"\{{{4 * f'<{NUMBER}>'}(?:\|\s*<{NUMBER}>\s*)?\}}")
 
 
-class Ours:
+class Protocol:
     """Strict: short prompts, exact answers (but for case, surrounding space and a full stop), COCO's caption metrics.
 
     Nothing but the answer is read to interpret the answer; an empty one is wrong. Boxes are asked for as
@@ -32,7 +32,7 @@ class Ours:
     published classes (up to 10, 100, 1000, more), as that benchmark defines them.
     """
 
-    name = "ours"
+    name = "strict"
     max_new_tokens = 128
     short_answer = "Answer with a single word or phrase."
     class_parsing = "exact"
@@ -136,14 +136,14 @@ class Ours:
         return "visual_grounding", predictions, references, {"thresholds": list(self.thresholds)}
 
 
-class OursWithoutJava(Ours):
-    """`ours`, but that captions are split into words by a plain rule and METEOR is left out: neither needs Java."""
+class StrictWithoutJava(Protocol):
+    """`strict`, but that captions are split into words by a plain rule and METEOR is left out: neither needs Java."""
 
-    name = "ours-without-java"
+    name = "strict-without-java"
     captions = "coco_without_java"
 
 
-class Upstream(Ours):
+class Upstream(Protocol):
     """The scripts published with MF-RSVLM: their prompts, 64 tokens, sacrebleu and NLTK for captions, IoU 0.5 and 0.75.
 
     Instruction tuning used the literal tags `{IT}`, `{VQA}` and `{VG}`; of these, only boxes are asked for with theirs.
@@ -173,7 +173,7 @@ class Upstream(Ours):
         return f"{{VG}} {question} Answer with bounding box coordinates {form}."
 
 
-class RSEvalKit(Ours):
+class RSEvalKit(Protocol):
     """RSEvalKit, of the authors of VHM: a tag before every question, images padded to a square, 512 tokens.
 
     An answer is right if, in lower case and without spaces, it is contained in the reference; multiple choice goes by the
@@ -212,7 +212,7 @@ class RSEvalKit(Ours):
         return super()._vqa(benchmark, samples, answers)
 
 
-class GeoChat(Ours):
+class GeoChat(Protocol):
     """GeoChat's: one word or phrase, exact match without spaces and full stops; RSVQA without counts and areas.
 
     RSVQA-HR is its second test set, as published. Boxes are `{<x1><y1><x2><y2>|<degrees>}`, 0 to 100 over the image's
@@ -246,7 +246,7 @@ class GeoChat(Ours):
         return write_angled_box(box, size)
 
 
-class VRSBench(Ours):
+class VRSBench(Protocol):
     """VRSBench's: boxes `{<x1><y1><x2><y2>}` from 0 to 100, IoU 0.5 and 0.7, COCO's caption metrics.
 
     Its questions are published with a score that a commercial language model gives; here they are marked by exact match,
@@ -311,6 +311,6 @@ def write_angled_box(box: Box, size: tuple[int, int]) -> str:
     return f"{{<{x1:.1f}><{y1:.1f}><{x2:.1f}><{y2:.1f}>{tail}}}"
 
 
-PROTOCOLS: dict[str, Callable[[], Ours]] = {
-    protocol.name: protocol for protocol in (Ours, OursWithoutJava, Upstream, RSEvalKit, GeoChat, VRSBench)
+PROTOCOLS: dict[str, Callable[[], Protocol]] = {
+    protocol.name: protocol for protocol in (Protocol, StrictWithoutJava, Upstream, RSEvalKit, GeoChat, VRSBench)
 }

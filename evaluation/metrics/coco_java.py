@@ -27,7 +27,7 @@ def java_command(*arguments: str) -> list[str]:
     if java is None:
         raise OSError(
             'The captioning variant "coco" needs Java, and there is no `java` here. Install it (on Debian: apt-get install '
-            'default-jre-headless), or take the variant "coco_without_java" (protocol ours-without-java), which leaves '
+            'default-jre-headless), or take the variant "coco_without_java" (protocol strict-without-java), which leaves '
             "METEOR out and splits words by a plain rule."
         )
     # Text goes in and out as UTF-8 wherever this runs.
