@@ -1,6 +1,6 @@
 """The console command `mfrsvlm`: one name for what `python -m mfrsvlm.X` does.
 
-A command is a module with `main(arguments)`. It is imported when it runs, so `mfrsvlm --help` needs neither torch nor
+A command is a function of a module that is imported when the command runs, so `mfrsvlm --help` needs neither torch nor
 transformers. Where the module itself takes long to import, its parser comes from a light module and reads the options first.
 """
 
@@ -18,7 +18,8 @@ class Command:
 
     Attributes:
         summary: line for `mfrsvlm --help`.
-        module: module inside the package that holds `main`.
+        module: module inside the package that holds the function `run`.
+        run: the function that takes the arguments; it returns an exit status.
         first: arguments that `main` gets before those of the user.
         parser: `module:function` that makes the parser, for modules that take long to import.
         extra: extra of pyproject.toml that the command may need.
@@ -26,6 +27,7 @@ class Command:
 
     summary: str
     module: str
+    run: str = "main"
     first: tuple[str, ...] = ()
     parser: str | None = None
     extra: str | None = None
@@ -41,10 +43,10 @@ COMMANDS = {
         "make a new, untrained model from parts", "training.assemble", parser="training.arguments:assemble_parser"
     ),
     "finetune": Command(
-        "fine-tune a model", "training.finetune", parser="training.arguments:finetune_parser", extra="training"
+        "fine-tune a model", "training.finetune", "run", parser="training.arguments:finetune_parser", extra="training"
     ),
-    "evaluate": Command("measure a model on benchmarks", "evaluation.__main__", ("run",), extra="evaluation"),
-    "report": Command("make tables and plots of evaluations", "evaluation.__main__", ("report",), extra="evaluation"),
+    "evaluate": Command("measure a model on benchmarks", "evaluation.__main__", first=("run",), extra="evaluation"),
+    "report": Command("make tables and plots of evaluations", "evaluation.__main__", first=("report",), extra="evaluation"),
     "scenes": Command("write a data set of synthetic scenes", "scenes.__main__"),
 }
 
@@ -73,14 +75,14 @@ def run(name: str, arguments: list[str]) -> int:
         # Exits here for `--help` and for wrong options, seconds earlier than the module itself would.
         getattr(import_module(f".{module}", __package__), function)().parse_args(arguments)
     try:
-        status = import_module(f".{command.module}", __package__).main(arguments)
+        status: int = getattr(import_module(f".{command.module}", __package__), command.run)(arguments)
     except ImportError as error:
         missing = missing_library(error)
         if missing is None or command.extra is None:
             raise
         print(f'error: `mfrsvlm {name}` needs {missing}: pip install "mfrsvlm[{command.extra}]"', file=sys.stderr)
         return 1
-    return status if isinstance(status, int) else 0
+    return status
 
 
 def missing_library(error: ImportError) -> str | None:
@@ -108,10 +110,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     try:
         return run(name, rest)
-    except (ValueError, OSError) as error:
-        # What the user can mend is said in one line. Anything else is a fault of the program and shows where it is.
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
