@@ -1,9 +1,9 @@
-"""Asks the small trained model about a scene, prints the answers and draws them.
+"""Asks a model about an image, prints its answers and draws its boxes.
 
     python -m mfrsvlm.demo [IMAGE] [--question TEXT ...] [--model DIR_OR_HUB_ID] [--scene NUMBER]
 
-Without an image it draws a synthetic scene, which the model has never seen, and shows the truth beside the answers.
-Without a model it takes the one in this folder, which was trained on such scenes and knows nothing else.
+Without an image, it draws a synthetic scene that the model has never seen, and prints the true answers beside the model's.
+Without `--model`, it loads the small model in this folder, which was trained on synthetic scenes only.
 """
 
 import argparse
@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
-from mfrsvlm.scenes import Question, ask, draw, plan_scene, scene_seed
+from ..files.model_folder import load_model
+from ..image_sources_mfrsvlm import open_image
+from ..processing_mfrsvlm import MFRSVLMProcessor
+from ..scenes import Question, ask, draw, plan_scene, scene_seed
 
 
 FOLDER = Path(__file__).parent
@@ -26,7 +28,7 @@ PANEL = 512  # pixels
 
 
 def answer(model, processor, image: Image.Image | str, questions: list[str]) -> list[str]:
-    """One batch through the ordinary processor and `generate`."""
+    """Answers of the model to questions about one image, in one batch."""
     conversations = [
         [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
         for question in questions
@@ -46,7 +48,13 @@ def answer(model, processor, image: Image.Image | str, questions: list[str]) -> 
 
 
 def draw_answers(image: Image.Image, lines: list[tuple[str, str]], boxes: list[tuple[str, list[float]]]) -> Image.Image:
-    """The image with its boxes (colour, x1, y1, x2, y2 in its pixels) on the left, coloured lines of text on the right."""
+    """A picture with the image on the left and the text on the right.
+
+    Args:
+        image: RGB image.
+        lines: (colour, text) of each paragraph.
+        boxes: (colour, (x1, y1, x2, y2)) in pixels of the image.
+    """
     scale = PANEL / max(image.size)
     left = image.resize((round(image.width * scale), round(image.height * scale)))
     picture = Image.new("RGB", (2 * PANEL + 48, PANEL), "white")
@@ -69,13 +77,13 @@ def draw_answers(image: Image.Image, lines: list[tuple[str, str]], boxes: list[t
     return picture
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mfrsvlm.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("image", nargs="?", type=Path, help="image file; a synthetic scene if left out")
+    parser.add_argument("image", nargs="?", type=Path, help="image file; default: a synthetic scene")
     parser.add_argument("--question", action="append", help="may be given several times")
     parser.add_argument("--model", default=str(MODEL), help="model folder or Hub id")
     parser.add_argument("--scene", type=int, default=0, help="number of the synthetic scene")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 
@@ -84,14 +92,13 @@ def main() -> int:
         if args.model == str(MODEL) and not MODEL.is_dir():
             raise FileNotFoundError(f"{MODEL} is only in a clone of the repository: pass --model with a folder or Hub id.")
         start = time.perf_counter()
-        processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
-        model = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=True, dtype=torch.float32).eval()
+        model, processor = load_model(args.model, dtype=torch.float32)
         if args.image is None:
             scene = plan_scene(scene_seed("demo", args.scene))
             image = draw(scene)
             asked = ask(scene, TASKS)
         else:
-            (image,) = processor.image_processor.fetch_images([str(args.image)])
+            image = open_image(str(args.image))
         texts = args.question or [question.text for question in asked] or ["Describe this image."]
         if args.question:
             asked = []
@@ -106,7 +113,7 @@ def main() -> int:
     for text, reply, truth in zip(texts, said, truths, strict=True):
         print(f"\nQ: {text}\nA: {reply}" + (f"   (true: {truth})" if truth else ""))
         lines += [("black", text), ("#1f5f8b", reply + (f"   (true: {truth})" if truth else ""))]
-        (found,) = processor.post_process_boxes([reply], [(image.height, image.width)])
+        (found,) = MFRSVLMProcessor.post_process_boxes([reply], [(image.height, image.width)])
         boxes += [("yellow", box) for box in found.tolist()]
     boxes += [("white", list(box)) for question in asked for box in question.boxes]
     OUTPUT.mkdir(parents=True, exist_ok=True)

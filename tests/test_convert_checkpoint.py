@@ -808,3 +808,15 @@ def test_the_old_command_of_new_models_points_to_its_place(capsys):
     assert capsys.readouterr().err.splitlines() == [
         "error: this command converts. To make a new model from parts, run: python -m mfrsvlm.training.assemble --help"
     ]
+
+
+def test_a_converted_folder_is_not_converted_again(converted: Path, tmp_path: Path, capsys):
+    command = [
+        "released",
+        str(converted),
+        "--vision-tower",
+        str(CHECKPOINT / "vision_tower"),
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    refused(main, capsys, command, str(converted), "needs no conversion")
