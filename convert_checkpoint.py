@@ -277,9 +277,13 @@ def convert_released(
     Raises:
         ConversionError: the checkpoint is incomplete, damaged or of an unsupported variant, or `output` exists.
     """
-    from .model_card.card import write_model_card  # here, since modules of the root import no room when they are loaded
+    # Here, since modules of the root import no room when they are loaded.
+    from .files.model_folder import kind_of
+    from .model_card.card import write_model_card
 
     content = read_json(source / "config.json")
+    if kind_of(content) == "whole":
+        raise ConversionError(f"{source} is a model folder of this package already: it needs no conversion.")
     refuse_variants(source, content)
     tokenizer = read_tokenizer(source)
     tower = resolve_folder(vision_tower, ["*.safetensors", "pytorch_model*.bin"])

@@ -1,7 +1,7 @@
 """Asks the small trained model about a scene, prints the answers and draws them: `mfrsvlm demo`.
 
-Without an image it draws a synthetic scene, which the model has never seen, and shows the truth beside the answers.
-Without a model it takes the one in this folder, which was trained on such scenes and knows nothing else.
+Without an image, it draws a synthetic scene that the model has never seen, and prints the true answers beside the model's.
+Without `--model`, it loads the small model in this folder, which was trained on synthetic scenes only.
 """
 
 import sys

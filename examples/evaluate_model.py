@@ -24,9 +24,8 @@ def main(name: str = MODEL, limit: int = 200) -> dict[str, dict[str, Any]]:
         for task, figures in summary["results"].items():
             for figure, cell in figures.items():
                 if "value" in cell:
-                    print(
-                        f"  {task:<16}{figure:<12}{cell['value']:.3f}  [{cell['low']:.3f}, {cell['high']:.3f}]  n={cell['n']}"
-                    )
+                    value, low, high, n = (cell[key] for key in ("value", "low", "high", "n"))
+                    print(f"  {task:<16}{figure:<12}{value:.3f}  [{low:.3f}, {high:.3f}]  n={n}")
         summaries["blind" if blind else "image"] = summary
     return summaries
 

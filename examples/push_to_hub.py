@@ -2,7 +2,7 @@
 
     python examples/push_to_hub.py FOLDER USER/NAME [--public]
 
-Log in first: `hf auth login`. Others then load the model with `trust_remote_code=True` and nothing installed but transformers.
+Log in first: `hf auth login`. Others load the model with transformers and `trust_remote_code=True`, without this package.
 `mfrsvlm finetune ... --push_to_hub true --hub_model_id USER/NAME` does the same right after training.
 """
 

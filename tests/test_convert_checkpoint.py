@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from external_data import external_data
 from huggingface_hub import metadata_load
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -27,7 +28,6 @@ from mfrsvlm.released_layout import resolve_depths, resolve_injection_layers, re
 
 
 REFERENCE = Path(__file__).parent / "reference"
-SHARED = Path(__file__).parents[2] / "shared"
 MANIFEST = json.loads((REFERENCE / "manifest.json").read_text())
 REMOVED = object()
 INDEX = "released/pytorch_model.bin.index.json"
@@ -327,12 +327,11 @@ class TestVariants:
         assert MFRSVLMProcessor.from_pretrained(source.convert()).image_processor.do_pad is pads
 
     def test_pixels_without_padding(self, source: Source):
-        if not (SHARED / "reference").is_dir():
-            pytest.skip("the full reference (../shared/reference) is absent: images are committed padded only")
+        reference = external_data("reference")  # images are committed padded only
         source.configure(image_aspect_ratio="square")
         processor = MFRSVLMProcessor.from_pretrained(source.convert())
-        golden = load_file(SHARED / "reference" / "golden.safetensors")["b_landscape/pixel_values_not_pad_stride8"]
-        image = Image.open(SHARED / "reference" / "images" / "b_landscape.png")
+        golden = load_file(reference / "golden.safetensors")["b_landscape/pixel_values_not_pad_stride8"]
+        image = Image.open(reference / "images" / "b_landscape.png")
         row = processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
         pixels = row.flatten()[: 3 * 336 * 336].view(3, 336, 336)  # the global view comes first
         assert image.width != image.height
@@ -809,3 +808,15 @@ def test_the_old_command_of_new_models_points_to_its_place(capsys):
     assert capsys.readouterr().err.splitlines() == [
         "error: this command converts. To make a new model from parts, run: python -m mfrsvlm.training.assemble --help"
     ]
+
+
+def test_a_converted_folder_is_not_converted_again(converted: Path, tmp_path: Path, capsys):
+    command = [
+        "released",
+        str(converted),
+        "--vision-tower",
+        str(CHECKPOINT / "vision_tower"),
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    refused(main, capsys, command, str(converted), "needs no conversion")

@@ -379,8 +379,8 @@ class ConversationDataset(_Rows, Dataset):
             logger.warning(f"{self.name}: these fields are not read: {', '.join(fields)}{more}.")
         if fractions:
             logger.warning(
-                f"{self.name}: in {len(fractions)} rows no box exceeds 1, first in {self.where(fractions[0])}. They are likely "
-                f"fractions of the image, but answers count from 0 to {BOX_SCALE}: multiply them by {BOX_SCALE}."
+                f"{self.name}: in {len(fractions)} rows no box exceeds 1, first in {self.where(fractions[0])}. They are "
+                f"likely fractions of the image, but answers count from 0 to {BOX_SCALE}: multiply them by {BOX_SCALE}."
             )
 
     @property

@@ -223,8 +223,8 @@ def check_start(options: ModelArguments) -> None:
         stored = "float32"  # of the adapter's own weights, whatever its base has
         if options.lora and not options.lora_merge:
             raise SettingsError(
-                f"{start.source} is an adapter. A new adapter would be saved without it. Set lora_merge=true to save the whole "
-                "model, or resume_from_checkpoint to go on with the first one."
+                f"{start.source} is an adapter, and a new one would be saved without it. Set lora_merge=true to save "
+                "the whole model, or resume_from_checkpoint to go on with the first one."
             )
     keeps_base = options.lora and not options.lora_merge
     if options.dtype not in ("float32", stored) and not keeps_base and start.kind != "released":
@@ -323,9 +323,7 @@ def check_settings(options: ModelArguments, data: DataArguments, args: MFRSVLMTr
     if not data.train_file and not data.dataset_name:
         raise SettingsError("train_file is missing: name a file, or a dataset with dataset_name.")
     if data.train_file and data.dataset_name:
-        raise SettingsError(
-            f"train_file={data.train_file} and dataset_name={data.dataset_name}: only one can be trained on."
-        )
+        raise SettingsError(f"train_file={data.train_file}, dataset_name={data.dataset_name}: name only one of them.")
     if options.lora_merge and not options.lora:
         raise SettingsError("lora_merge=true needs lora=true.")
     if data.eval_file is None and data.dataset_name is None and args.eval_strategy != "no":
