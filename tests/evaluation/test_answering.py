@@ -123,7 +123,8 @@ def other_family(answerer, honest):
 
 
 @pytest.mark.parametrize(
-    ("broken", "reason"), [(wrong_features, "probabilities of the next tokens differ by"), (other_family, "misses an argument")]
+    ("broken", "reason"),
+    [(wrong_features, "probabilities of the next tokens differ by"), (other_family, "misses an argument")],
 )
 def test_features_that_do_not_stand_for_the_pixels_are_not_used(tmp_path, monkeypatch, caplog, broken, reason):
     model, processor = load(str(tiny_folder(tmp_path / "model")), dtype="float32")
