@@ -5,8 +5,8 @@
     export_samples("runs/mine/scenes/test", "logs/mine")  # a run of this package, as lmms-eval would log it
 
 Samples are the `*_samples_*.jsonl` files that `--log_samples` writes. A row has `doc_id`, `target`, `input`,
-`filtered_resps`, `doc_hash` and the scores of the metrics. `resps` is there where it differs from `filtered_resps`. Only files
-of old versions have `doc` and `arguments`.
+`filtered_resps`, `doc_hash` and the scores of the metrics. `resps` is there where it differs from `filtered_resps`. Files of
+old versions also have `doc` and `arguments`.
 """
 
 import hashlib
