@@ -39,7 +39,7 @@ def write_rows(folder: Path, count: int) -> Path:
     return path
 
 
-def main(output: Path, scenes: int = 200, steps: int = 30) -> dict[str, float]:
+def main(output: Path, scenes: int = 200, steps: int = 30, new_scenes: int = 20) -> dict[str, float]:
     """Trains, and returns the share of right answers about new scenes, before and after."""
     train_file = write_rows(output / "data", scenes)
     finetune(
@@ -59,11 +59,11 @@ def main(output: Path, scenes: int = 200, steps: int = 30) -> dict[str, float]:
         ),
     )
     shares = {}
-    new_scenes = [plan_scene(scene_seed("test", index)) for index in range(20)]
+    unseen = [plan_scene(scene_seed("test", index)) for index in range(new_scenes)]
     for name, folder in {"before": MODEL, "after": str(output / "model")}.items():
         model, processor = load(folder, device="cpu")
-        texts = [answer(model, processor, draw(scene), [QUESTION])[0].text for scene in new_scenes]
-        shares[name] = sum(text == true_answer(scene) for text, scene in zip(texts, new_scenes, strict=True)) / len(texts)
+        texts = [answer(model, processor, draw(scene), [QUESTION])[0].text for scene in unseen]
+        shares[name] = sum(text == true_answer(scene) for text, scene in zip(texts, unseen, strict=True)) / len(texts)
         print(f"{name}: {shares[name]:.0%} of {len(texts)} answers about new scenes are right, such as {texts[0]!r}")
     return shares
 
