@@ -2,8 +2,8 @@
 
     python examples/finetune_lora.py [OUTPUT]
 
-The model was never asked whether a scene has water. Before training its answers make no sense, afterwards they do. For your
-own data, replace `write_rows` and name your files in `DataArguments`; docs/training.md describes the rows.
+The model knows ships and cars, but it was never asked about water. For your own data, replace `write_rows` and name your
+files in `DataArguments`; docs/training.md describes the rows.
 """
 
 import json
@@ -17,12 +17,12 @@ from mfrsvlm.training import MFRSVLMTrainingArguments
 from mfrsvlm.training.finetune import DataArguments, ModelArguments, finetune
 
 
-QUESTION = "Land or water?"
+QUESTION = "Is there water in this scene?"
 
 
 def true_answer(scene: Scene) -> str:
     _, has_water = CLASSES[scene.scene_class]
-    return "water" if has_water else "land"
+    return "yes" if has_water else "no"
 
 
 def write_rows(folder: Path, count: int) -> Path:
@@ -64,7 +64,7 @@ def main(output: Path, scenes: int = 200, steps: int = 30, new_scenes: int = 20)
         model, processor = load(folder, device="cpu")
         texts = [answer(model, processor, draw(scene), [QUESTION])[0].text for scene in unseen]
         shares[name] = sum(text == true_answer(scene) for text, scene in zip(texts, unseen, strict=True)) / len(texts)
-        print(f"{name}: {shares[name]:.0%} of {len(texts)} answers about new scenes are right, such as {texts[0]!r}")
+        print(f"{name}: {shares[name]:.0%} of {len(texts)} answers about new scenes are right")
     return shares
 
 
