@@ -17,12 +17,11 @@ from .settings import EvaluationSettings
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m mfrsvlm.evaluation", description="Evaluates models on benchmarks.")
     commands = parser.add_subparsers(dest="command", required=True)
-    add_run_arguments(
-        commands.add_parser("run", prog="mfrsvlm evaluate", help="evaluate one model on one or more benchmarks")
-    )
-    add_report_arguments(
-        commands.add_parser("report", prog="mfrsvlm report", help="write tables, plots and a model card from runs")
-    )
+    for name, add_arguments, command, description in (
+        ("run", add_run_arguments, "mfrsvlm evaluate", "Evaluates one model on one or more benchmarks."),
+        ("report", add_report_arguments, "mfrsvlm report", "Writes tables, plots and a model card from runs."),
+    ):
+        add_arguments(commands.add_parser(name, prog=command, description=description, help=description))
     return parser
 
 
