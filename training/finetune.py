@@ -303,17 +303,21 @@ def load_splits(data: DataArguments, splits: list[str]) -> dict[str, Any]:
     return {name: loaded[split] for name, split in zip(("train", "eval"), splits, strict=False)}
 
 
-def is_finished(args: MFRSVLMTrainingArguments, checkpoint: str | None) -> bool:
-    """Whether `checkpoint` is the end of the training in `output_dir`, and its result is saved there."""
-    folder = Path(args.output_dir)
-    if checkpoint is None or Path(checkpoint).resolve().parent != folder.resolve():
+def is_at_its_end(args: MFRSVLMTrainingArguments, checkpoint: str | None) -> bool:
+    """Whether `checkpoint` has as many steps as the training has."""
+    if checkpoint is None:
         return False
     state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-    planned = args.max_steps
-    if planned <= 0:
-        planned = state.max_steps if state.num_train_epochs >= args.num_train_epochs else state.global_step + 1
-    saved = any(folder.glob("*.safetensors")) and (folder / "train_results.json").is_file()
-    return state.global_step >= planned and saved
+    if args.max_steps > 0:
+        return state.global_step >= args.max_steps
+    return state.global_step >= state.max_steps and state.num_train_epochs >= args.num_train_epochs
+
+
+def is_saved(args: MFRSVLMTrainingArguments, checkpoint: str | None) -> bool:
+    """Whether `output_dir` holds the result of the training that wrote `checkpoint`."""
+    folder = Path(args.output_dir)
+    is_own = checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve()
+    return is_own and any(folder.glob("*.safetensors")) and (folder / "train_results.json").is_file()
 
 
 def check_settings(options: ModelArguments, data: DataArguments, args: MFRSVLMTrainingArguments) -> None:
@@ -349,10 +353,9 @@ def finetune(options: ModelArguments, data: DataArguments, args: MFRSVLMTraining
     checkpoint = None
     if args.process_index == 0 or args.resume_from_checkpoint is not None:  # the first rank looks before any writes
         checkpoint = check_output_dir(args, data.overwrite_output_dir)
-    if is_finished(args, checkpoint):
-        logger.info(
-            f"Nothing to do: {checkpoint} is the end of this training. Raise num_train_epochs or max_steps to go on."
-        )
+    is_over = is_at_its_end(args, checkpoint)
+    if is_over and is_saved(args, checkpoint):
+        logger.info(f"Nothing to do: this training ended at {checkpoint}. To go on, raise num_train_epochs or max_steps.")
         return None
     check_start(options)
 
@@ -374,7 +377,11 @@ def finetune(options: ModelArguments, data: DataArguments, args: MFRSVLMTraining
         "datasets": data.card_datasets,
         "name": None if args.hub_model_id is None else args.hub_model_id.rpartition("/")[2],
     }
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    if is_over:  # the stock trainer would make a step more
+        logger.info(f"This training ended at {checkpoint}. Its result is saved without a further step.")
+        metrics = trainer.load_end(checkpoint)
+    else:
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     metrics["bad_rows"] = datasets["train"].num_bad_rows
     trainer.log_metrics("train", metrics)
     if "eval" in datasets:

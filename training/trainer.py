@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -204,7 +204,19 @@ class MFRSVLMTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         # The stock Trainer switches the cache off in the outer config only, and the decoder reads its own.
-        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+        result = super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+        loss = result[0] if isinstance(result, tuple) else result
+        if torch.is_grad_enabled() and not loss.requires_grad:  # text alone, where all that reads text is frozen
+            trained = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+            loss = loss + 0 * trained.sum()
+        return (loss, *result[1:]) if isinstance(result, tuple) else loss
+
+    def load_end(self, checkpoint: str) -> dict[str, float]:
+        """Loads the weights and the state that a training ended with, and returns its metrics."""
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self._load_from_checkpoint(best or checkpoint)
+        return {"epoch": self.state.epoch or 0.0}
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._run_dir or super()._get_output_dir(trial)

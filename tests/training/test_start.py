@@ -135,7 +135,9 @@ def test_a_finished_training_is_not_trained_again(starts, data, tmp_path, caplog
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
     # The result was not saved, or more is asked for.
     (tmp_path / "run" / "train_results.json").unlink()
+    (tmp_path / "run" / "model.safetensors").unlink()
     assert main([config, "--resume_from_checkpoint", "last"]).state.global_step == 1
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
     assert main([config, "--resume_from_checkpoint", "last", "--max_steps", "2"]).state.global_step == 2
 
 
