@@ -202,8 +202,9 @@ def add_lora(model: MFRSVLMForConditionalGeneration, options: ModelArguments, fr
         modules_to_save=whole or None,
     )
     model = get_peft_model(model, config)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else getattr(torch, options.dtype))
+    for tensor in model.state_dict(keep_vars=True).values():  # not of buffers that are computed, which stay float32
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if tensor.requires_grad else getattr(torch, options.dtype))
     return model
 
 

@@ -209,6 +209,8 @@ def test_any_error_of_a_row_belongs_to_it(caplog):
         def get(self, *args):
             raise ZeroDivisionError("by zero")
 
+        __getitem__ = get
+
     class Rows(list):
         def __getitem__(self, index):
             if index == 1:
