@@ -235,7 +235,7 @@ def _merge_adapter(model: Any, folder: ModelFolder, base: str, revision: str | N
     except ImportError as error:
         raise ModelFolderError(f"{folder.source} is an adapter and needs PEFT: pip install 'mfrsvlm[training]'") from error
     misfit = f"The adapter {folder.source} does not fit its base model {base}"
-    hub = {"revision": revision} if revision else {}
+    hub: dict[str, Any] = {"revision": revision} if revision else {}
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     try:
         # Not `PeftModel.from_pretrained`, which only warns of missing tensors and says nothing of those it has no place for.
