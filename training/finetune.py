@@ -1,7 +1,8 @@
 """Fine-tunes MF-RSVLM: `python -m mfrsvlm.training.finetune CONFIG.yaml [--key value ...]`.
 
-The keys of the file, and of the command line, which goes first, are the fields of `ModelArguments`, `DataArguments` and
-`MFRSVLMTrainingArguments` (all that `transformers.TrainingArguments` has, and freezing and learning rates of the parts).
+The keys are the fields of `ModelArguments`, `DataArguments` and `MFRSVLMTrainingArguments`. The last has all fields of
+`transformers.TrainingArguments`, and freezes parts of the model or gives them their own learning rates. The command line
+overrides the file.
 """
 
 import difflib
@@ -30,6 +31,8 @@ from .trainer import UNFINISHED, MFRSVLMTrainer, MFRSVLMTrainingArguments, Setti
 logger = logging.getLogger("mfrsvlm.training.finetune")  # also where this file is the main program
 
 SHUFFLED_ROWS = 1000  # of a stream, at a time
+# Data that the command line names replace the data that the file names.
+OTHER_DATA = {"dataset_name": ("train_file", "image_root"), "train_file": ("dataset_name", "dataset_streaming")}
 # Linear layers of the decoder, and of nothing else: neither tower nor injectors.
 DECODER_LINEARS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
 # Trained whole beside the adapter, as in every stage of the published training: they are small or new. Of a list of
@@ -132,11 +135,19 @@ class ConfigParser(HfArgumentParser):
         import yaml
 
         try:
-            values = yaml.safe_load(read_text(config)) or {}
+            text = read_text(config)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
+        try:
+            values = yaml.safe_load(text) or {}
         except yaml.YAMLError as error:
             raise SettingsError(f"{config} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
             raise SettingsError(f"{config} holds a {type(values).__name__}, not keys and values.")
+        named = {word[2:].partition("=")[0] for word in overrides if word.startswith("--")}
+        for name, others in OTHER_DATA.items():
+            if name in named:
+                values = {key: value for key, value in values.items() if key not in others}
         # Through the command line, so that the type of every value is checked in one place. (YAML reads 2e-5 as text.)
         words = []
         for key, value in values.items():
@@ -150,17 +161,20 @@ class ConfigParser(HfArgumentParser):
         for word in overrides:
             if word.startswith("--"):
                 self.check_key(word[2:].partition("=")[0].replace("-", "_").removeprefix("no_"), "command line")
-        return self.parse_args_into_dataclasses([*words, *overrides])
+        try:
+            return self.parse_args_into_dataclasses([*words, *overrides])
+        except (ValueError, ImportError) as error:  # settings that contradict each other, or need another library
+            raise SettingsError(" ".join(str(error).split())) from error
 
 
 def check_output_dir(args: MFRSVLMTrainingArguments, overwrite: bool) -> str | None:
-    """Finds the checkpoint to go on from, and keeps the user's files from being overwritten.
+    """Finds the checkpoint to resume from, and protects files of the user.
 
     Returns:
         The checkpoint that `resume_from_checkpoint` means: a path, or `last` for the last one in `output_dir`.
 
     Raises:
-        SettingsError: there is no such checkpoint; or the folder holds files and neither resuming nor overwriting is asked.
+        SettingsError: there is no such checkpoint, or the folder holds files and is neither to be resumed nor overwritten.
     """
     folder = Path(args.output_dir)
     content = [path.name for path in folder.iterdir()] if folder.is_dir() else []
