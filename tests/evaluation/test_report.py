@@ -135,8 +135,8 @@ def test_missing_truncated_and_foreign_summaries_are_named(run, tmp_path):
     path.write_text(text[:200])
     with pytest.raises(ReportError, match=r"so run it again: .*run/summary\.json is not JSON"):
         read_summaries([folder])
-    path.write_text(text.replace('"format": 2', '"format": 2'))
-    with pytest.raises(ReportError, match="format 2, but only format 1"):
+    path.write_text(text.replace('"format": 2', '"format": 1'))
+    with pytest.raises(ReportError, match="has format 1, not 2"):
         read_summaries([folder])
     path.write_text("[]")
     with pytest.raises(ReportError, match="format 'list'"):
@@ -357,12 +357,12 @@ def test_published_rows_stand_apart_with_source_and_note(run, published):
         {"note": None},
     ],
 )
-def test_a_published_row_without_source_or_note_is_refused(published, change):
+def test_a_published_row_without_source_or_note_is_rejected(published, change):
     with pytest.raises(ReportError, match=r"row 2 \(Other_7B on rsvqa-lr\) (needs a source|has an empty (url|note))"):
         read_published(published(PUBLISHED_ROW, PUBLISHED_ROW | change))
 
 
-def test_a_published_share_in_per_cent_is_refused(published):
+def test_a_published_share_in_per_cent_is_rejected(published):
     with pytest.raises(ReportError, match=r"accuracy is 90\.7, but a share lies from 0 to 1"):
         read_published(published(PUBLISHED_ROW | {"figures": {"accuracy": 90.7}}))
 
@@ -525,7 +525,7 @@ def test_results_of_others_and_of_other_benchmarks_are_kept(run, card):
         ({"counts": {"in_split": 40}}, "40 of 200 samples"),
     ],
 )
-def test_a_run_on_a_part_is_refused_by_name(run, card, change, named):
+def test_a_run_on_a_part_is_rejected_by_name(run, card, change, named):
     before = (card / "README.md").read_bytes()
     with pytest.raises(ReportError, match=rf"whole splits.*org/tiny on aid, test, protocol strict, image, {named}"):
         add_results_to_card(card, read_summaries([run("whole"), run("part", benchmark="aid", **change)]))
