@@ -27,7 +27,7 @@ def load_rsvg_hr(name: str, root: Path, split: str, check_counts: bool, broken_r
             rows.append((number, f"{folder}/{image}", box, expression))
         else:
             broken[number] = line
-    left = left_out(broken, len(rows) + len(broken), path, "no box with x1 < x2 and y1 < y2", broken_rows)
+    left = left_out(broken, len(rows) + len(broken), path, "a box out of order", broken_rows)
     require_images(root, (image for _, image, _, _ in rows))
     sizes = {image: read_size(root / image) for image in {image for _, image, _, _ in rows}}
     samples = [
