@@ -49,6 +49,5 @@ BENCHMARK = BenchmarkInfo(
     loader=load_rsvg_hr,
     splits={"train": 2151, "test": 499},
     tasks=("grounding",),
-    image_size=(1024, 1024),
     source="https://github.com/LANMNG/LQVG",
 )
