@@ -52,9 +52,9 @@ class Protocol:
     thresholds: tuple[float, ...] = (0.5, 0.7)
     box_scale = 1000  # numbers of boxes in answers run from 0 to this over each side of the image
 
-    def default_split(self, info: BenchmarkInfo) -> str | None:
-        """The split that is asked if the user names none; `None` if there is none."""
-        return info.default_split
+    def default_split(self, info: BenchmarkInfo | None) -> str | None:
+        """The split that is asked if the user names none; `None` if there is none, or no such benchmark."""
+        return info.default_split if info else None
 
     def check(self, samples: Sequence[Sample]) -> None:
         """Raises OSError if these samples could not be scored, before hours are spent on asking them."""
@@ -275,8 +275,8 @@ class GeoChat(Protocol):
     vqa_parsing = "without_spaces"
     box_scale = 100
 
-    def default_split(self, info: BenchmarkInfo) -> str | None:
-        return info.second_test_split or info.default_split
+    def default_split(self, info: BenchmarkInfo | None) -> str | None:
+        return (info.second_test_split if info else None) or super().default_split(info)
 
     def keeps(self, sample: Sample, benchmark: Benchmark) -> bool:
         return sample.group not in benchmark.numeric_types

@@ -86,7 +86,7 @@ def run(args: Any) -> dict[str, Any]:
     benchmark = load_benchmark(
         args.benchmark,
         args.data,
-        args.split or (protocol.default_split(BENCHMARKS[args.benchmark]) if args.benchmark in BENCHMARKS else None),
+        args.split or protocol.default_split(BENCHMARKS.get(args.benchmark)),
         check_counts=not args.allow_count_mismatch,
         check_images=args.missing_images == "error" and not args.blind and not args.baseline,
         allow_outside_images=args.allow_outside_images,
@@ -145,7 +145,7 @@ def run(args: Any) -> dict[str, Any]:
             "samples": len(samples),
             "in_split": len(benchmark.samples),
             "published": BENCHMARKS[benchmark.name].splits.get(benchmark.split),
-            "left_out": benchmark.left_out,
+            **({"left_out": benchmark.left_out} if benchmark.left_out else {}),
             "images": len({name for sample in samples for name in sample.images}),
             "empty_answers": sum(not answer.text for answer in answers),
             "cut_off_answers": sum(answer.cut_off for answer in answers),

@@ -362,7 +362,7 @@ def test_a_file_that_cannot_grow_is_named_and_the_run_goes_on_later(model, data,
 
 QUESTION_FILE, ANSWER_FILE = "LR_split_test_questions.json", "LR_split_test_answers.json"
 BAD_DATA = {
-    "truncated": (lambda root: os.truncate(root / QUESTION_FILE, 100), "is no JSON, or its end is missing"),
+    "truncated": (lambda root: os.truncate(root / QUESTION_FILE, 100), "is not JSON, or its end is missing"),
     "duplicate": (
         lambda root: edit_json(root / QUESTION_FILE, lambda c: c["questions"].append(c["questions"][0])),
         "1 ids of split 'test' occur more than once, such as 10",
@@ -407,7 +407,7 @@ def test_a_count_mismatch_is_told_and_can_be_allowed(model, data, tmp_path, monk
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (["--benchmark", "rsvqa", "--model", "x"], "There is no benchmark 'rsvqa'. Known are rsvqa-lr"),
+        (["--benchmark", "rsvqa", "--model", "x"], "There is no benchmark 'rsvqa'. Known are aid"),
         (["--benchmark", "rsvqa-lr", "--model", "x"], "needs the folder of its files. Download it from https://"),
         (["--benchmark", "rsvqa-lr", "--data", ".", "--model", "x"], "docs/benchmarks.md says which files"),
     ],
