@@ -609,7 +609,17 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = MFRSVLMModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.register_forward_pre_hook(self._check_labels, with_kwargs=True)
         self.post_init()
+
+    def _check_labels(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raises `ValueError` if TRL, which then replaces the forward and its loss, would score image tokens."""
+        labels = kwargs.get("labels")
+        if kwargs.get("fused_lm_head") and labels is not None and (labels == self.config.image_token_id).any():
+            raise ValueError(
+                f"labels hold image tokens (image_token_id={self.config.image_token_id}), which TRL would score. Set "
+                "assistant_only_loss=True, or pass data_collator=ConversationCollator(processor)."
+            )
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head

@@ -16,7 +16,6 @@ from mfrsvlm.convert_checkpoint import convert_released
 
 
 REFERENCE = Path(__file__).parent / "reference"
-SHARED = Path(__file__).parents[2] / "shared"
 
 torch.set_num_threads(1)  # the models are tiny, and tests may run side by side
 logging.disable_progress_bar()

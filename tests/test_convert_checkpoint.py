@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from external_data import external_data
 from huggingface_hub import metadata_load
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -42,7 +43,6 @@ from mfrsvlm.released_layout import resolve_depths, resolve_injection_layers, re
 
 
 REFERENCE = Path(__file__).parent / "reference"
-SHARED = Path(__file__).parents[2] / "shared"
 CHECKPOINT = REFERENCE / "checkpoint"
 MANIFEST = json.loads((REFERENCE / "manifest.json").read_text())
 REMOVED = object()
@@ -365,12 +365,11 @@ class TestVariants:
         assert MFRSVLMProcessor.from_pretrained(source.convert()).image_processor.do_pad is pads
 
     def test_pixels_without_padding(self, source: Source):
-        if not (SHARED / "reference").is_dir():
-            pytest.skip("the full reference (../shared/reference) is absent: images are committed padded only")
+        reference = external_data("reference")  # images are committed padded only
         source.configure(image_aspect_ratio="square")
         processor = MFRSVLMProcessor.from_pretrained(source.convert())
-        golden = load_file(SHARED / "reference" / "golden.safetensors")["b_landscape/pixel_values_not_pad_stride8"]
-        image = Image.open(SHARED / "reference" / "images" / "b_landscape.png")
+        golden = load_file(reference / "golden.safetensors")["b_landscape/pixel_values_not_pad_stride8"]
+        image = Image.open(reference / "images" / "b_landscape.png")
         row = processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
         pixels = row.flatten()[: 3 * 336 * 336].view(3, 336, 336)  # the global view comes first
         assert image.width != image.height

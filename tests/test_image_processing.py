@@ -12,6 +12,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from external_data import external_data
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from safetensors.numpy import load_file
@@ -23,7 +24,6 @@ from mfrsvlm.image_processing_mfrsvlm import cut_windows, join_windows
 
 
 REFERENCE = Path(__file__).parent / "reference"
-RASTERS = Path(__file__).parents[2] / "shared" / "images"
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
 STD = np.array([0.26862954, 0.26130258, 0.27577711])
 # 28-pixel views in 16 tokens, 9 windows of 28 and 49 of 14: as the default, but small.
@@ -822,22 +822,20 @@ def test_inputs_are_left_alone():
 @pytest.mark.parametrize("name", ["rasterio_RGB.byte.tif", "rt_colorado.tif", "og_naip_2020.tif"])
 def test_real_rasters(name):
     """8-bit GeoTIFFs of three and four bands, one of them with an overview, read as Pillow reads their first page."""
-    if not (RASTERS / name).is_file():
-        pytest.skip(f"{RASTERS / name} is not there")
-    with Image.open(RASTERS / name) as image:
+    path = external_data(f"images/{name}")
+    with Image.open(path) as image:
         bands = np.asarray(image)
-    outputs = tiny()(RASTERS / name, return_tensors="pt")
+    outputs = tiny()(path, return_tensors="pt")
     assert_same(outputs, tiny()(bands[..., :3], return_tensors="pt"))
-    assert_same(outputs, tiny()(Image.open(RASTERS / name), return_tensors="pt"))
+    assert_same(outputs, tiny()(Image.open(path), return_tensors="pt"))
 
 
 @pytest.mark.parametrize("name", ["rt_mosaic_cog1.tif", "og_landsat_2020.tif"])
 def test_rasters_that_pillow_cannot_read(name):
     """Three bands of 16 bits, and four bands without a colour interpretation: the message says what to do."""
-    if not (RASTERS / name).is_file():
-        pytest.skip(f"{RASTERS / name} is not there")
+    path = external_data(f"images/{name}")
     with pytest.raises(ValueError, match=rf"Image 0 of 1: .*{name}.*rasterio.*value_range"):
-        tiny()(RASTERS / name)
+        tiny()(path)
 
 
 # Anything else

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from external_data import external_data
 from PIL import Image, ImageOps
 
 from mfrsvlm import MFRSVLMImageProcessor, image_sources_mfrsvlm
@@ -30,7 +31,6 @@ needs_gdal = pytest.mark.skipif(
     rasterio is None, reason="the grid is written by GDAL, through rasterio, which is not installed"
 )
 HEIGHT, WIDTH = 40, 24
-SHARED = Path(__file__).parents[2] / "shared"
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -429,19 +429,16 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 @needs_gdal
 def test_real_files(name):
-    if not (SHARED / name).is_file():
-        pytest.skip(f"{name} is not there")
+    path = external_data(name)
     if CASES[name]:
         with pytest.raises(ValueError, match=CASES[name]):
-            processor(max_image_pixels=10**9).process_image(SHARED / name)
+            processor(max_image_pixels=10**9).process_image(path)
         return
-    with rasterio.open(SHARED / name) as dataset:
+    with rasterio.open(path) as dataset:
         expected = dataset.read()[:3]
         if "miniswhite" in name:
             expected = 255 - expected
-    np.testing.assert_array_equal(
-        processor().process_image(SHARED / name), np.broadcast_to(expected, (3, *expected.shape[1:]))
-    )
+    np.testing.assert_array_equal(processor().process_image(path), np.broadcast_to(expected, (3, *expected.shape[1:])))
 
 
 # Doors: the same turned photograph, in every form

@@ -7,18 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from external_data import external_data
 from measure_parity import BFLOAT16_BOUND, BOUNDS, table
 
 
 REFERENCE = Path(__file__).parent / "reference"
-FULL_REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 
 
 @pytest.fixture(scope="module", params=["committed", pytest.param("full", marks=pytest.mark.slow)])
 def measured(request, converted, tmp_path_factory):
-    reference = REFERENCE if request.param == "committed" else FULL_REFERENCE
-    if not reference.is_dir():
-        pytest.skip(f"the full reference is not beside the clone ({reference})")
+    reference = REFERENCE if request.param == "committed" else external_data("reference")
     scratch = tmp_path_factory.mktemp("parity")
     command = [sys.executable, str(Path(__file__).with_name("measure_parity.py")), str(reference), str(converted)]
     environment = {**os.environ, "HF_MODULES_CACHE": str(scratch / "modules")}

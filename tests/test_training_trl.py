@@ -138,3 +138,33 @@ def test_a_step_reaches_every_part(kind, name, adapter, model_folder, images, tm
         moved[part_of(name)] |= not torch.equal(before[name], parameter)
     trained = {"injectors", "decoder"} if adapter else set(PARTS)
     assert {part for part, has_moved in moved.items() if has_moved} == trained
+
+
+def sft_trainer(folder, images, output, **options):
+    model, processor = MFRSVLMForConditionalGeneration.from_pretrained(folder), MFRSVLMProcessor.from_pretrained(folder)
+    turns = [[{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]] * 2
+    features = {"messages": List({"role": Value("string"), "content": Value("string")}), "images": List(Image())}
+    paths = [[str(images / f"{index}.png")] for index in range(2)]
+    rows = Dataset.from_dict({"messages": turns, "images": paths}, Features(features))
+    args = trl.SFTConfig(output_dir=str(output), use_cpu=True, bf16=False, max_length=None, report_to="none", **options)
+    return trl.SFTTrainer(model=model, args=args, train_dataset=rows, eval_dataset=rows, processing_class=processor)
+
+
+def test_trl_scores_answers_as_the_model_does(model_folder, images, tmp_path):
+    trainer = sft_trainer(model_folder("inline"), images, tmp_path, assistant_only_loss=True)
+    batch = next(iter(trainer.get_eval_dataloader()))
+    with torch.no_grad():
+        # TRL replaces the forward and its head, in which the placeholder keeps its score.
+        logits = trainer.model.lm_head(trainer.model.model(**{**batch, "labels": None}).last_hidden_state)[:, :-1]
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+        own = trainer.model(**batch).loss
+    loss = trainer.evaluate()["eval_loss"]
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    placeholder = logits.softmax(-1)[batch["labels"][:, 1:] != -100][:, trainer.model.config.image_token_id]
+    assert loss - float(own) == pytest.approx(float(-torch.log1p(-placeholder).mean()), abs=1e-6)
+
+
+def test_trl_may_not_score_image_tokens(model_folder, images, tmp_path):
+    trainer = sft_trainer(model_folder("inline"), images, tmp_path)
+    with pytest.raises(ValueError, match=r"labels hold image tokens.*assistant_only_loss=True"):
+        trainer.evaluate()
