@@ -141,6 +141,7 @@ def slow_cider(said, references, sigma=6.0):
 SAID, REFERENCES = captions(0, 1200)
 
 
+@pytest.mark.integration
 def test_coco_without_java_against_loops():
     found = compute(SAID, REFERENCES, "coco_without_java")
     said, references = [slow_words(text) for text in SAID], [[slow_words(text) for text in group] for group in REFERENCES]
@@ -193,6 +194,7 @@ def slow_meteor(words, reference, stem):
     return fmean * (1 - 0.5 * (chunks / len(pairs)) ** 3)
 
 
+@pytest.mark.integration
 def test_upstream_against_the_corpus_functions_and_loops():
     found = compute(SAID, REFERENCES, "upstream")
     assert found["parsed"] == [" ".join(text.split()) for text in SAID]

@@ -2,12 +2,12 @@
 
 import json
 import logging
-import os
 import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from external_data import external_data
 from PIL import Image
 from tiny_benchmarks import write_image
 
@@ -20,10 +20,7 @@ CLASSES = 21
 
 @pytest.fixture(scope="module")
 def real() -> Path:
-    folder = os.environ.get("MFRSVLM_TEST_DATA")
-    if not folder or not (Path(folder) / "real").is_dir():
-        pytest.skip("MFRSVLM_TEST_DATA names no folder with real/: published files are not here")
-    return Path(folder) / "real"
+    return external_data("real")
 
 
 def link(root: Path, files: dict[str, Path]) -> Path:
