@@ -101,9 +101,11 @@ class Protocol:
 
     def write_box(self, box: Box, size: tuple[int, int]) -> str:
         """A box in pixels as the prompt asks for it; four corners are written as the box around them."""
-        width, height = size
-        x1, y1, x2, y2 = bounds(box)
-        return f"[{1000 * x1 / width:.1f}, {1000 * y1 / height:.1f}, {1000 * x2 / width:.1f}, {1000 * y2 / height:.1f}]"
+        # What lies beyond the image cannot be written, as the corner of an oriented box may. The 0 takes the sign off 0.
+        scaled = [
+            min(max(1000 * value / side, 0.0), 1000.0) + 0.0 for value, side in zip(bounds(box), size * 2, strict=True)
+        ]
+        return f"[{', '.join(f'{value:.1f}' for value in scaled)}]"
 
     def ideal_answer(self, sample: Sample) -> str:
         """What a model would have to say to be right; of captions, the first."""
