@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
     # Here and not above: `--help` and misspelt options should not wait for torch.
     from . import evaluate, evaluate_majority, load_benchmark
     from .answering import load
+    from .benchmarks import BENCHMARKS
     from .evaluate import get_protocol, process_state
     from .report import as_markdown, make_tables, parse_summary
 
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
             load_benchmark(
                 name,
                 folder or args.data,
-                split or args.split or protocol.splits.get(name),
+                split or args.split or protocol.default_split(BENCHMARKS.get(name)),
                 check_counts=not args.allow_count_mismatch,
                 check_images=args.missing_images == "error" and not args.blind and not args.baseline,
                 allow_outside_images=args.allow_outside_images,

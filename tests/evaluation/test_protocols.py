@@ -26,10 +26,14 @@ def load(tmp_path_factory):
         if name not in made:
             root = tmp_path_factory.mktemp(name)
             MAKERS[name](root)
-            made[name] = load_benchmark(name, root, SPLITS.get(name), check_counts=False)
+            made[name] = load_benchmark(name, root, SPLITS.get(name), check_counts=False, check_sizes=False)
         return made[name]
 
     return loaded
+
+
+def rsvqa(samples):
+    return Benchmark("stand-in", "test", None, samples, metrics=BENCHMARKS["rsvqa-lr"].metrics)
 
 
 def outcome(protocol, benchmark, answers):
@@ -107,7 +111,10 @@ def test_lengths_thresholds_and_caption_metrics():
         "geochat": (128, (0.5, 0.7), "coco", "without_spaces", "without_spaces"),
         "vrsbench": (128, (0.5, 0.7), "coco", "exact", "exact"),
     }
-    assert PROTOCOLS["geochat"].splits == {"rsvqa-hr": "test_phili"}
+    for name, info in BENCHMARKS.items():
+        expected = "test_phili" if name == "rsvqa-hr" else info.default_split
+        assert PROTOCOLS["geochat"]().default_split(info) == expected
+        assert all(PROTOCOLS[other]().default_split(info) == info.default_split for other in PROTOCOLS if other != "geochat")
 
 
 def test_a_protocol_without_java_says_so_before_it_asks(load, monkeypatch):
@@ -217,7 +224,7 @@ def test_chance_counts_answers_that_are_read_alike_together():
     """0 is the most frequent count, but more counts are of the class from 1 to 10, which is what is compared."""
     counts = [0, 0, 0, 3, 3, 5, 7, 8]
     samples = [Sample(str(i), ("a",), "vqa", "How many?", (str(n),), "count") for i, n in enumerate(counts)]
-    benchmark, protocol = Benchmark("rsvqa-lr", "test", None, samples), PROTOCOLS["strict"]()
+    benchmark, protocol = rsvqa(samples), PROTOCOLS["strict"]()
     said = majority_answers(benchmark, samples, protocol)
     assert set(said) == {"3"}
     assert sum(score(protocol, benchmark, samples, [Answer(text) for text in said])[2]) == 5
@@ -239,7 +246,7 @@ def test_letters_are_read_only_where_letters_are_asked_for(reference, answer, ri
 def test_calibration_counts_a_missing_image_as_not_knowing():
     samples = [Sample(str(i), ("a",), "vqa", "Is it?", (text,), "presence") for i, text in enumerate(("yes", "no", "Yes"))]
     samples.append(Sample("3", ("a",), "vqa", "What?", ("urban",), "rural_urban"))
-    benchmark, protocol = Benchmark("rsvqa-lr", "test", None, samples), PROTOCOLS["strict"]()
+    benchmark, protocol = rsvqa(samples), PROTOCOLS["strict"]()
     answers = [Answer("yes", 0.9), Answer("no", 0.2), Answer(""), Answer("yes", 0.9)]
     figures = score(protocol, benchmark, samples, answers)[0]["calibration"]
     assert {name: (round(figure["value"], 6), figure["n"]) for name, figure in figures.items()} == {
