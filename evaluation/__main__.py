@@ -56,6 +56,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     how.add_argument("--no-sharing", action="store_true", help="encode an image again for every question")
     how.add_argument("--allow-count-mismatch", action="store_true", help="accept a split of another size than published")
+    how.add_argument("--allow-size-mismatch", action="store_true", help="accept images of another size than published")
     how.add_argument("--allow-outside-images", action="store_true", help="open images outside of the folder, also by a link")
     how.add_argument(
         "--missing-images", choices=["error", "wrong"], default="error", help="stop, or score their questions 0"
@@ -75,6 +76,7 @@ def run(args: argparse.Namespace) -> None:
     # Here and not above: `--help` and misspelt options should not wait for torch.
     from . import evaluate, evaluate_majority, load_benchmark
     from .answering import load
+    from .benchmarks import BENCHMARKS
     from .evaluate import get_protocol, process_state
     from .report import as_markdown, make_tables, parse_summary
 
@@ -102,8 +104,9 @@ def run(args: argparse.Namespace) -> None:
             load_benchmark(
                 name,
                 folder or args.data,
-                split or args.split or protocol.splits.get(name),
+                split or args.split or protocol.default_split(BENCHMARKS.get(name)),
                 check_counts=not args.allow_count_mismatch,
+                check_sizes=not args.allow_size_mismatch,
                 check_images=args.missing_images == "error" and not args.blind and not args.baseline,
                 allow_outside_images=args.allow_outside_images,
             )

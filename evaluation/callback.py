@@ -73,7 +73,7 @@ class EvaluationCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.steps is not None and state.global_step % self.steps == 0:
-            self._evaluate(state.global_step)
+            self._evaluate(state.global_step, control)
 
     def on_evaluate(
         self,
@@ -85,14 +85,14 @@ class EvaluationCallback(TrainerCallback):
     ) -> None:
         # A step is evaluated once, although the trainer calls this for every data set that it evaluates.
         if not self.trainer.is_in_train or self.evaluated_step != state.global_step:
-            self._evaluate(state.global_step)
+            self._evaluate(state.global_step, control)
         if metrics is not None:
             metrics.update(self.figures)  # the trainer looks for `metric_for_best_model` here
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.evaluated_step = None
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, step: int, control: TrainerControl) -> None:
         check_model_is_whole()
         settings = self.settings
         if settings.output is not None:
@@ -105,7 +105,9 @@ class EvaluationCallback(TrainerCallback):
         summaries = evaluate(model, self.processor, self.benchmarks, self.protocol, settings)
         self.figures = name_figures(self.benchmarks, summaries)
         self.evaluated_step = step
+        should_log = control.should_log
         self.trainer.log(dict(self.figures))
+        control.should_log = should_log  # the loss of this step is still to be logged
 
 
 def name_figures(benchmarks: Sequence[Benchmark], summaries: dict[str, dict[str, Any]]) -> dict[str, float]:

@@ -165,7 +165,7 @@ def make_runs(
     for benchmark in benchmarks:
         if isinstance(benchmark, str):
             name, _, split = benchmark.partition("/")
-            benchmark = load_benchmark(name, None, split or protocol.splits.get(name))
+            benchmark = load_benchmark(name, None, split or protocol.default_split(BENCHMARKS.get(name)))
         run = make_run(benchmark, protocol, settings, mode)
         if run.key in {other.key for other in runs}:
             raise ValueError(f"{run.key} is given twice.")
@@ -242,6 +242,7 @@ def summarize(
             "samples": len(samples),
             "in_split": len(benchmark.samples),
             "published": known.splits.get(benchmark.split) if known else None,
+            "left_out": benchmark.left_out,
             "images": len({name for sample in samples for name in sample.images}),
             "empty_answers": sum(not answer.text for answer in answers),
             "truncated_answers": sum(answer.truncated for answer in answers),
