@@ -1,61 +1,67 @@
-"""What multi-scale windows and injection are worth: the same data, budget and optimiser for every arm.
+"""Compares windows and injection: the same data, budget and optimizer for every arm.
 
-    python -m mfrsvlm.experiments.ablation --work DIR --output docs/ablation
+    python -m mfrsvlm.experiments.ablation --work DIR --table docs/ablation/table.md --plot docs/ablation/plot.png
 
-All arms of an encoder start from one small LLaVA-style model (see `geometry`), trained on the global view only: a decoder
-needs hundreds of steps before it reads anything from an image, and no arm should be judged by its luck in that. Each arm
-then gets its windows and injectors and goes on, on the frozen features of its encoder, on the same scenes and questions, for
-the same number of steps, and is marked on the same held-out scenes. The arms "global view only" go on as they are. `readout`
-compares encoders, and features, before any language.
+All arms of an encoder start from one small LLaVA-style model, trained on the global view only: a decoder needs hundreds of
+steps before it reads anything from an image, and no arm should be judged by its luck in that. Each arm then gets its windows
+and injectors, and continues on the frozen features of its encoder, on the same scenes and questions, for the same number of
+steps. It is evaluated on the same held-out scenes. The arms "global view only" continue as they are. The training is that of
+`training/configs/demo_model.yaml`. `linear_probe` compares features before any decoder, and `encoders` compares encoders.
 
 Features that arms have in common are encoded once. A finished run is a line of `runs.jsonl` in the work folder: started
-again, the command goes on where it stopped.
+again, the command continues where it stopped.
 """
 
 import argparse
+import dataclasses
 import json
+import math
 import resource
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 
-from mfrsvlm.evaluation.intervals import mean_interval
-from mfrsvlm.experiments.dataset import OBJECT_PIXELS, SCENE_SIZE, SceneImages, plan
-from mfrsvlm.experiments.decoder import (
-    Prompts,
-    encode_scenes,
-    generate_answers,
-    greedy_exact,
+from ..evaluation import EvaluationSettings, evaluate, load_benchmark
+from ..evaluation.evaluate import evaluate_majority
+from ..evaluation.intervals import mean_interval
+from ..evaluation.metrics.visual_grounding import matched_ious
+from ..files.reading import read_rows
+from ..files.writing import write_file
+from ..modeling_mfrsvlm import MFRSVLMForConditionalGeneration
+from ..training.branches import BranchCollator
+from ..training.demo_model.architecture import (
+    make_config,
     make_processor,
     make_tokenizer,
-    start_places,
-    train_decoder,
+    start_positions,
     whiten_projector,
 )
-from mfrsvlm.experiments.encoder import load_encoder, pretrain
-from mfrsvlm.experiments.geometry import make_config
-from mfrsvlm.modeling_mfrsvlm import MFRSVLMForConditionalGeneration
-from mfrsvlm.scenes import ask
-from mfrsvlm.scenes.scoring import centre_distance, chance, overlap, score
+from ..training.demo_model.encoder import load_encoder, pretrain
+from ..training.demo_model.scene_images import OBJECT_PIXELS, SceneImages
+from ..training.demo_model.scene_questions import SceneQuestions, dialogues
+from ..training.demo_model.trainer import DemoModelTrainer
+from ..training.image_features import cache_image_features, freeze_encoder
+from ..training.train_demo_model import CONFIG, PROTOCOL, DemoModelConfig
 
 
 TASKS = ("classification", "presence", "count", "comparison", "position", "grounding")
-# Two more of the boxes, which say more than their accuracy while most of them miss: mean IoU, and the share of boxes whose
-# centre is no farther from the true one than the longest object is long.
+# Two more measures of boxes, which say more than accuracy while most boxes miss: mean IoU, and the share of boxes whose
+# centre is at most the length of the longest object away from the true one.
 MEASURES = (*TASKS, "mean IoU", "pointing")
 MIX = {"classification": 1, "presence": 2, "count": 3, "comparison": 2, "position": 2, "grounding": 3}
 
 
 @dataclass(frozen=True)
 class Features:
-    """What the encoder is asked for: everything that decides which features an arm sees."""
+    """Everything that decides which features an arm sees."""
 
     window_sizes: tuple[int, ...] = (128, 64)
     canvas_source: str = "image"
@@ -81,7 +87,7 @@ class Arm:
 BOTH = Features()
 DECODER_WIDTH = 128
 REFERENCE = "both, canvas from the original pixels"
-KEPT = ("global view only", REFERENCE)  # whose first model is saved, for `look_inside`
+KEPT = ("global view only", REFERENCE)  # their models of the first seed are saved, for `look_inside`
 ARMS = {
     "global view only": Arm(Features(window_sizes=()), {"injection_layers": []}, seeds=3),
     "+ large windows": Arm(Features(window_sizes=(128,))),
@@ -150,6 +156,26 @@ def load_start(model: MFRSVLMForConditionalGeneration, path: Path) -> None:
         raise RuntimeError(f"{path} is a start for another architecture: {strange[:3]}. Remove it.")
 
 
+def train_decoder(
+    model: MFRSVLMForConditionalGeneration, processor: Any, rows: SceneQuestions, **settings: Any
+) -> dict[str, float]:
+    """Trains as `training/configs/demo_model.yaml` says, on cached features, but for `settings`.
+
+    Returns:
+        `seconds` and `decoder_tokens` that it took.
+    """
+    fixed = {"save_strategy": "no", "include_num_input_tokens_seen": "all"}
+    _, args = DemoModelConfig().read(CONFIG, [f"--{name}={value}" for name, value in (settings | fixed).items()])
+    freeze_encoder(model)
+    trainer = DemoModelTrainer(
+        model=model, args=args, data_collator=BranchCollator(processor), train_dataset=rows, processing_class=processor
+    )
+    start = time.perf_counter()
+    trainer.train()
+    model.eval()
+    return {"seconds": time.perf_counter() - start, "decoder_tokens": trainer.state.num_input_tokens_seen}
+
+
 def train_start(encoder: str, work: Path, scenes: int, steps: int) -> None:
     """Trains the model that all arms of an encoder start from, if it has not been."""
     path = start_file(encoder, work)
@@ -158,13 +184,15 @@ def train_start(encoder: str, work: Path, scenes: int, steps: int) -> None:
     torch.set_num_threads(1)
     arm = Arm(Features(window_sizes=(), encoder=encoder), {"injection_layers": []})
     images = SceneImages(work / "scenes", "train", scenes)
-    tokenizer = make_tokenizer(images.scenes[:500])
+    tokenizer = make_tokenizer(dialogues(images.scenes[:500]))
     model = build(arm, len(tokenizer), work, seed=0)
-    features = encode_scenes(model, images, feature_file(arm.features, "train", scenes, work), "image", chunk=16)
+    features = encode(arm.features, "train", scenes, work)
     whiten_projector(model, features)
-    start_places(model, features)
-    prompts = Prompts(make_processor(model.config, tokenizer))
-    train_decoder(model, prompts, images.scenes, features, steps, batch=12, mix=MIX, rounds=2)
+    start_positions(model, features)
+    processor = make_processor(model.config, tokenizer)
+    rows = SceneQuestions(images, BranchCollator(processor), model.config, features, rounds=2, mix=MIX)
+    with TemporaryDirectory(dir=work) as scratch:
+        train_decoder(model, processor, rows, max_steps=steps, output_dir=scratch)
     torch.save(model.state_dict(), path)
 
 
@@ -179,11 +207,14 @@ def feature_file(features: Features, split: str, count: int, work: Path) -> Path
     return work / f"features-{split}-{count}-{features.name}.npy"
 
 
-def encode(features: Features, split: str, count: int, work: Path) -> None:
+def encode(features: Features, split: str, count: int, work: Path) -> np.ndarray:
+    """(scenes, 1 + K, T, C), from a file if they have been encoded before."""
     torch.set_num_threads(1)
     images = SceneImages(work / "scenes", split, count)
-    model = build(Arm(features), 8, work, seed=0)
-    encode_scenes(model, images, feature_file(features, split, count, work), features.canvas_source)
+    arm = Arm(features) if features.window_sizes else Arm(features, {"injection_layers": []})
+    model = build(arm, 8, work, seed=0)
+    batches = images.batches(model.config, features.canvas_source)
+    return cache_image_features(model, batches, count, feature_file(features, split, count, work))
 
 
 def encode_both(features: Features, counts: dict[str, int], work: Path) -> str:
@@ -195,10 +226,7 @@ def encode_both(features: Features, counts: dict[str, int], work: Path) -> str:
 def features_of(features: Features, split: str, count: int, work: Path) -> np.ndarray:
     """(scenes, 1 + K, T, C) with the stacks that an arm sees."""
     whole_features = whole(features)
-    path = feature_file(whole_features, split, count, work)
-    if not path.exists():
-        encode(whole_features, split, count, work)
-    encoded = np.load(path, mmap_mode="r")
+    encoded = encode(whole_features, split, count, work)
     per_scale = (encoded.shape[1] - 1) // len(whole_features.window_sizes)
     kept = [0]
     for size in features.window_sizes:
@@ -216,34 +244,71 @@ def encoder_passes(config: Any) -> float:
     return passes
 
 
+def test_questions(scenes: int) -> Any:
+    """The held-out questions as a benchmark: one of each of `TASKS` about every scene."""
+    benchmark = load_benchmark("scenes", None, "test", count=scenes)
+    wanted = [sample for sample in benchmark.samples if task_of(sample.task, sample.group) in TASKS]
+    return dataclasses.replace(benchmark, samples=wanted)
+
+
+def task_of(task: str, group: str) -> str:
+    """Task of a scene, from that of the benchmark."""
+    return {"counting": "count", "vqa": group}.get(task, task)
+
+
+def scores_of(predictions: Iterable[dict[str, Any]]) -> dict[str, list[float]]:
+    """Scores of all questions by measure, from the rows that an evaluation writes."""
+    scores: dict[str, list[float]] = {name: [] for name in MEASURES}
+    for row in predictions:
+        scores[task_of(row["task"], row["group"])].append(row["score"])
+        if row["task"] == "grounding":
+            scores["mean IoU"] += matched_ious(row["parsed"], row["boxes"])
+            scores["pointing"].append(float(centre_distance(row["parsed"], row["boxes"][0]) <= OBJECT_PIXELS[1]))
+    return {name: values for name, values in scores.items() if values}
+
+
+def centre_distance(boxes: Sequence[Sequence[float]], true: Sequence[float]) -> float:
+    """Distance between the centres of the first of the boxes and the true one; infinite without a box."""
+    if not boxes:
+        return math.inf
+    (x, y), (true_x, true_y) = (((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for b in (boxes[0], true))
+    return math.hypot(x - true_x, y - true_y)
+
+
 def run(name: str, seed: int, work: Path, steps: int, batch: int, counts: dict[str, int]) -> dict[str, Any]:
-    """Trains and marks one arm with one seed."""
+    """Trains and evaluates one arm with one seed."""
     torch.set_num_threads(1)
     arm = ARMS[name]
-    train, test = (SceneImages(work / "scenes", split, count) for split, count in counts.items())
-    tokenizer = make_tokenizer(train.scenes[:500])
+    images = SceneImages(work / "scenes", "train", counts["train"])
+    tokenizer = make_tokenizer(dialogues(images.scenes[:500]))
     model = build(arm, len(tokenizer), work, seed)
     load_start(model, start_file(arm.features.encoder, work))
-    prompts = Prompts(make_processor(model.config, tokenizer, arm.features.canvas_source))
-    seen = features_of(arm.features, "train", counts["train"], work)
-    spent = train_decoder(model, prompts, train.scenes, seen, steps, batch, peak=1e-3, seed=seed, mix=MIX, rounds=3)
+    processor = make_processor(model.config, tokenizer, arm.features.canvas_source)
+    features = features_of(arm.features, "train", counts["train"], work)
+    rows = SceneQuestions(images, BranchCollator(processor), model.config, features, rounds=3, mix=MIX)
+    with TemporaryDirectory(dir=work) as scratch:
+        spent = train_decoder(
+            model,
+            processor,
+            rows,
+            max_steps=steps,
+            per_device_train_batch_size=batch,
+            learning_rate=1e-3,
+            seed=seed,
+            output_dir=scratch,
+        )
+        settings = EvaluationSettings(output=Path(scratch) / "evaluation", model_name=name, progress=False)
+        evaluate(model, processor, [test_questions(counts["test"])], PROTOCOL, settings)
+        predictions = read_rows(Path(scratch) / "evaluation" / "scenes" / "test" / "predictions.jsonl")
     if seed == 0 and name in KEPT:
         folder = work / f"models-{steps}" / name.replace(",", "").replace(" ", "-")
         model.save_pretrained(folder)
-        prompts.processor.save_pretrained(folder)
-    held_out = features_of(arm.features, "test", counts["test"], work)
-    scores = greedy_exact(model, prompts, test.scenes, held_out, tasks=TASKS)
-    boxes = [(i, q) for i, scene in enumerate(test.scenes) for q in ask(scene, ("grounding",))]
-    answers = generate_answers(model, prompts, boxes, held_out)
-    said = [(q, answer) for (_, q), answer in zip(boxes, answers, strict=True)]
-    scores["grounding"] = [score(q, answer, SCENE_SIZE) for q, answer in said]
-    scores["mean IoU"] = [overlap(q, answer, SCENE_SIZE) for q, answer in said]
-    scores["pointing"] = [float(centre_distance(q, answer, SCENE_SIZE) <= OBJECT_PIXELS[1]) for q, answer in said]
+        processor.save_pretrained(folder)
     return {
         "arm": name,
         "seed": seed,
         "steps": steps,
-        "scores": {task: values for task, values in scores.items() if values},
+        "scores": scores_of(row for _, row in predictions),
         "encoder_passes": encoder_passes(model.config),
         "decoder_tokens": spent["decoder_tokens"],
         "seconds": round(spent["seconds"], 1),
@@ -291,7 +356,7 @@ def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     return done
 
 
-def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row an arm: the mean of its seeds per task, with the 95 % interval over the held-out questions.
 
     All arms and seeds answer the same questions, so a question's score is its mean over seeds, and `gain` compares
@@ -323,20 +388,23 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return summary
 
 
-def guesses(test_scenes: int) -> dict[str, float]:
-    """What the best guesser scores on the held-out questions of each task. A box cannot be guessed so simply."""
-    asked = [question for index in range(test_scenes) for question in ask(plan("test", index), TASKS)]
-    return {task: chance([q for q in asked if q.task == task]) for task in TASKS if task != "grounding"}
+def majority_baseline(test_scenes: int) -> dict[str, float]:
+    """Share of right answers of always the most frequent one to a kind of question. Boxes have no such baseline here."""
+    [summary] = evaluate_majority([test_questions(test_scenes)], PROTOCOL).values()
+    results = summary["results"]
+    figures = {"classification": results["classification"]["accuracy"], "count": results["counting"]["exact"]}
+    figures |= results["vqa"]["per_type"]
+    return {task: figures[task]["value"] for task in TASKS if task in figures}
 
 
-def write_table(summary: list[dict[str, Any]], guessed: dict[str, float], path: Path) -> None:
-    """Markdown: accuracy in per cent with the half width of its interval, and what the arm costs."""
+def write_table(summary: list[dict[str, Any]], majority: dict[str, float], path: Path) -> None:
+    """Markdown: accuracy in per cent with the half width of its interval, what the arm costs, differences, and spreads."""
     lines = [
         "| arm | seeds | " + " | ".join(MEASURES) + " | encoder passes | decoder tokens (M) | train s | peak GB |",
         "|---" * (len(MEASURES) + 6) + "|",
     ]
-    cells = [f"{100 * guessed[task]:.1f}" if task in guessed else "-" for task in MEASURES]
-    lines.append("| chance | | " + " | ".join(cells) + " | | | | |")
+    cells = [f"{100 * majority[task]:.1f}" if task in majority else "-" for task in MEASURES]
+    lines.append("| majority baseline | | " + " | ".join(cells) + " | | | | |")
     for row in summary:
         cells = [f"{100 * m:.1f} ± {50 * (high - low):.1f}" for m, low, high in row["tasks"].values()]
         cells += [f"{row['encoder_passes']:g}", f"{row['decoder_tokens'] / 1e6:.2f}"]
@@ -349,11 +417,17 @@ def write_table(summary: list[dict[str, Any]], guessed: dict[str, float], path: 
     for row in others:
         cells = [f"{100 * m:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" for m, low, high in row["gain"].values()]
         lines.append(f"| {row['arm']} | " + " | ".join(cells) + " |")
-    path.write_text("\n".join(lines) + "\n")
+    several = [row for row in summary if row["seeds"] > 1]
+    if several:
+        lines += ["", "Range of the means of the seeds, in points:", ""]
+        lines += ["| arm | " + " | ".join(MEASURES) + " |", "|---" * (len(MEASURES) + 1) + "|"]
+    for row in several:
+        lines.append(f"| {row['arm']} | " + " | ".join(f"{100 * row['spread'][task]:.1f}" for task in MEASURES) + " |")
+    write_file(path, "\n".join(lines) + "\n")
 
 
-def write_plot(summary: list[dict[str, Any]], guessed: dict[str, float], path: Path) -> None:
-    """One panel a task; the dotted line is chance, the solid one the arm `REFERENCE`."""
+def write_plot(summary: list[dict[str, Any]], majority: dict[str, float], path: Path) -> None:
+    """One panel a task. The dotted line is the majority baseline, the solid one the arm `REFERENCE`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -365,8 +439,8 @@ def write_plot(summary: list[dict[str, Any]], guessed: dict[str, float], path: P
     for axis, task in zip(axes.flat, MEASURES, strict=True):
         means, lows, highs = (np.array(values) for values in zip(*(row["tasks"][task] for row in summary), strict=True))
         axis.errorbar(100 * means, places, xerr=100 * np.stack([means - lows, highs - means]), fmt="o", color="#1f5f8b")
-        if task in guessed:
-            axis.axvline(100 * guessed[task], color="#b04a3a", linestyle=":")
+        if task in majority:
+            axis.axvline(100 * majority[task], color="#b04a3a", linestyle=":")
         for row in summary:
             if row["arm"] == REFERENCE:
                 axis.axvline(100 * row["tasks"][task][0], color="#999999", linewidth=0.8)
@@ -377,10 +451,11 @@ def write_plot(summary: list[dict[str, Any]], guessed: dict[str, float], path: P
     pyplot.close(figure)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mfrsvlm.experiments.ablation", description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, encoders, features and finished runs")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the table and the plot")
+    parser.add_argument("--table", type=Path, required=True, help="Markdown file to write")
+    parser.add_argument("--plot", type=Path, help="figure to write")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="only these")
     parser.add_argument("--seeds", type=int, default=3, help="of an arm, at most")
     parser.add_argument("--steps", type=int, default=250, help="of every arm")
@@ -392,14 +467,11 @@ def main() -> None:
     parser.add_argument("--start-scenes", type=int, default=12000)
     parser.add_argument("--start-steps", type=int, default=1500)
     parser.add_argument("--workers", type=int, default=2)
-    args = parser.parse_args()
-    rows = run_all(args)
-    args.output.mkdir(parents=True, exist_ok=True)
-    summary = summarise(rows)
-    guessed = guesses(args.test_scenes)
-    (args.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    write_table(summary, guessed, args.output / "table.md")
-    write_plot(summary, guessed, args.output / "plot.png")
+    args = parser.parse_args(arguments)
+    summary, majority = summarize(run_all(args)), majority_baseline(args.test_scenes)
+    write_table(summary, majority, args.table)
+    if args.plot:
+        write_plot(summary, majority, args.plot)
 
 
 if __name__ == "__main__":

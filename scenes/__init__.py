@@ -1,12 +1,11 @@
-"""Synthetic overhead scenes whose truth is known: drawn, questioned and scored.
+"""Synthetic overhead scenes whose truth is known.
 
-`drawing` plans and draws a scene from a seed, `questions` asks about it and knows the answers, `scoring` marks what a
-model says, and `python -m mfrsvlm.scenes` writes images and the JSON that training and evaluation read.
+`drawing` plans and draws a scene from a seed, and `questions` asks about it and knows the answers. `python -m mfrsvlm.scenes`
+writes images and the JSON that training and evaluation read. The benchmark `scenes` of `mfrsvlm.evaluation` scores answers.
 """
 
 from .drawing import CLASSES, KINDS, Scene, SceneObject, draw, plan_change, plan_scene, scene_seed
 from .questions import TASKS, Question, ask, ask_change
-from .scoring import caption_facts, iou, score
 
 
 __all__ = [
@@ -18,11 +17,8 @@ __all__ = [
     "SceneObject",
     "ask",
     "ask_change",
-    "caption_facts",
     "draw",
-    "iou",
     "plan_change",
     "plan_scene",
     "scene_seed",
-    "score",
 ]

@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from ..model_card.card import write_model_card
 from .data import ConversationDataset
+from .muon import MuonWithAdamW
 
 
 # Where each part's parameters lie. Names may have a prefix and inner names of PEFT, so these are searched for.
@@ -125,6 +126,8 @@ class MFRSVLMTrainingArguments(TrainingArguments):
     projector_learning_rate: float | None = field(default=None, metadata={"help": "Else learning_rate."})
     injectors_learning_rate: float | None = field(default=None, metadata={"help": "Else learning_rate."})
     decoder_learning_rate: float | None = field(default=None, metadata={"help": "Else learning_rate."})
+    muon: bool = field(default=False, metadata={"help": "Train matrices between hidden states by Muon, the rest by AdamW."})
+    muon_factor: float = field(default=3.0, metadata={"help": "Learning rate of Muon over that of AdamW."})
     group_by_modality_length: bool = field(
         default=True, metadata={"help": "Make batches of similar length, with images or without."}
     )
@@ -158,7 +161,7 @@ class ZeroGradients(TrainerCallback):
 class MFRSVLMTrainer(Trainer):
     """The stock `Trainer`, and:
 
-    - a learning rate for each part;
+    - a learning rate for each part, and Muon as an optimizer;
     - batches of similar length, with images or without, for a `ConversationDataset`;
     - the same steps on any number of ranks, see `ZeroGradients`;
     - a checkpoint gets its name when it is whole, so that the last one can always be resumed;
@@ -173,23 +176,33 @@ class MFRSVLMTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.add_callback(ZeroGradients)
 
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """What the optimizer trains: a group for each part, with and without weight decay, and with Muon or AdamW."""
+        decayed = set(self.get_decay_parameter_names(model))
+        groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                muon = self.args.muon and parameter.ndim == 2 and not re.search(r"embed|\blm_head\b", name)
+                groups.setdefault((part_of(name), name in decayed, muon), []).append(parameter)
+        return [
+            {
+                "params": parameters,
+                "lr": self.args.learning_rate_of(part) * (self.args.muon_factor if muon else 1.0),
+                # What decays in a step is the product of the two.
+                "weight_decay": (self.args.weight_decay if decay else 0.0) / (self.args.muon_factor if muon else 1.0),
+                **({"muon": muon} if self.args.muon else {}),
+            }
+            for (part, decay, muon), parameters in groups.items()
+        ]
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             target = self.model if model is None else model
+            if self.args.muon:
+                options: dict[str, Any] = {"betas": (self.args.adam_beta1, self.args.adam_beta2)}
+                self.optimizer_cls_and_kwargs = (MuonWithAdamW, options | {"eps": self.args.adam_epsilon})
             optimizer_class, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, target)
-            decayed = set(self.get_decay_parameter_names(target))
-            groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-            for name, parameter in target.named_parameters():
-                if parameter.requires_grad:
-                    groups.setdefault((part_of(name), name in decayed), []).append(parameter)
-            options["params"] = [
-                {
-                    "params": parameters,
-                    "lr": self.args.learning_rate_of(part),
-                    "weight_decay": self.args.weight_decay if decay else 0.0,
-                }
-                for (part, decay), parameters in groups.items()
-            ]
+            options["params"] = self.parameter_groups(target)
             self.optimizer_cls_and_kwargs = (optimizer_class, options)
         return super().create_optimizer(model)
 

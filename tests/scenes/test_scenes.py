@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import os
 import re
 import subprocess
@@ -14,27 +13,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mfrsvlm.evaluation import load_benchmark
+from mfrsvlm.evaluation.evaluate import evaluate_majority
+from mfrsvlm.evaluation.protocols import PROTOCOLS
 from mfrsvlm.scenes import (
     CLASSES,
     KINDS,
     TASKS,
-    Question,
     Scene,
     SceneObject,
     ask,
     ask_change,
-    caption_facts,
     draw,
-    iou,
     plan_change,
     plan_scene,
     scene_seed,
-    score,
 )
 from mfrsvlm.scenes.__main__ import main
 from mfrsvlm.scenes.dataset import DatasetPlan, write_dataset
 from mfrsvlm.scenes.drawing import SCENES_PER_SPLIT, SPLITS
-from mfrsvlm.scenes.scoring import centre_distance, chance, overlap
 
 
 SMALL, SMALL_OBJECTS = 128, (2.0, 4.0)  # the default geometry at a quarter of its size: quick to plan
@@ -381,66 +378,39 @@ def test_contact_sheet_is_a_small_picture(tmp_path, monkeypatch):
 # Scored as promised
 
 
-def test_true_answers_score_and_others_do_not(scenes):
-    for scene in scenes[:60]:
-        questions = ask(scene)
-        for question in questions:
-            assert score(question, question.answer, scene.size) == 1.0
-            assert score(question, f"  {question.answer.upper()}.\n", scene.size) == 1.0
-            for wrong in ("", " . ", "perhaps", f"not {question.answer[1:]}"):
-                assert score(question, wrong, scene.size) == 0.0
-        others = {question.answer for question in questions if question.task != "grounding"}
-        for question in questions:
-            assert sum(score(question, other, scene.size) for other in others - {question.answer}) == 0.0
+def test_true_answers_score_and_others_do_not():
+    """Questions without a benchmark file go through the evaluation like those of any other benchmark."""
+    benchmark, protocol = load_benchmark("scenes", None, "test", count=30), PROTOCOLS["strict-without-java"]()
+
+    def shares(change):
+        """Share of right answers by task, of answers that are made from the ideal one."""
+        figures = {}
+        for task, name in FIGURES.items():
+            samples = [sample for sample in benchmark.samples if sample.task == task]
+            answers = [change(protocol.ideal_answer(sample)) for sample in samples]
+            figures[task] = protocol.score(benchmark, task, samples, answers)[0][name]["value"]
+        return set(figures.values())
+
+    assert shares(lambda answer: answer) == shares(lambda answer: f"  {answer.upper()}.\n") == {1.0}
+    for wrong in ("", " . ", "perhaps"):
+        assert shares(lambda answer, wrong=wrong: wrong) == {0.0}
+    assert shares(lambda answer: f"not {answer[1:]}") == {0.0}
 
 
-def test_boxes_score_by_their_overlap():
-    question = Question("grounding", "", "[100, 100, 300, 200]", [(51.2, 51.2, 153.6, 102.4)])
-    right = ["[100, 100, 300, 200]", "[300, 200, 100, 100]", "at [110, 100, 310, 200], or [1, 1, 2, 2]", "[150,100,350,200]"]
-    assert [score(question, answer, 512) for answer in right] == [1.0] * 4
-    wrong = ["[170, 100, 370, 200]", "[1, 1, 2, 2] [100, 100, 300, 200]", "100, 100, 300, 200", "[100, 100, 300]"]
-    assert [score(question, answer, 512) for answer in wrong] == [0.0] * 4
-    overlaps = [overlap(question, answer, 512) for answer in (right[0], right[3], wrong[0], wrong[2])]
-    assert overlaps == pytest.approx([1, 150 / 250, 130 / 270, 0], abs=1e-6)
+FIGURES = {
+    "classification": "accuracy",
+    "vqa": "accuracy",
+    "counting": "exact",
+    "grounding": "accuracy_0.5",
+    "captioning": "caption_exact",
+}
 
 
-def test_boxes_are_apart_by_the_distance_of_their_centres():
-    question = Question("grounding", "Give the bounding box of the car.", "", [(100.0, 200.0, 110.0, 210.0)])
-    # Of 1000 a side, in an image of 500 pixels: twice the pixels.
-    answers = {"[200, 400, 220, 420]": 0, "[206, 408, 226, 428] and [0, 0, 9, 9]": 5, "[190, 390, 230, 430]": 0}
-    for answer, distance in answers.items():
-        assert centre_distance(question, answer, 500) == pytest.approx(distance)
-    assert centre_distance(question, "no idea", 500) == math.inf
-
-
-def test_iou():
-    assert iou((0, 0, 2, 2), (0, 0, 2, 2)) == 1.0
-    assert iou((0, 0, 2, 2), (1, 0, 3, 2)) == iou((1, 0, 3, 2), (0, 0, 2, 2)) == pytest.approx(1 / 3)
-    assert iou((0, 0, 2, 2), (1, 1, 3, 3)) == pytest.approx(1 / 7)
-    assert iou((0, 0, 1, 1), (2, 0, 3, 1)) == iou((0, 0, 1, 1), (1, 0, 2, 1)) == iou((1, 1, 1, 1), (1, 1, 1, 1)) == 0.0
-
-
-def test_caption_facts():
-    question = Question("caption", "", "A dense residential scene with 1 ship, 3 cars and 12 aircraft.")
-    for answer, expected in [
-        (question.answer, 1.0),
-        ("12 aircraft, 3 cars and 1 ship in a dense residential scene", 1.0),
-        ("A dense residential scene with 1 ship, 4 cars and 12 aircraft.", 0.75),
-        ("A sparse residential scene with 1 ship.", 2 * 1 / (2 + 4)),
-        ("A dense residential scene with 1 ship, 3 cars, 12 aircraft and 2 tanks.", 2 * 4 / (5 + 4)),
-        ("A dense residential scene with 1 ship, 3 cars, 4 cars and 12 aircraft.", 2 * 4 / (5 + 4)),
-        ("", 0.0),
-        ("many ships", 0.0),
-        ("9" * 5000 + " ships", 0.0),
-    ]:
-        assert caption_facts(question, answer) == pytest.approx(expected), answer
-
-
-def test_chance_is_the_best_guess_without_an_image(scenes):
-    asked = [question for scene in scenes for question in ask(scene)]
-
-    def of(task):
-        return chance([question for question in asked if question.task == task])
-
-    assert 0.5 <= of("presence") < 0.55 and 0.5 <= of("position") < 0.6 and of("count") < 0.16
-    assert of("classification") == max(Counter(scene.scene_class for scene in scenes).values()) / len(scenes)
+def test_the_majority_answer_is_little_better_than_a_guess():
+    benchmark = load_benchmark("scenes", None, "test", count=300)
+    results = evaluate_majority([benchmark], "strict-without-java")["scenes/test"]["results"]
+    kinds = results["vqa"]["per_type"]
+    assert 0.5 <= kinds["presence"]["value"] < 0.6 and 0.5 <= kinds["position"]["value"] < 0.65
+    assert results["counting"]["exact"]["value"] < 0.2
+    classes = Counter(sample.references[0] for sample in benchmark.samples if sample.task == "classification")
+    assert results["classification"]["accuracy"]["value"] == max(classes.values()) / 300

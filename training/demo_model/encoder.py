@@ -1,12 +1,13 @@
-"""Trains a vision encoder, before any language, to say for every token what stands there.
+"""Trains a vision encoder to predict what stands in every token, before any language.
 
-A decoder learns nothing from an encoder that cannot tell a car from a bush. Each visual token of a crop predicts, for
-each kind of object, how many have their centre in it, and the box of one of them; its own row and column; and all tokens
-together the class of the scene. The heads are thrown away, the encoder is kept.
+A decoder learns nothing from an encoder that cannot tell a car from a bush. Each visual token of a crop predicts how many
+objects of each kind have their centre in it, the box of one of them, and its own row and column. All tokens together predict
+the class of the scene. The encoder is kept; the heads are not part of the model.
 """
 
-import argparse
+import logging
 import time
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -15,19 +16,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mfrsvlm.evaluation.intervals import mean_interval
-from mfrsvlm.experiments.dataset import CANVAS, SCENE_SIZE, VIEW, SceneImages, to_pixels
-from mfrsvlm.experiments.geometry import IMAGE_SIZE, PATCH_SIZE, make_config
-from mfrsvlm.modeling_mfrsvlm import MFRSVLMModel, resample_to_grid
-from mfrsvlm.scenes import CLASSES, KINDS, Scene
+from ...modeling_mfrsvlm import MFRSVLMModel, resample_to_grid
+from ...scenes import CLASSES, KINDS, Scene
+from ..image_features import ENCODER
+from .architecture import IMAGE_SIZE, PATCH_SIZE, make_config
+from .scene_images import CANVAS, SCENE_SIZE, VIEW, SceneImages
 
 
-# What the windows of the experiments look like: (share of batches, side of the crop, side when encoded). A crop as large
+logger = logging.getLogger(__name__)
+
+# What the windows look like: (share of batches, side of the crop, side when encoded). A crop as large
 # as the canvas is the global view.
 CROPS = ((0.4, 128, 128), (0.3, CANVAS, VIEW), (0.15, 64, 64), (0.15, 64, 128))
-# Weights of what the heads are asked.
+# Weights of the losses of the heads.
 LOSS_WEIGHT = {"presence": 1.0, "count": 1.0, "box": 4.0, "class": 0.5, "place": 0.2}
-ENCODER = ("vision_tower.", "stage_projections.")  # its parameters
 CHANNELS = 6  # a kind's outputs for a token: presence, count, and centre x, y, width, height in tokens
 
 
@@ -57,7 +59,7 @@ def object_table(scene: Scene) -> np.ndarray:
 
 
 def token_targets(table: np.ndarray, left: float, top: float, side: float, tokens: int) -> np.ndarray:
-    """(tokens * tokens, kinds, CHANNELS): what the heads should say about a square crop of the canvas."""
+    """(tokens * tokens, kinds, CHANNELS): what the heads should predict for a square crop of the canvas."""
     target = np.zeros((tokens, tokens, len(KINDS), CHANNELS), dtype=np.float32)
     cell = side / tokens
     x, y = (table[:, 1] - left) / cell, (table[:, 2] - top) / cell
@@ -70,7 +72,7 @@ def token_targets(table: np.ndarray, left: float, top: float, side: float, token
     return target.reshape(tokens * tokens, len(KINDS), CHANNELS)
 
 
-def batches(images: SceneImages, size: int, seed: int):
+def batches(images: SceneImages, size: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Endless batches of pixels (n, 3, s, s) in [-1, 1], targets (n, t * t, kinds, CHANNELS) and classes (n,)."""
     rng = np.random.default_rng(seed)
     tables = [object_table(scene) for scene in images.scenes]
@@ -119,9 +121,9 @@ def losses(heads: TokenHeads, tokens: torch.Tensor, targets: torch.Tensor, class
 
 
 def pretrain(encoder: str, images: SceneImages, output: Path, steps: int, seed: int = 0, batch: int = 32) -> None:
-    """Trains on one cosine cycle and saves the tower (and stage projections) to `output`.
+    """Trains the tower (and stage projections) on one cosine cycle and saves them and the heads to `output`.
 
-    The tower computes in bfloat16; weights, and losses, stay in float32.
+    The tower computes in bfloat16; weights and losses stay in float32.
     """
     torch.manual_seed(seed)
     config = make_config(16, encoder)
@@ -151,51 +153,11 @@ def pretrain(encoder: str, images: SceneImages, output: Path, steps: int, seed: 
         for name, value in parts.items():
             running[name] = 0.98 * running.get(name, value.item()) + 0.02 * value.item()
         if step % 100 == 0:
-            print(
-                f"{time.perf_counter() - start:6.0f} s, step {step} " + " ".join(f"{k} {v:.3f}" for k, v in running.items()),
-                flush=True,
-            )
+            shown = ", ".join(f"{name} {value:.3f}" for name, value in running.items())
+            logger.info(f"encoder, step {step} of {steps}, {time.perf_counter() - start:.0f} s: {shown}")
     output.parent.mkdir(parents=True, exist_ok=True)
     kept = {name: value for name, value in model.state_dict().items() if name.startswith(ENCODER)}
     torch.save({"model": kept, "heads": heads.state_dict()}, output)
-
-
-@torch.inference_mode()
-def measure_tokens(encoder: str, path: Path, work: Path, scenes: int) -> dict[str, dict[str, tuple[float, float, float]]]:
-    """What the tokens of a pretrained encoder know of held-out scenes, without any language.
-
-    A kind is counted by the tokens that say it is present: two objects in one token count as one. The canvas is read in
-    four windows side by side, the global view in one.
-
-    Returns:
-        For the canvas and the global view: share of right answers and its 95 % interval for the presence and the count
-        of a kind, the count where it is present, and the class of the scene.
-    """
-    config = make_config(16, encoder)
-    model = MFRSVLMModel(config)
-    load_encoder(model, path)
-    model.eval()
-    head = TokenHeads(config.vision_feature_size, IMAGE_SIZE // PATCH_SIZE)
-    state = torch.load(path, weights_only=True)["heads"]
-    last = len(config.detail_feature_layers) - 1
-    head.load_state_dict({name.partition(".")[2]: value for name, value in state.items() if name.startswith(f"{last}.")})
-    images = SceneImages(work / "scenes", "test", scenes)
-    result = {}
-    for view, source in (("canvas", images.canvases), ("global view", images.views)):
-        right: dict[str, list[float]] = {"presence": [], "count": [], "count of present": [], "class": []}
-        for index, scene in enumerate(images.scenes):
-            pixels = to_pixels(source[index : index + 1])  # (1, 3, s, s)
-            tiles = pixels.unfold(2, VIEW, VIEW).unfold(3, VIEW, VIEW).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
-            objects, _, classes = head(encode(model, tiles)[-1])
-            said = (objects[..., 0] > 0).sum((0, 1)).tolist()
-            for number, true in zip(said, scene.counts.values(), strict=True):
-                right["presence"].append(float((number > 0) == (true > 0)))
-                right["count"].append(float(number == true))
-                if true:
-                    right["count of present"].append(float(number == true))
-            right["class"].append(float(list(CLASSES)[int(classes.mean(0).argmax())] == scene.scene_class))
-        result[view] = {name: mean_interval(values) for name, values in right.items()}
-    return result
 
 
 def load_encoder(model: MFRSVLMModel, path: Path) -> None:
@@ -209,14 +171,3 @@ def load_encoder(model: MFRSVLMModel, path: Path) -> None:
     left_out = [name for name in missing if name.startswith(ENCODER)]
     if unexpected or left_out:
         raise RuntimeError(f"{path} does not fit the encoder: it lacks {left_out[:3]} and has {unexpected[:3]} too many.")
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("encoder", choices=["resnet", "vit"])
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--scenes", type=Path, required=True, help="folder of drawn scenes")
-    parser.add_argument("--count", type=int, default=4000)
-    parser.add_argument("--steps", type=int, default=1500)
-    args = parser.parse_args()
-    pretrain(args.encoder, SceneImages(args.scenes, "train", args.count, crowding=4), args.output, args.steps)

@@ -1,42 +1,38 @@
-"""What a linear read-out counts in the features of each arm, before any decoder.
+"""What a linear probe reads from the features of each arm of `ablation`, before any decoder.
 
-    python -m mfrsvlm.experiments.readout --work DIR --output docs/ablation
+    python -m mfrsvlm.experiments.linear_probe --work DIR --table docs/ablation/linear_probe.md
 
-The features that the arms of `ablation` see (scales, canvas, overlap, encoding, stitching, encoder) are averaged over the
-tokens of the image, stack group by stack group, and ridge regression predicts how many objects of each kind the scene
-holds. It costs minutes where a trained decoder costs hours, and it has no seed: it says what there is to be learned, and
-not how well a decoder learns it.
+The features that the arms see (scales, canvas, overlap, encoding, stitching, encoder) are averaged over the tokens of the
+image, for each group of stacks. Ridge regression then predicts how many objects of each kind the scene holds. It costs
+minutes where a trained decoder costs hours, and it has no seed. It shows what there is to be learned, and not how well a
+decoder learns it.
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sklearn.linear_model import Ridge
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
-from mfrsvlm.evaluation.intervals import mean_interval
-from mfrsvlm.experiments.ablation import (
-    ARMS,
-    REFERENCE,
-    encode_both,
-    encoder_passes,
-    feature_file,
-    features_of,
-    pretrain_encoders,
-    whole,
-)
-from mfrsvlm.experiments.dataset import CANVAS, SCENE_SIZE, SceneImages
-from mfrsvlm.experiments.encoder import measure_tokens
-from mfrsvlm.experiments.geometry import make_config
-from mfrsvlm.experiments.look_inside import Estimate, probe, r_squared
-from mfrsvlm.scenes import KINDS, Scene
+from ..evaluation.intervals import mean_interval
+from ..files.writing import write_file
+from ..scenes import KINDS, Scene
+from ..training.demo_model.architecture import make_config
+from ..training.demo_model.scene_images import CANVAS, SCENE_SIZE, SceneImages
+from .ablation import ARMS, REFERENCE, encode_both, encoder_passes, features_of, pretrain_encoders, whole
+from .estimates import Estimate, r_squared
 
 
 # Objects below this length, in pixels of the canvas, count as small.
 SMALL = 6.0
-ENCODERS = ("resnet", "vit")
+# Strengths of the ridge, relative to the variance of a feature (1, as features are standardized).
+PENALTIES = np.logspace(-4, 2, 13)
+# Share of the scenes that choose the strength.
+HELD_OUT = 0.2
 SETS = {name: arm.features for name, arm in ARMS.items() if not name.startswith(("injected", "token", "cross"))}
 
 
@@ -60,6 +56,36 @@ def targets(scenes: Sequence[Scene]) -> np.ndarray:
     return np.array(rows, dtype=np.float64)
 
 
+def linear_probe(states: np.ndarray, targets: np.ndarray, scene_of_row: np.ndarray, test_states: np.ndarray) -> np.ndarray:
+    """Predicts targets from new states by ridge regression.
+
+    The last fifth of the scenes chooses the strength for each target, then all scenes are fitted.
+    Features are standardized, so that the scale of states, which grows with depth, plays no part.
+
+    Args:
+        states: (rows, d).
+        targets: (rows, q).
+        scene_of_row: (rows,). Whole scenes are held out, because rows of one scene are alike.
+        test_states: (test rows, d).
+
+    Returns:
+        (test rows, q)
+    """
+    states, targets = states.astype(np.float64), targets.astype(np.float64)
+    held_out = scene_of_row >= round((1 - HELD_OUT) * (scene_of_row.max() + 1))
+    errors = []
+    for penalty in PENALTIES:
+        trial = ridge(penalty * (~held_out).sum()).fit(states[~held_out], targets[~held_out])
+        errors.append(np.square(trial.predict(states[held_out]) - targets[held_out]).sum(0))
+    best = PENALTIES[np.argmin(errors, axis=0)]  # (q,)
+    return ridge(best * len(states)).fit(states, targets).predict(test_states.astype(np.float64))
+
+
+def ridge(strength: Any) -> Any:
+    """Ridge regression on standardized features, with one strength or one for each target."""
+    return make_pipeline(StandardScaler(), Ridge(strength))
+
+
 def measure(name: str, counts: dict[str, int], work: Path) -> dict[str, Any]:
     """R² over all kinds for objects of all sizes and for small ones, and exact counts; with the bootstrap for pairing."""
     features = SETS[name]
@@ -68,7 +94,7 @@ def measure(name: str, counts: dict[str, int], work: Path) -> dict[str, Any]:
     for split, count in counts.items():
         states[split] = pool(features_of(features, split, count, work), groups)
         truths[split] = targets(SceneImages(work / "scenes", split, count).scenes)
-    predicted = probe(states["train"], truths["train"], np.arange(counts["train"]), states["test"])
+    predicted = linear_probe(states["train"], truths["train"], np.arange(counts["train"]), states["test"])
     rows = np.arange(counts["test"])
     score = r_squared(predicted, truths["test"], rows)  # (2 * kinds)
     kinds = len(KINDS)
@@ -90,22 +116,21 @@ def measure(name: str, counts: dict[str, int], work: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m mfrsvlm.experiments.readout", description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m mfrsvlm.experiments.linear_probe", description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, encoders and features")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the tables")
+    parser.add_argument("--table", type=Path, required=True, help="Markdown file to write")
     parser.add_argument("--train-scenes", type=int, default=1600)
     parser.add_argument("--test-scenes", type=int, default=400)
     parser.add_argument("--crowded-scenes", type=int, default=4000, help="of the encoders")
     parser.add_argument("--encoder-steps", type=int, default=3000)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     counts = {"train": args.train_scenes, "test": args.test_scenes}
-    pretrain_encoders(ENCODERS, args.work, args.crowded_scenes, args.encoder_steps)
+    encoders = dict.fromkeys(features.encoder for features in SETS.values())
+    pretrain_encoders(encoders, args.work, args.crowded_scenes, args.encoder_steps)
     for features in dict.fromkeys(map(whole, SETS.values())):
-        if not all(feature_file(features, split, count, args.work).exists() for split, count in counts.items()):
-            encode_both(features, counts, args.work)
+        encode_both(features, counts, args.work)
 
-    args.output.mkdir(parents=True, exist_ok=True)
     results = {name: measure(name, counts, args.work) for name in SETS}
     lines = [
         "| features | encoder passes | R², all objects | R², small objects | difference, small | exact count, of 1 to 9 |",
@@ -119,24 +144,7 @@ def main() -> None:
         mean, low, high = row["exact"]
         cells.append(f"{100 * mean:.1f} ± {50 * (high - low):.1f}")
         lines.append("| " + " | ".join(cells) + " |")
-    (args.output / "readout.md").write_text("\n".join(lines) + "\n")
-
-    encoders = {
-        name: measure_tokens(name, args.work / f"encoder-{name}.pt", args.work, args.test_scenes) for name in ENCODERS
-    }
-    lines = ["| encoder | image | presence of a kind | exact count, of 0 to 9 | exact count, of 1 to 9 | scene class |"]
-    lines.append("|---" * 6 + "|")
-    for encoder, views in encoders.items():
-        for view, known in views.items():
-            cells = [f"{100 * m:.1f} ± {50 * (high - low):.1f}" for m, low, high in known.values()]
-            lines.append(f"| {encoder} | {view} | " + " | ".join(cells) + " |")
-    (args.output / "encoders.md").write_text("\n".join(lines) + "\n")
-    numbers = {
-        name: {key: value.numbers() if isinstance(value, Estimate) else value for key, value in row.items()}
-        for name, row in results.items()
-    }
-    text = json.dumps({"features": numbers, "encoders": encoders}, indent=1, default=float)
-    (args.output / "readout.json").write_text(text + "\n")
+    write_file(args.table, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

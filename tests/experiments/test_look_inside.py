@@ -1,40 +1,40 @@
 """Each measurement of the look inside against an independent computation or a planted truth, and the command."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_scenes import plan
 
-from mfrsvlm.experiments import look_inside
-from mfrsvlm.experiments.dataset import plan
-from mfrsvlm.experiments.decoder import make_processor, make_tokenizer
-from mfrsvlm.experiments.geometry import make_config
-from mfrsvlm.experiments.look_inside import (
-    OBJECTS,
-    PENALTIES,
-    auc,
-    cell_counts,
+from mfrsvlm.experiments.estimates import plain, r_squared, ratio
+from mfrsvlm.experiments.linear_probe import PENALTIES, linear_probe
+from mfrsvlm.experiments.look_inside.__main__ import look_inside, main
+from mfrsvlm.experiments.look_inside.attention import measure_attention
+from mfrsvlm.experiments.look_inside.probes import OBJECTS, auc, cell_counts, probe_prompts, probe_tokens
+from mfrsvlm.experiments.look_inside.reading import (
+    Reading,
+    attention_mass,
     count_questions,
     load,
-    main,
-    measure_attention,
-    plain,
-    possible_kinds,
-    probe,
     prompts_and_answers,
-    r_squared,
-    ratio,
     read,
+    switched_off,
+)
+from mfrsvlm.experiments.look_inside.routing import (
+    measure_routing,
+    read_routers,
     recorded_routers,
     relative_entropy,
     routing_shift,
-    summarise_router,
+    summarize_router,
 )
 from mfrsvlm.modeling_mfrsvlm import MFRSVLMForConditionalGeneration, stitch_windows
 from mfrsvlm.scenes import KINDS, Scene, SceneObject, ask, draw
+from mfrsvlm.scenes.questions import possible_kinds
+from mfrsvlm.training.demo_model.architecture import make_config, make_processor, make_tokenizer
+from mfrsvlm.training.demo_model.scene_questions import dialogues
 
 
 SCENES = [plan("train", index) for index in range(12)]
@@ -42,7 +42,7 @@ SCENES = [plan("train", index) for index in range(12)]
 
 def save_folder(folder, seed: int = 0, **overrides) -> None:
     """A Hub folder of an untrained model whose attention and routing are far from uniform."""
-    tokenizer = make_tokenizer(SCENES)
+    tokenizer = make_tokenizer(dialogues(SCENES))
     torch.manual_seed(seed)
     config = make_config(len(tokenizer), **overrides)
     model = MFRSVLMForConditionalGeneration(config)
@@ -159,7 +159,7 @@ def test_attention_rows_sum_to_one(with_injection, scene):
     assert len(outputs.attentions) == model.config.text_config.num_hidden_layers
     everywhere = torch.ones_like(batch["input_ids"], dtype=torch.bool)
     for attention in outputs.attentions:
-        torch.testing.assert_close(look_inside.attention_mass(attention, everywhere), everywhere.float())
+        torch.testing.assert_close(attention_mass(attention, everywhere), everywhere.float())
 
 
 def test_mean_mass_weighs_every_question_alike_and_leaves_the_probes_questions_out(scene):
@@ -167,7 +167,7 @@ def test_mean_mass_weighs_every_question_alike_and_leaves_the_probes_questions_o
         questions = [*ask(scene, tasks), *count_questions(scene)]
         masses = np.array([*masses, *[9.0] * (len(questions) - len(masses))])
         empty = np.zeros(0)
-        return look_inside.Reading(questions, masses[:, None] * [1, 2], masses[:, None] * [3, 4], masses, empty, empty)
+        return Reading(questions, masses[:, None] * [1, 2], masses[:, None] * [3, 4], masses, empty, empty)
 
     measured = measure_attention([reading(["area", "classification"], [0.1, 0.2]), reading(["area"], [0.6])])
     np.testing.assert_allclose(measured["first"].value, [0.3, 0.6])
@@ -222,7 +222,7 @@ def planted(signal: float, seed: int = 0):
 def test_probe_recovers_a_planted_signal_and_fails_on_noise():
     states, targets, scenes = planted(1.0)
     test_states, test_targets, test_scenes = planted(1.0, seed=1)
-    predicted = probe(states, targets, scenes, test_states)
+    predicted = linear_probe(states, targets, scenes, test_states)
     estimate = r_squared(predicted, test_targets, test_scenes)
     assert estimate.value[0] > 0.98
     assert abs(estimate.value[1]) < 0.05
@@ -231,7 +231,9 @@ def test_probe_recovers_a_planted_signal_and_fails_on_noise():
     assert auc(predicted[:, 0], test_targets[:, 0] > 0) > 0.98
     assert auc(predicted[:, 1], test_targets[:, 1] > 0) == pytest.approx(0.5, abs=0.08)
     # The scale of the states plays no part.
-    np.testing.assert_allclose(probe(100 * states, targets, scenes, 100 * test_states), predicted, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(
+        linear_probe(100 * states, targets, scenes, 100 * test_states), predicted, rtol=1e-3, atol=1e-3
+    )
 
 
 def test_probe_is_the_ridge_of_the_best_strength():
@@ -245,7 +247,7 @@ def test_probe_is_the_ridge_of_the_best_strength():
         weights = np.linalg.solve(z.T @ z + penalty * len(z) * np.eye(20), z.T @ (target - target.mean()))
         return (new - mean) / scale @ weights + target.mean()
 
-    predicted = probe(states, targets, scenes, test_states)
+    predicted = linear_probe(states, targets, scenes, test_states)
     for column, target in enumerate(targets.T):
         errors = [
             np.square(ridge(states[~held_out], target[~held_out], states[held_out], p) - target[held_out]).sum()
@@ -291,7 +293,7 @@ def planted_readings(scenes, signal: bool):
                 row[0] = scene.counts[kind]
                 row[1 : 1 + len(KINDS)] = [kind == other for other in KINDS]
         mass = np.zeros((len(questions), 1))
-        readings.append(look_inside.Reading(questions, mass, mass, mass[:, 0], visual, prompt))
+        readings.append(Reading(questions, mass, mass, mass[:, 0], visual, prompt))
     return readings
 
 
@@ -299,7 +301,7 @@ def planted_readings(scenes, signal: bool):
 def test_probes_read_the_right_target_of_the_right_row(signal):
     scenes, test_scenes = [plan("validation", i) for i in range(60)], [plan("test", i) for i in range(30)]
     arguments = planted_readings(scenes, signal), scenes, planted_readings(test_scenes, signal), test_scenes
-    tokens, prompts = look_inside.probe_tokens(*arguments), look_inside.probe_prompts(*arguments)
+    tokens, prompts = probe_tokens(*arguments), probe_prompts(*arguments)
     assert tokens["count"].value.shape == tokens["presence_auc"].shape == (2, len(OBJECTS))
     assert prompts["asked_count"].value.shape == (2,)
     assert prompts["any_count"].value.shape == (2, len(KINDS))
@@ -346,7 +348,7 @@ def test_router_weights_sum_to_one_and_do_not_depend_on_the_question(folder, sce
     np.testing.assert_allclose(weights[:, 0], weights[:, 1], atol=1e-4)
     assert relative_entropy(weights, 2).max() < 0.9999
 
-    grids = look_inside.read_routers(model, processor, [scene])
+    grids = read_routers(model, processor, [scene])
     np.testing.assert_allclose(grids, weights[:, :1], atol=1e-4)
 
 
@@ -379,8 +381,8 @@ def test_the_preferred_stack_of_a_rigged_stack_router_has_the_right_name(with_in
         router.query_proj.bias.copy_(10 * 192**0.5 * query)
         router.key_proj.weight.copy_(torch.eye(192))
         router.key_proj.bias.zero_()
-    for weights in look_inside.read_routers(model, processor, [scene]):
-        summary = summarise_router(weights, config)
+    for weights in read_routers(model, processor, [scene]):
+        summary = summarize_router(weights, config)
         assert summary["mean"][stack] > 0.9
         assert summary["by_scale"][scale] > 0.9
         assert summary["by_depth"][depth] > 0.9
@@ -401,8 +403,8 @@ def test_the_preferred_stack_of_a_rigged_token_router_has_the_right_name(with_to
         router.query_proj.bias.copy_(10 * mark)
         router.key_proj.weight.copy_(torch.eye(16, 192))
         router.key_proj.bias.zero_()
-    for weights in look_inside.read_routers(model, processor, [scene]):
-        summary = summarise_router(weights, model.config)
+    for weights in read_routers(model, processor, [scene]):
+        summary = summarize_router(weights, model.config)
         assert summary["mean"][stack] > 0.9
         assert summary["by_phase"][stack[2:]] > 0.9
         assert summary["entropy"] < 0.2
@@ -410,10 +412,10 @@ def test_the_preferred_stack_of_a_rigged_token_router_has_the_right_name(with_to
 
 def test_summary_of_known_weights():
     config = make_config(100, window_sizes=[128, 64])
-    uniform = summarise_router(np.full((3, 16, 1), 1 / 16), config)
+    uniform = summarize_router(np.full((3, 16, 1), 1 / 16), config)
     assert uniform["entropy"] == pytest.approx(1) and uniform["entropy_of_mean"] == pytest.approx(1)
     # Every image (and token) picks one stack, each another one: decided choices that cancel in the mean.
-    picky = summarise_router(np.eye(16)[:, :, None], config)
+    picky = summarize_router(np.eye(16)[:, :, None], config)
     assert picky["entropy"] == pytest.approx(0) and picky["entropy_of_mean"] == pytest.approx(1)
     for name in ("mean", "by_scale", "by_depth", "by_scale_and_depth", "by_phase"):
         assert picky[name].sum() == pytest.approx(1)
@@ -433,9 +435,14 @@ def test_routing_shift_is_told_from_chance():
 # The command
 
 
-def test_command(with_injection, without_injection, tmp_path):
-    main([str(with_injection), str(without_injection), "--output", str(tmp_path), "--scenes", "2", "--probe-scenes", "4"])
-    result = json.loads((tmp_path / "inside.json").read_text())
+@pytest.mark.integration
+def test_command(with_injection, without_injection, tmp_path, monkeypatch):
+    results = []
+    monkeypatch.setattr(f"{main.__module__}.look_inside", lambda *given: results.append(look_inside(*given)) or results[0])
+    table, figure = tmp_path / "table.md", tmp_path / "inside.png"
+    folders = [str(with_injection), str(without_injection)]
+    main([*folders, "--table", str(table), "--plot", str(figure), "--scenes", "2", "--probe-scenes", "4"])
+    result = results[0]
     for name in ("with", "without"):
         assert len(result[name]["attention"]["first"]["mean"]) == 6
         assert all(0 < mass < 1 for mass in result[name]["attention"]["first"]["mean"])
@@ -448,15 +455,19 @@ def test_command(with_injection, without_injection, tmp_path):
         for group in ("small", "large"):
             assert np.shape(layer[group]["mean"]) == (2, 2, 2, 2)
             assert np.sum(layer[group]["mean"]) == pytest.approx(1, abs=1e-3)
-    figure = tmp_path / "inside.png"
     assert figure.stat().st_size < 200_000
     with Image.open(figure) as picture:
         assert picture.width == 1200
+    rows = [line for line in table.read_text().splitlines() if line.startswith("| ")]
+    first = next(row for row in rows if row.startswith("| first token of the answer, without"))
+    mean, low, high = (result["without"]["attention"]["first"][name][5] for name in ("mean", "low", "high"))
+    assert first.endswith(f"| {mean:.3f} [{low:.3f}, {high:.3f}] |")
+    assert sum(row.split(" | ")[1] in ("small", "large") for row in rows) == 8  # router weights of each layer
 
 
 def test_switching_off_leaves_the_language_model_and_the_global_view(with_injection, scene):
     model, processor = load(with_injection)
-    silenced = look_inside.switched_off(model)
+    silenced = switched_off(model)
     questions = ask(scene)[:2]
     off, on = (read(each, processor, draw(scene), questions) for each in (silenced, model))
     with torch.no_grad():
@@ -468,9 +479,9 @@ def test_switching_off_leaves_the_language_model_and_the_global_view(with_inject
 
 
 def test_a_model_without_routers_has_no_routing(without_injection):
-    assert look_inside.measure_routing(*load(without_injection), 2) is None
+    assert measure_routing(*load(without_injection), 2) is None
 
 
-def test_too_few_scenes_are_refused(tmp_path):
+def test_too_few_scenes_are_rejected():
     with pytest.raises(ValueError, match="--scenes 1 must be at least 2"):
-        look_inside.look_inside("a", "b", tmp_path, 1, 4)
+        look_inside("a", "b", 1, 4)

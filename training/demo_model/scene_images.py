@@ -1,19 +1,23 @@
-"""Scenes drawn once and kept on disk at the two sizes that the model sees: the canvas and the global view.
+"""Scenes that are drawn once and kept on disk at the two sizes that the model sees: the canvas and the global view.
 
-Training a decoder on frozen features needs every scene many times, and drawing one costs more than encoding it.
+Training needs every scene many times, and drawing one costs more than encoding it.
 """
 
 import os
 import pickle
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional as F
 from tqdm import tqdm
 
-from mfrsvlm.scenes import Scene, draw, plan_scene, scene_seed
+from ...processing_mfrsvlm import cut_windows
+from ...scenes import Scene, draw, plan_scene, scene_seed
 
 
 SCENE_SIZE = 512
@@ -24,6 +28,13 @@ OBJECT_PIXELS = (8.0, 16.0)
 
 class SceneImages:
     """Canvas and global view of the first `count` scenes of a split, as the image processor resizes them.
+
+    Args:
+        folder: where drawn scenes are kept.
+        split: see `scene_seed`.
+        count: number of scenes.
+        crowding: see `plan_scene`.
+        workers: processes that draw.
 
     Attributes:
         canvases: (count, 256, 256, 3) uint8.
@@ -48,6 +59,25 @@ class SceneImages:
 
     def __len__(self) -> int:
         return len(self.scenes)
+
+    def pixel_values(self, start: int, stop: int, config: Any, canvas_source: str = "image") -> torch.Tensor:
+        """Scenes `start` to `stop` - 1 as the image processor packs them for a model with this config; (n, L)."""
+        views = to_pixels(self.views[start:stop])
+        pixels = views.flatten(1)
+        if not config.has_details:
+            return pixels
+        if canvas_source == "image":
+            canvases = to_pixels(self.canvases[start:stop])
+        else:
+            side = config.canvas_scale * config.image_size
+            canvases = F.interpolate(views, size=(side, side), mode="bilinear", align_corners=False)
+        windows = np.stack([cut_windows(canvas, config.windows) for canvas in canvases.numpy()])
+        return torch.cat([pixels, torch.from_numpy(windows)], dim=1)
+
+    def batches(self, config: Any, canvas_source: str = "image", size: int = 4) -> Iterator[torch.Tensor]:
+        """`pixel_values` of all scenes, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self.pixel_values(start, min(start + size, len(self)), config, canvas_source)
 
 
 def plan(split: str, index: int, crowding: int = 1) -> Scene:

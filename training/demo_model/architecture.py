@@ -1,0 +1,151 @@
+"""The architecture at a size for two CPU cores, its tokenizer and processor, and the weights that it starts from."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast, ResNetConfig
+
+from ...configuration_mfrsvlm import MFRSVLMConfig
+from ...modeling_mfrsvlm import MFRSVLMForConditionalGeneration
+from ...processing_mfrsvlm import MFRSVLMImageProcessor, MFRSVLMProcessor, make_chat_template
+
+
+IMAGE_SIZE, PATCH_SIZE = 128, 16  # 64 visual tokens
+NUM_DECODER_LAYERS = 6
+
+
+def make_config(vocab_size: int, encoder: str = "resnet", width: int = 192, **overrides: Any) -> MFRSVLMConfig:
+    """The config of a small model.
+
+    Args:
+        vocab_size: of the tokenizer, whose last token is the image placeholder.
+        encoder: `"resnet"` or `"vit"`; the two cost the same number of multiplications a window.
+        width: of the decoder, a multiple of 32.
+        **overrides: fields of `MFRSVLMConfig`.
+    """
+    vision_config: Any
+    fields: dict[str, Any] = {}
+    if encoder == "resnet":
+        vision_config = ResNetConfig(
+            embedding_size=32, hidden_sizes=[32, 64, 128], depths=[1, 1, 2], layer_type="basic", num_channels=3
+        )
+        depths = [2, 3]
+        fields["visual_position_embeddings"] = True
+    elif encoder == "vit":
+        vision_config = CLIPVisionConfig(
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=5,
+            num_attention_heads=4,
+            image_size=IMAGE_SIZE,
+            patch_size=PATCH_SIZE,
+            projection_dim=128,
+        )
+        depths = [3, 5]
+    else:
+        raise ValueError(f'encoder={encoder!r} must be "resnet" or "vit".')
+    text_config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=width * 8 // 3,
+        num_hidden_layers=NUM_DECODER_LAYERS,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 32,
+        max_position_embeddings=1024,
+        initializer_range=0.06,  # the usual 0.02 suits widths of thousands
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    fields |= {
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH_SIZE,
+        "vision_feature_size": 128,
+        "canvas_scale": 2,
+        "window_sizes": [128],
+        "detail_feature_layers": depths,
+        "injection_layers": [1, 2, 3, 4],
+        "routing": "stack",
+        "injection_init": 0.5,
+        "window_chunk_size": 16,
+    }
+    fields.update(overrides)
+    return MFRSVLMConfig(
+        vision_config=vision_config, text_config=text_config, bos_token_id=0, eos_token_id=1, pad_token_id=2, **fields
+    )
+
+
+def make_tokenizer(dialogues: Iterable[tuple[str, str]], vocab_size: int = 700) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on questions and answers. Digits stand alone, and `<image>` is the last token.
+
+    Args:
+        dialogues: (question, answer).
+        vocab_size: at most, without `<image>`.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    preamble = "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, "
+    preamble += "detailed, and polite answers to the human's questions. USER: \n"
+    tokenizer.train_from_iterator([f"{preamble}{question} ASSISTANT: {answer}" for question, answer in dialogues], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
+    )
+    fast.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    return fast
+
+
+def make_processor(config: Any, tokenizer: Any, canvas_source: str = "image") -> MFRSVLMProcessor:
+    image_processor = MFRSVLMImageProcessor.for_model(
+        config, canvas_source=canvas_source, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    return MFRSVLMProcessor(image_processor, tokenizer, chat_template=make_chat_template(tokenizer))
+
+
+@torch.no_grad()
+def start_positions(model: MFRSVLMForConditionalGeneration, features: np.ndarray) -> None:
+    """Starts position embeddings, if any, as sines and cosines of row and column, as large as visual tokens."""
+    if not model.config.visual_position_embeddings:
+        return
+    table = model.model.visual_position_embedding.weight
+    side, width = model.config.tokens_per_side, table.shape[1]
+    frequencies = 100.0 ** -torch.linspace(0, 1, width // 4)
+    angles = torch.arange(side)[:, None] * frequencies
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D / 2)
+    rows, columns = waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)
+    visual = model.model.multi_modal_projector(torch.from_numpy(np.array(features[:50, 0])).float())
+    table.copy_(torch.cat([rows, columns], dim=-1).flatten(0, 1) * 2**0.5 * visual.std())
+
+
+@torch.no_grad()
+def whiten_projector(model: MFRSVLMForConditionalGeneration, features: np.ndarray, seed: int = 0) -> None:
+    """Starts the projector from whitened features.
+
+    A few directions of an encoder's features, such as brightness, carry nearly all of their variance, and small objects
+    carry very little. From a random projector, a decoder first learns what is large. The first layer therefore starts as a
+    random rotation of features with unit covariance. A hundredth of the mean variance is added to each direction, so that
+    noise is not amplified.
+
+    Args:
+        features: (N, 1 + K, T, C), see `cache_image_features`; every tenth image is read.
+    """
+    states = torch.from_numpy(np.array(features[::10])).flatten(0, -2).float()  # (tokens, C)
+    mean, (variances, directions) = states.mean(0), torch.linalg.eigh(torch.cov(states.T))
+    whitening = directions * (variances + 0.01 * variances.mean()).rsqrt() @ directions.T
+    first, second = model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2
+    generator = torch.Generator().manual_seed(seed)
+    first.weight.copy_(torch.randn(first.weight.shape, generator=generator) * first.in_features**-0.5 @ whitening)
+    first.bias.copy_(-first.weight @ mean)
+    second.weight.copy_(torch.randn(second.weight.shape, generator=generator) * model.config.text_config.initializer_range)

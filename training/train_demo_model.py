@@ -1,0 +1,302 @@
+"""Trains the small model in `demo/model` from random weights: encoder, decoder, model folder, evaluation, card.
+
+    python -m mfrsvlm.training.train_demo_model mfrsvlm/training/configs/demo_model.yaml --output DIR [--key value ...]
+
+The keys of the file, and of the command line, which takes precedence, are the fields of `DemoModelArguments` and
+`DemoModelTrainingArguments`. A stage whose result lies in the work folder is not repeated, and the decoder resumes from its
+last checkpoint, so that a stopped run continues.
+"""
+
+import json
+import logging
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import ConcatDataset, Dataset
+from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..evaluation import EvaluationSettings, evaluate, load_benchmark
+from ..evaluation.evaluate import evaluate_majority
+from ..files.writing import write_file
+from ..model_card.card import write_model_card
+from ..modeling_mfrsvlm import MFRSVLMForConditionalGeneration
+from .branches import BranchCollator
+from .data import BadRow, ConversationDataset, to_messages
+from .demo_model.architecture import make_config, make_processor, make_tokenizer, start_positions, whiten_projector
+from .demo_model.encoder import load_encoder, pretrain
+from .demo_model.scene_images import CANVAS, OBJECT_PIXELS, SCENE_SIZE, SceneImages
+from .demo_model.scene_questions import SceneQuestions, dialogues
+from .demo_model.trainer import DemoModelTrainer, DemoModelTrainingArguments
+from .finetune import ConfigParser
+from .image_features import CachedRows, cache_image_features, freeze_encoder
+from .trainer import SettingsError
+
+
+logger = logging.getLogger("mfrsvlm.training.train_demo_model")  # also where this file is the main program
+
+# Boxes need to know which phase a feature came from, which the weights of whole stacks cannot say.
+ARCHITECTURE = {"routing": "token", "routing_size": 32, "injection_layers": [0, 1, 2, 3]}
+CONFIG = Path(__file__).with_name("configs") / "demo_model.yaml"
+PROTOCOL = "strict-without-java"  # METEOR, which needs Java, says nothing about captions of one form
+
+
+@dataclass
+class DemoModelArguments:
+    output: str | None = field(default=None, metadata={"help": "Model folder to write. It must be new or empty."})
+    work: str = field(default="runs/demo-model", metadata={"help": "Folder for scenes, encoder, features, checkpoints."})
+    name: str = field(default="MF-RSVLM, a small model of synthetic scenes", metadata={"help": "Heading of the card."})
+    encoder: str = field(default="resnet", metadata={"help": "resnet or vit.", "choices": ["resnet", "vit"]})
+    crowded_scenes: int = field(default=8000, metadata={"help": "Scenes to pretrain the encoder on."})
+    encoder_steps: int = field(default=8000, metadata={"help": "Steps of its pretraining."})
+    train_encoder: bool = field(
+        default=False, metadata={"help": "Train the encoder with the decoder. Otherwise its features are cached."}
+    )
+    scenes: int = field(default=24000, metadata={"help": "Synthetic scenes to train the decoder on."})
+    rounds: int = field(default=3, metadata={"help": "Sets of questions about each scene."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Further rows to train on: one image each, and independent questions."}
+    )
+    image_root: str | None = field(default=None, metadata={"help": "Folder of their images. Default: the current one."})
+    vocab_size: int = field(default=700, metadata={"help": "Largest size of the tokenizer's vocabulary."})
+    test_scenes: int = field(default=1000, metadata={"help": "Held-out scenes to evaluate on. 0: no evaluation."})
+
+
+class DemoModelConfig(ConfigParser):
+    """Reads the file and overrides, see `ConfigParser`."""
+
+    def __init__(self) -> None:
+        classes = [DemoModelArguments, DemoModelTrainingArguments]
+        HfArgumentParser.__init__(self, classes, allow_abbrev=False, prog="train_demo_model")
+
+
+class StageTimes:
+    """Seconds that each stage took, added up over runs in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+    @contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+            write_file(self.path, json.dumps(self.seconds, indent=1) + "\n")
+
+
+def train_demo_model(options: DemoModelArguments, args: DemoModelTrainingArguments) -> Path:
+    """Trains the model and writes its folder, with code, processor and card.
+
+    Returns:
+        The folder.
+
+    Raises:
+        SettingsError: an argument is missing or makes no sense, or the output folder is not empty.
+    """
+    if not options.output:
+        raise SettingsError("output is missing: --output DIR names the model folder to write.")
+    output, work = Path(options.output), Path(options.work)
+    if output.exists() and any(output.iterdir()):
+        raise SettingsError(f"output={output} is not empty. Choose another folder, or remove it first.")
+    if not options.scenes and not options.train_file:
+        raise SettingsError("scenes=0 and no train_file: there is nothing to train on.")
+    work.mkdir(parents=True, exist_ok=True)
+    times = StageTimes(work / "times.json")
+
+    encoder = work / f"encoder-{options.encoder}-{options.crowded_scenes}-{options.encoder_steps}-{args.seed}.pt"
+    if not encoder.exists():
+        with times.measure("encoder"):
+            crowded = SceneImages(work / "scenes", "train", options.crowded_scenes, crowding=4)
+            pretrain(options.encoder, crowded, encoder, options.encoder_steps, args.seed)
+    with times.measure("features"):
+        model, processor, dataset = prepare(options, encoder, args.seed)
+    args.output_dir = str(work / "decoder")
+    trainer = DemoModelTrainer(
+        model=model,
+        args=args,
+        data_collator=BranchCollator(processor),
+        train_dataset=dataset,
+        processing_class=processor,
+    )
+    checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    with times.measure("decoder"):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    model.eval().generation_config.max_new_tokens = 64
+    model.to(torch.bfloat16).save_pretrained(output)
+    processor.save_pretrained(output)
+    figures = evaluate_folder(output, options.test_scenes) if options.test_scenes else {}
+    card = evidence(options, args, times.seconds, figures)
+    write_model_card(output, model.config, "trained", options.name, card, license="apache-2.0")
+    return output
+
+
+def prepare(
+    options: DemoModelArguments, encoder: Path, seed: int
+) -> tuple[MFRSVLMForConditionalGeneration, Any, Dataset[Any]]:
+    """The model to train, with its pretrained encoder, its processor, and the rows, with cached features or with pixels."""
+    work, texts = Path(options.work), []
+    images = SceneImages(work / "scenes", "train", options.scenes) if options.scenes else None
+    if images is not None:
+        texts += dialogues(images.scenes[:500])
+    conversations = ConversationDataset(options.train_file, options.image_root) if options.train_file else None
+    if conversations is not None:
+        for index in conversations.good:
+            messages = [m for m in to_messages(conversations.rows[index]) if m["role"] != "system"]
+            said = ["".join(part.get("text", "") for part in message["content"]) for message in messages]
+            texts += zip(said[::2], said[1::2], strict=True)
+    tokenizer = make_tokenizer(texts, options.vocab_size)
+    set_seed(seed)
+    model = MFRSVLMForConditionalGeneration(make_config(len(tokenizer), options.encoder, **ARCHITECTURE))
+    load_encoder(model.model, encoder)
+    processor = make_processor(model.config, tokenizer)
+    collator = BranchCollator(processor)
+
+    # Also where the encoder is trained: the projector starts from them.
+    shown = f"{encoder.stem}-{Path(options.train_file).stem}" if options.train_file else encoder.stem
+    rows: list[Dataset[Any]] = []
+    features: list[np.ndarray] = []
+    if images is not None:
+        path = work / f"features-{encoder.stem}-scenes-{options.scenes}.npy"
+        features.append(cache_image_features(model, images.batches(model.config), len(images), path))
+        cached = None if options.train_encoder else features[-1]
+        rows.append(SceneQuestions(images, collator, model.config, cached, options.rounds))
+    if conversations is not None:
+        cached_rows = CachedRows(conversations, collator, model, work / f"features-{shown}.npy")
+        features.append(cached_rows.features)
+        if options.train_encoder:
+            rows.append(ConversationDataset(options.train_file, options.image_root, encode=collator.encode))
+        else:
+            rows.append(cached_rows)
+    whiten_projector(model, features[0], seed)
+    start_positions(model, features[0])
+    if not options.train_encoder:
+        freeze_encoder(model)
+    return model, processor, rows[0] if len(rows) == 1 else ConcatDataset(rows)
+
+
+def evaluate_folder(folder: Path, scenes: int) -> dict[str, dict[str, Any]]:
+    """Figures of the model in a folder, loaded as a user would load it, by task.
+
+    Returns:
+        For `image`, `blind` (without the image) and `majority`, the figures of `scene_figures`.
+    """
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    benchmark = load_benchmark("scenes", None, "test", count=scenes)
+    summaries = {
+        "image": evaluate(model, processor, [benchmark], PROTOCOL),
+        "blind": evaluate(model, processor, [benchmark], PROTOCOL, EvaluationSettings(blind=True)),
+        "majority": evaluate_majority([benchmark], PROTOCOL),
+    }
+    return {name: scene_figures(summary["scenes/test"]["results"]) for name, summary in summaries.items()}
+
+
+def scene_figures(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The main figure of each task of the scenes, from the results of an evaluation."""
+    return {
+        "classification": results["classification"]["accuracy"],
+        **{task: results["vqa"]["per_type"][task] for task in ("area", "presence", "comparison", "position")},
+        "count": results["counting"]["exact"],
+        "grounding": results["grounding"]["accuracy_0.5"],
+        "caption": results["captioning"]["caption_exact"],
+        "caption facts": results["captioning"]["caption_facts"],
+    }
+
+
+def evidence(
+    options: DemoModelArguments,
+    args: DemoModelTrainingArguments,
+    seconds: dict[str, float],
+    figures: dict[str, dict[str, Any]],
+) -> str:
+    """Markdown for the card: what the model was trained on, how, and its figures."""
+    low, high = (value * CANVAS / SCENE_SIZE for value in OBJECT_PIXELS)
+    sources = [f"{options.scenes} synthetic scenes (`mfrsvlm.scenes`)"] if options.scenes else []
+    sources += [f"the rows of `{Path(options.train_file).name}`"] if options.train_file else []
+    text = f"""\
+**A demonstration, not a product.** It was trained from random weights on {" and ".join(sources)}, to show on a CPU that
+every part works."""
+    if figures:
+        text += f"""
+
+The table shows accuracy in per cent on held-out synthetic scenes (`{PROTOCOL}` protocol, greedy decoding). Objects
+are {low:g} to {high:g} pixels long on the canvas of {CANVAS}, half of that in the global view. A box counts if its
+intersection over union with the true box is at least 0.5. A caption counts if it is exact; *caption facts* is the F1
+score of its facts. *Blind* is the same model without the image. *Majority* always gives the most frequent answer to a
+kind of question.
+{above_majority(figures)}
+
+| task | accuracy | 95 % interval | n | blind | majority |
+|---|---|---|---|---|---|
+"""
+        text += "\n".join(
+            f"| {task} | {100 * row['value']:.1f} | {100 * row['low']:.1f} - {100 * row['high']:.1f} | {row['n']} "
+            f"| {100 * figures['blind'][task]['value']:.1f} | {100 * figures['majority'][task]['value']:.1f} |"
+            for task, row in figures["image"].items()
+        )
+    minutes = ", ".join(f"{stage} {value / 60:.0f} minutes" for stage, value in seconds.items())
+    threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    trained = "Then encoder and decoder were trained together" if options.train_encoder else "Then the decoder was trained"
+    guided = (
+        "\nBeside the answers, it was taught which visual tokens hold the objects that a question names; the heads of these"
+        " losses\nare not part of the model (`training/demo_model/guidance.py`)."
+        if args.guidance
+        else ""
+    )
+    return f"""{text}
+
+First the encoder was trained to predict what stands in each token. {trained} to answer.{guided} Made by
+
+`python -m mfrsvlm.training.train_demo_model training/configs/demo_model.yaml` with max_steps={args.max_steps},
+scenes={options.scenes}, encoder_steps={options.encoder_steps} and seed={args.seed}, on {threads} thread(s) of
+{platform.machine()} ({capability}), torch {torch.__version__}: {minutes}."""
+
+
+def above_majority(figures: dict[str, dict[str, Any]]) -> str:
+    """One sentence: which tasks do not score above the majority baseline."""
+    image, majority = figures["image"], figures["majority"]
+    below = [task for task, row in image.items() if row["low"] <= majority[task]["value"]]
+    return (
+        f"Not above the majority baseline: {', '.join(below)}." if below else "All tasks score above the majority baseline."
+    )
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    """Reads the command line and trains. Returns and raises what `train_demo_model` does."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = DemoModelConfig()
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        parser.print_help()
+        raise SystemExit(0 if arguments else 2)
+    logging.basicConfig(format="[%(name)s] %(message)s")
+    logging.getLogger("mfrsvlm").setLevel(logging.INFO)
+    return train_demo_model(*parser.read(Path(arguments[0]), arguments[1:]))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """The command: an exit status, and what the user can correct on stderr in one line."""
+    try:
+        print(main(arguments))
+    except (SettingsError, BadRow, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+    except ImportError as error:
+        print(f"error: {error}. Install what training needs: pip install 'mfrsvlm[training,evaluation]'", file=sys.stderr)
+    else:
+        return 0
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(run())
