@@ -7,7 +7,7 @@ NEWEST := .venv-newest
 ARGS ?=
 # What depends on the version of transformers.
 CORE := $(addprefix tests/test_,$(addsuffix .py,configuration modeling numbers families processing hub convert_checkpoint \
-	parity training))
+	parity)) tests/training/test_finetune.py
 
 .PHONY: demo test test-slow test-oldest test-newest lint parity clean
 

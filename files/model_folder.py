@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 MODEL_TYPES = ("mfrsvlm", "vhm")  # released folders have either
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 NAMED = 5  # tensors that a message names
 BASE_ADVICE = "Name it with base_model, or correct base_model_name_or_path in the adapter_config.json."
 
@@ -150,6 +152,8 @@ def _read_config(source: str, name: str, revision: str | None) -> dict[str, Any]
     folder = Path(source)
     if folder.is_dir():
         path = folder / name if (folder / name).is_file() else None
+    elif not HUB_ID.fullmatch(source):
+        path = None
     else:
         try:
             path = cached_file(
@@ -231,7 +235,8 @@ def _merge_adapter(model: Any, folder: ModelFolder, base: str, revision: str | N
     except ImportError as error:
         raise ModelFolderError(f"{folder.source} is an adapter and needs PEFT: pip install 'mfrsvlm[training]'") from error
     misfit = f"The adapter {folder.source} does not fit its base model {base}"
-    hub = {"revision": revision} if revision else {}
+    hub: dict[str, Any] = {"revision": revision} if revision else {}
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     try:
         # Not `PeftModel.from_pretrained`, which only warns of missing tensors and says nothing of those it has no place for.
         adapted = PeftModel(model, PeftConfig.from_pretrained(folder.source, **hub))
@@ -241,7 +246,10 @@ def _merge_adapter(model: Any, folder: ModelFolder, base: str, revision: str | N
     for problem, keys in {"missing": result.missing_keys, "without a place in it": result.unexpected_keys}.items():
         if keys:
             raise ModelFolderError(f"{misfit}: {len(keys)} tensors are {problem}, among them {sorted(keys)[:NAMED]}.")
-    return adapted.merge_and_unload()
+    merged = adapted.merge_and_unload()
+    for name, parameter in merged.named_parameters():  # PEFT has frozen all of them
+        parameter.requires_grad = name in trainable
+    return merged
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from ..lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
     from .collator import ConversationCollator
-    from .data import BadRow, ConversationDataset
+    from .data import BadRow, ConversationDataset, ConversationStream
     from .trainer import MFRSVLMTrainer, MFRSVLMTrainingArguments
 
 __getattr__, __dir__ = lazy_exports(
@@ -16,9 +16,17 @@ __getattr__, __dir__ = lazy_exports(
         "BadRow": "data",
         "ConversationCollator": "collator",
         "ConversationDataset": "data",
+        "ConversationStream": "data",
         "MFRSVLMTrainer": "trainer",
         "MFRSVLMTrainingArguments": "trainer",
     },
 )
 
-__all__ = ["BadRow", "ConversationCollator", "ConversationDataset", "MFRSVLMTrainer", "MFRSVLMTrainingArguments"]
+__all__ = [
+    "BadRow",
+    "ConversationCollator",
+    "ConversationDataset",
+    "ConversationStream",
+    "MFRSVLMTrainer",
+    "MFRSVLMTrainingArguments",
+]

@@ -455,6 +455,16 @@ def test_unknown_keys_name_the_closest(tmp_path):
         ConfigParser().read(path, ["--freeze_decode", "true"])
 
 
+def test_data_of_the_command_line_replace_those_of_the_file(tmp_path):
+    base = ["--output_dir", str(tmp_path), "--bf16", "false"]
+    _, data, _ = ConfigParser().read(CONFIGS / "lora.yaml", [*base, "--dataset_name=a/b"])
+    assert (data.train_file, data.image_root, data.dataset_name) == (None, None, "a/b")
+    path = tmp_path / "config.yaml"
+    path.write_text(f"output_dir: {tmp_path}\ndataset_name: a/b\ndataset_streaming: true")
+    _, data, _ = ConfigParser().read(path, ["--train_file", "a.json"])
+    assert (data.train_file, data.dataset_name, data.dataset_streaming) == ("a.json", None, False)
+
+
 def test_values_are_checked_and_the_command_line_goes_first(tmp_path):
     path = tmp_path / "config.yaml"
     base = f"output_dir: {tmp_path}\nuse_cpu: true\n"

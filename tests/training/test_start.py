@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from tiny_training import llava_row, tiny_folder, write_data
 
-from mfrsvlm import MFRSVLMForConditionalGeneration, MFRSVLMProcessor
+from mfrsvlm import MFRSVLMForConditionalGeneration
 from mfrsvlm.evaluation.answering import load
 from mfrsvlm.files.model_folder import ModelFolderError, load_model
 from mfrsvlm.training.finetune import DECODER_LINEARS, main, run
@@ -56,9 +56,8 @@ def data(tmp_path_factory):
 def starts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("starts")
     whole = tiny_folder(folder / "whole")
-    model = MFRSVLMForConditionalGeneration.from_pretrained(whole)
-    model.to(torch.bfloat16).save_pretrained(folder / "half")
-    MFRSVLMProcessor.from_pretrained(whole).save_pretrained(folder / "half")
+    backbone = tiny_folder(folder / "half", vision="resnet")
+    MFRSVLMForConditionalGeneration.from_pretrained(backbone, dtype="bfloat16").save_pretrained(backbone)
     shutil.copytree(whole, folder / "checkpoint-3")
     (folder / "checkpoint-3" / "trainer_state.json").write_text("{}")
     torch.manual_seed(0)
@@ -135,7 +134,9 @@ def test_a_finished_training_is_not_trained_again(starts, data, tmp_path, caplog
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
     # The result was not saved, or more is asked for.
     (tmp_path / "run" / "train_results.json").unlink()
+    (tmp_path / "run" / "model.safetensors").unlink()
     assert main([config, "--resume_from_checkpoint", "last"]).state.global_step == 1
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
     assert main([config, "--resume_from_checkpoint", "last", "--max_steps", "2"]).state.global_step == 2
 
 
