@@ -67,6 +67,7 @@ def test_card_states_what_was_measured():
     assert "python -m mfrsvlm.experiments.box" in card and "--seed" in card
 
 
+@pytest.mark.integration
 def test_model_sees():
     """A few held-out scenes through the ordinary processor: within reach of the card, and far from blind."""
     processor = AutoProcessor.from_pretrained(MODEL, trust_remote_code=True)
@@ -83,6 +84,7 @@ def run_demo(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.integration
 def test_demo_answers_and_draws(tmp_path):
     result = run_demo("--scene", "3")
     assert result.returncode == 0, result.stderr

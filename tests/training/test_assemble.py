@@ -98,6 +98,7 @@ class TestAssemble:
         assert model(**inputs).logits.isfinite().all()
         assert "Untrained" in (output / "README.md").read_text()
 
+    @pytest.mark.integration
     @pytest.mark.parametrize(
         "language_model, tower", [*((name, "clip") for name in DECODERS), *(("llama", name) for name in TOWERS)]
     )
