@@ -9,7 +9,7 @@ ARGS ?=
 CORE := $(addprefix tests/test_,$(addsuffix .py,configuration modeling numbers families processing hub convert_checkpoint \
 	parity)) tests/training/test_finetune.py
 
-.PHONY: demo test test-slow test-oldest test-newest lint parity clean
+.PHONY: demo test test-all test-slow test-oldest test-newest lint parity clean
 
 # A stamp newer than what it was made from: set-up runs once, and again when the project's needs change.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -41,8 +41,12 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -n 2 --dist loadfile $(ARGS)
 
+# Also the tests that train, start processes or run whole commands.
+test-all: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -m "not slow and not gpu" -n 2 --dist loadfile $(ARGS)
+
 test-slow: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -m "slow and not gpu" -n 2 --dist load $(ARGS)
 
 # The tests of the core, with the oldest transformers that pyproject.toml claims and with the newest that pip gives.
 test-oldest: $(OLDEST)/.ready

@@ -675,6 +675,7 @@ class TestOutput:
         refused(main, capsys, source.command(), str(source.output))
         assert [path.name for path in source.output.iterdir()] == ["config.json"]
 
+    @pytest.mark.integration
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
     def test_killed_half_way(self, source: Source, number: int):
         """SIGKILL leaves no folder at the output, SIGTERM nothing at all."""
@@ -748,6 +749,7 @@ def test_memory_does_not_grow_with_the_checkpoint(source: Source, kind: str, dty
 
 
 class TestVerify:
+    @pytest.mark.integration
     def test_passes(self, source: Source, capsys):
         assert main(source.command("--verify")) == 0
         assert "verified: 268 tensors equal" in capsys.readouterr().out

@@ -34,6 +34,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestAssemble:
+    @pytest.mark.integration
     @pytest.mark.parametrize(
         "language_model, tower, options",
         [
