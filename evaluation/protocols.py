@@ -1,22 +1,28 @@
 """Named protocols: prompt, length, how an answer is read, and metric, held together so that a number has a name.
 
-`ours` is the default. The others follow published evaluations, so that numbers can be set beside theirs; where a published
-script is at fault, the protocol is corrected and says what was wrong.
+`strict` is the default. The others follow published evaluations, so that numbers can be compared with theirs. Where a
+published script is at fault, the protocol is corrected and says what was wrong.
+
+A protocol never looks at the name of a benchmark. What it has to know stands in the benchmark: its metrics, its tag, the
+types of questions whose answers are numbers, and its second test split.
 """
 
+import logging
 import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from datasets import Value
 from PIL import Image
 
-from mfrsvlm.processing_mfrsvlm import parse_boxes
-
-from .benchmarks import Benchmark, Sample
+from ..processing_mfrsvlm import parse_boxes
+from .benchmarks import Benchmark, BenchmarkInfo, Metric, Sample
 from .metrics import load_metric
-from .metrics.coco_java import java_command
+from .metrics._java import java_command
 
+
+logger = logging.getLogger(__name__)
 
 Box = tuple[float, ...]  # x1, y1, x2, y2, or four corners, in pixels of the upright image
 NUMBER = r"\s*(-?\d{1,6}(?:\.\d{1,6})?)\s*"
@@ -24,23 +30,31 @@ NUMBER = r"\s*(-?\d{1,6}(?:\.\d{1,6})?)\s*"
 ANGLED_BOX = re.compile(rf"\{{{4 * f'<{NUMBER}>'}(?:\|\s*<{NUMBER}>\s*)?\}}")
 
 
-class Ours:
-    """Strict: short prompts, exact answers (but for case, surrounding space and a full stop), COCO's caption metrics.
+class Protocol:
+    """What all protocols share: how a question is asked, how an answer is read, and how a task is scored.
 
-    Nothing but the answer is read to interpret the answer; an empty one is wrong. Boxes are asked for as
-    `[x_min, y_min, x_max, y_max]`, 0 to 1000 over the image's own sides. Counts and areas of RSVQA are compared in the
-    published classes (up to 10, 100, 1000, more), as that benchmark defines them.
+    A protocol is a subclass that changes what it does otherwise.
+
+    Attributes:
+        max_new_tokens: length from which an answer is truncated.
+        short_answer: what stands below a question with a short answer.
+        class_parsing, vqa_parsing: how answers are compared, see `classification_accuracy` and `vqa_accuracy`.
+        captions: variant of the metric `captioning`.
+        thresholds: intersections over union from which on a box counts as found.
     """
 
-    name = "ours"
+    name: str
     max_new_tokens = 128
     short_answer = "Answer with a single word or phrase."
     class_parsing = "exact"
     vqa_parsing = "exact"
     captions = "coco"
     thresholds: tuple[float, ...] = (0.5, 0.7)
-    # Splits other than a benchmark's default.
-    splits: dict[str, str] = {}
+    box_scale = 1000  # numbers of boxes in answers run from 0 to this over each side of the image
+
+    def default_split(self, info: BenchmarkInfo | None) -> str | None:
+        """The split that is asked if the user names none; `None` if there is none, or no such benchmark."""
+        return info.default_split if info else None
 
     def check(self, samples: Sequence[Sample]) -> None:
         """Raises OSError if these samples could not be scored, before hours are spent on asking them."""
@@ -87,9 +101,11 @@ class Ours:
 
     def write_box(self, box: Box, size: tuple[int, int]) -> str:
         """A box in pixels as the prompt asks for it; four corners are written as the box around them."""
-        width, height = size
-        x1, y1, x2, y2 = bounds(box)
-        return f"[{1000 * x1 / width:.1f}, {1000 * y1 / height:.1f}, {1000 * x2 / width:.1f}, {1000 * y2 / height:.1f}]"
+        # What lies beyond the image cannot be written, as the corner of an oriented box may. The 0 takes the sign off 0.
+        scaled = [
+            min(max(1000 * value / side, 0.0), 1000.0) + 0.0 for value, side in zip(bounds(box), size * 2, strict=True)
+        ]
+        return f"[{', '.join(f'{value:.1f}' for value in scaled)}]"
 
     def ideal_answer(self, sample: Sample) -> str:
         """What a model would have to say to be right; of captions, the first."""
@@ -100,50 +116,83 @@ class Ours:
     def score(
         self, benchmark: Benchmark, task: str, samples: Sequence[Sample], answers: Sequence[str]
     ) -> tuple[dict[str, Any], list[Any], list[float]]:
-        """Figures of one task, and what was read from each answer and its score."""
-        metric, predictions, references, settings = getattr(self, f"_{task}")(benchmark, samples, answers)
-        figures = load_metric(metric).compute(predictions=predictions, references=references, **settings)
+        """Figures of one task, and what was read from each answer and its score.
+
+        A task has one metric or more. The first is set by the protocol and the benchmark, and gives the scores; the others
+        are set by the benchmark alone, and add their figures.
+        """
+        predictions = self.predictions(task, samples, answers)
+        first, *others = self.metrics(benchmark, task)
+        figures = self._compute(first, task, samples, predictions, self.settings(task, benchmark, samples))
         parsed, scores = figures.pop("parsed"), figures.pop("scores")
+        for metric in others:
+            further = self._compute(metric, task, samples, predictions, {})
+            figures |= {name: figure for name, figure in further.items() if name not in ("parsed", "scores")}
         return figures, parsed, scores
 
-    def _classification(self, benchmark: Benchmark, samples: Sequence[Sample], answers: Sequence[str]) -> tuple[Any, ...]:
-        settings = {"class_names": benchmark.class_names, "parsing": self.class_parsing}
-        return "classification_accuracy", list(answers), [sample.references[0] for sample in samples], settings
+    def _compute(
+        self, metric: Metric, task: str, samples: Sequence[Sample], predictions: list[Any], settings: dict[str, Any]
+    ) -> dict[str, Any]:
+        module = load_metric(metric.name)
+        references: list[Any] = [list(sample.references) for sample in samples]
+        if task == "grounding":
+            references = [[list(box) for box in sample.boxes] for sample in samples]
+        elif isinstance(module.features["references"], Value):  # it takes one reference
+            number = module.features["references"].dtype.startswith("int")
+            references = [int(one) if number else one for one, *_ in references]
+        return module.compute(predictions=predictions, references=references, **settings | dict(metric.settings))
 
-    def _vqa(self, benchmark: Benchmark, samples: Sequence[Sample], answers: Sequence[str]) -> tuple[Any, ...]:
-        types = [sample.group or "all" for sample in samples]
-        # "B", "(B)" or "B. forest", but not "A forest".
-        lettered = all(re.match(r"\(?[A-E](?:[.):]|$)", sample.references[0]) for sample in samples)
-        parsing = "letter" if lettered else self.vqa_parsing
-        if benchmark.name.startswith("rsvqa"):
-            settings = {"question_types": types, "parsing": parsing, "bins": benchmark.name.split("-")[1]}
-            return "rsvqa_accuracy", list(answers), [sample.references[0] for sample in samples], settings
-        settings = {"question_types": types, "parsing": parsing}
-        return "vqa_accuracy", list(answers), [list(sample.references) for sample in samples], settings
+    def metrics(self, benchmark: Benchmark, task: str) -> tuple[Metric, ...]:
+        return benchmark.metrics_of(task)
 
-    def _counting(self, benchmark: Benchmark, samples: Sequence[Sample], answers: Sequence[str]) -> tuple[Any, ...]:
-        return "counting", list(answers), [int(sample.references[0]) for sample in samples], {}
+    def settings(self, task: str, benchmark: Benchmark, samples: Sequence[Sample]) -> dict[str, Any]:
+        """Settings of the first metric of a task, but for those that the benchmark fixes."""
+        if task == "classification":
+            return {"class_names": benchmark.class_names, "parsing": self.class_parsing}
+        if task == "vqa":
+            # "B", "(B)" or "B. forest", but not "A forest".
+            lettered = all(re.match(r"\(?[A-E](?:[.):]|$)", sample.references[0]) for sample in samples)
+            types = [sample.group or "all" for sample in samples]
+            return {"question_types": types, "parsing": "letter" if lettered else self.vqa_parsing}
+        if task == "captioning":
+            return {"variant": self.captions}
+        return {"thresholds": list(self.thresholds)} if task == "grounding" else {}
 
-    def _captioning(self, benchmark: Benchmark, samples: Sequence[Sample], answers: Sequence[str]) -> tuple[Any, ...]:
-        return "captioning", list(answers), [list(sample.references) for sample in samples], {"variant": self.captions}
+    def predictions(self, task: str, samples: Sequence[Sample], answers: Sequence[str]) -> list[Any]:
+        """Answers as metrics take them: texts, or for grounding, boxes in pixels."""
+        if task != "grounding":
+            return list(answers)
+        read = [self.read_boxes(answer, sample.image_size) for sample, answer in zip(samples, answers, strict=True)]
+        # The numbers as they were written: in pixels one cannot see the scale.
+        written = [self.read_boxes(answer, (self.box_scale, self.box_scale)) for answer in answers]
+        largest = max((value for boxes in written for box in boxes for value in box), default=None)
+        if largest is not None and largest <= 1:
+            logger.warning(
+                f"No number of the {sum(map(len, written))} boxes in the answers is above 1. Protocol {self.name} asks for "
+                f"boxes from 0 to {self.box_scale} over the sides of the image: the model seems to answer with shares."
+            )
+        return [[list(box) for box in boxes] for boxes in read]
 
-    def _grounding(self, benchmark: Benchmark, samples: Sequence[Sample], answers: Sequence[str]) -> tuple[Any, ...]:
-        predictions = [
-            [list(box) for box in self.read_boxes(answer, sample.image_size)]
-            for sample, answer in zip(samples, answers, strict=True)
-        ]
-        references = [[list(box) for box in sample.boxes] for sample in samples]
-        return "visual_grounding", predictions, references, {"thresholds": list(self.thresholds)}
+
+class Strict(Protocol):
+    """Short prompts, exact answers (but for case, surrounding space and a full stop), COCO's caption metrics.
+
+    Nothing but the answer is read to interpret the answer; an empty one is wrong. Boxes are asked for as
+    `[x_min, y_min, x_max, y_max]`, 0 to 1000 over the image's own sides. Counts and areas of RSVQA are compared in the
+    published classes (up to 10, 100, 1000, more), as that benchmark defines them.
+    """
+
+    name = "strict"
 
 
-class OursWithoutJava(Ours):
-    """`ours`, but that captions are split into words by a plain rule and METEOR is left out: neither needs Java."""
+class StrictWithoutJava(Strict):
+    """`strict`, but that captions are split into words by a plain rule and METEOR is left out: neither needs Java."""
 
-    name = "ours-without-java"
+    name = "strict-without-java"
     captions = "coco_without_java"
 
 
-class Upstream(Ours):
+class Upstream(Protocol):
     """The scripts published with MF-RSVLM: their prompts, 64 tokens, sacrebleu and NLTK for captions, IoU 0.5 and 0.75.
 
     Instruction tuning used the literal tags `{IT}`, `{VQA}` and `{VG}`; of these, only boxes are asked for with theirs.
@@ -173,7 +222,7 @@ class Upstream(Ours):
         return f"{{VG}} {question} Answer with bounding box coordinates {form}."
 
 
-class RSEvalKit(Ours):
+class RSEvalKit(Protocol):
     """RSEvalKit, of the authors of VHM: a tag before every question, images padded to a square, 512 tokens.
 
     An answer is right if, in lower case and without spaces, it is contained in the reference; multiple choice goes by the
@@ -185,7 +234,7 @@ class RSEvalKit(Ours):
     multiple choice was the first of A to E anywhere, so that "Answer: B" was A. A fault that stays, because it is the
     definition: "a" is contained in "baseball field".
 
-    Otherwise than published: the lists on presence and colour are marked by the rule above, where the kit looks for yes and
+    Otherwise than published: the lists on presence and colour are scored by the rule above, where the kit looks for yes and
     no, or for the reference, within the answer; counts by that rule too, where it has their mean absolute error.
     """
 
@@ -197,9 +246,7 @@ class RSEvalKit(Ours):
 
     def prompt(self, sample: Sample, benchmark: Benchmark) -> str:
         text = super().prompt(sample, benchmark)
-        tag = self.tags[sample.task]
-        if benchmark.name == "vhm-eval" and sample.task == "vqa" and "RSVQA" not in benchmark.split:
-            tag = "{IDK}" if sample.group in ("presence", "color", "position", "relative position") else "{IT}"
+        tag = benchmark.tag or self.tags[sample.task]
         return text if re.match(r"\{[A-Z]+\} ", text) else f"{tag} {text}"
 
     def prepare_image(self, image: Image.Image) -> Image.Image:
@@ -208,24 +255,33 @@ class RSEvalKit(Ours):
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return square
 
-    def _counting(self, benchmark: Benchmark, samples: Sequence[Sample], answers: Sequence[str]) -> tuple[Any, ...]:
-        return super()._vqa(benchmark, samples, answers)
+    # Counts are compared as the words of any other short answer.
+
+    def metrics(self, benchmark: Benchmark, task: str) -> tuple[Metric, ...]:
+        return super().metrics(benchmark, task) if task != "counting" else (Metric("vqa_accuracy"),)
+
+    def settings(self, task: str, benchmark: Benchmark, samples: Sequence[Sample]) -> dict[str, Any]:
+        return super().settings("vqa" if task == "counting" else task, benchmark, samples)
 
 
-class GeoChat(Ours):
-    """GeoChat's: one word or phrase, exact match without spaces and full stops; RSVQA without counts and areas.
+class GeoChat(Protocol):
+    """GeoChat's: one word or phrase, exact match without spaces and full stops.
 
-    RSVQA-HR is its second test set, as published. Boxes are `{<x1><y1><x2><y2>|<degrees>}`, 0 to 100 over the image's
-    sides, turned about their centre (clockwise, as y points down) where the reference is oriented.
+    It leaves out RSVQA's counts and areas, and takes the second test set of RSVQA-HR, as published. Boxes are
+    `{<x1><y1><x2><y2>|<degrees>}`, 0 to 100 over the image's sides. They are turned about their centre where the reference
+    is oriented, clockwise, as y points down.
     """
 
     name = "geochat"
     class_parsing = "without_spaces"
     vqa_parsing = "without_spaces"
-    splits = {"rsvqa-hr": "test_phili"}
+    box_scale = 100
+
+    def default_split(self, info: BenchmarkInfo | None) -> str | None:
+        return (info.second_test_split if info else None) or super().default_split(info)
 
     def keeps(self, sample: Sample, benchmark: Benchmark) -> bool:
-        return not (benchmark.name.startswith("rsvqa") and sample.group in ("count", "area"))
+        return sample.group not in benchmark.numeric_types
 
     def classification_prompt(self, question: str, class_names: Sequence[str]) -> str:
         instruction = "Classify the image from the following classes. Answer in one word or a short phrase."
@@ -246,14 +302,15 @@ class GeoChat(Ours):
         return write_angled_box(box, size)
 
 
-class VRSBench(Ours):
+class VRSBench(Protocol):
     """VRSBench's: boxes `{<x1><y1><x2><y2>}` from 0 to 100, IoU 0.5 and 0.7, COCO's caption metrics.
 
-    Its questions are published with a score that a commercial language model gives; here they are marked by exact match,
+    Its questions are published with a score that a commercial language model gives; here they are scored by exact match,
     so figures of the task `vqa` are lower than published ones and not comparable with them.
     """
 
     name = "vrsbench"
+    box_scale = 100
 
     def captioning_prompt(self, question: str, class_names: Sequence[str]) -> str:
         return question or "Describe the image in detail."
@@ -311,6 +368,6 @@ def write_angled_box(box: Box, size: tuple[int, int]) -> str:
     return f"{{<{x1:.1f}><{y1:.1f}><{x2:.1f}><{y2:.1f}>{tail}}}"
 
 
-PROTOCOLS: dict[str, Callable[[], Ours]] = {
-    protocol.name: protocol for protocol in (Ours, OursWithoutJava, Upstream, RSEvalKit, GeoChat, VRSBench)
+PROTOCOLS: dict[str, Callable[[], Protocol]] = {
+    protocol.name: protocol for protocol in (Strict, StrictWithoutJava, Upstream, RSEvalKit, GeoChat, VRSBench)
 }

@@ -7,16 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from mfrsvlm.evaluation.benchmarks.class_folders import (
-    AID,
-    EUROSAT,
-    METER_ML,
-    NWPU_RESISC45,
-    SIRI_WHU,
-    UC_MERCED,
-    WHU_RS19,
-    ClassFolders,
-)
+from mfrsvlm.evaluation.benchmarks import BENCHMARKS
 from mfrsvlm.scenes.dataset import DatasetPlan, write_dataset
 
 
@@ -35,6 +26,11 @@ def edit_json(path: Path, change: Callable[[Any], Any]) -> None:
 def write_image(path: Path, size: tuple[int, int] = (8, 8), colour: tuple[int, int, int] = (90, 120, 60)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(path)
+
+
+def published_size(name: str) -> tuple[int, int]:
+    """Size of the images of a benchmark, small where it is not fixed."""
+    return BENCHMARKS[name].image_size or (8, 8)
 
 
 def make_rsvqa(root: Path, stem: str, images: str, kinds: tuple[str, ...], whole: tuple[str, str] | None = None) -> None:
@@ -61,7 +57,7 @@ def make_rsvqa(root: Path, stem: str, images: str, kinds: tuple[str, ...], whole
         write_json(root / f"{stem}_{key}.json", {key: active})
     write_json(root / f"{stem}_images.json", {"images": [{"id": i, "active": i < 7} for i in range(5, 10)]})
     for image in (5, 6):
-        write_image(root / images / f"{image}.tif")
+        write_image(root / images / f"{image}.tif", published_size("rsvqa-lr" if stem.startswith("LR") else "rsvqa-hr"))
 
 
 def make_rsvqa_lr(root: Path) -> None:
@@ -74,11 +70,11 @@ def make_rsvqa_hr(root: Path) -> None:
     make_rsvqa(root, "USGS_split_test_phili", "Data", kinds[:2])
 
 
-def make_folders(layout: ClassFolders, inside: str, spell: Callable[[str], str], suffix: str) -> Callable[[Path], None]:
+def make_folders(name: str, inside: str, spell: Callable[[str], str], suffix: str) -> Callable[[Path], None]:
     def make(root: Path) -> None:
-        for label in layout.classes:
+        for label in BENCHMARKS[name].loader.__self__.classes:
             for number in (1, 2):
-                write_image(root / inside / spell(label) / f"{spell(label)}_{number}{suffix}")
+                write_image(root / inside / spell(label) / f"{spell(label)}_{number}{suffix}", published_size(name))
 
     return make
 
@@ -87,12 +83,12 @@ def camel(label: str) -> str:
     return "".join(word.capitalize() for word in label.split())
 
 
-def make_karpathy(captions: str, images: str, suffix: str) -> Callable[[Path], None]:
+def make_karpathy(name: str, captions: str, images: str, suffix: str) -> Callable[[Path], None]:
     def make(root: Path) -> None:
         rows = []
         for number, split in enumerate(("train", "test", "test")):
             file = f"airport_{number}{suffix}"
-            write_image(root / images / file)
+            write_image(root / images / file, published_size(name))
             sentences = [{"tokens": ["many"], "raw": f"Many planes, seen {n} times . "} for n in range(5)]
             rows.append({"filename": file, "imgid": number, "split": split, "sentences": sentences})
         write_json(root / captions, {"images": rows, "dataset": "stand-in"})
@@ -105,7 +101,7 @@ def make_nwpu_captions(root: Path) -> None:
     for label in ("airplane", "river"):
         for number, split in enumerate(("train", "val", "test")):
             file = f"{label}_{number:03d}.jpg"
-            write_image(root / "NWPU_images" / label / file)
+            write_image(root / "NWPU_images" / label / file, published_size("nwpu-captions"))
             row = {"filename": file, "imgid": number, "split": split}
             row |= {key: f"A {label}, {key}." for key in ("raw", "raw_1", "raw_2", "raw_3", "raw_4")}
             content.setdefault(label, []).append(row)
@@ -196,27 +192,120 @@ def make_scenes(root: Path) -> None:
         path.rename(root / path.name)
 
 
+def make_rsivqa(name: str) -> Callable[[Path], None]:
+    """Two images, with a question of every type about the first; every file of the benchmark holds the same."""
+    asked = (
+        "what is the theme of this picture?harbor", "does this picture contain ship?yes",
+        "how many ships are there in this picture?12", "What is the location of the ships in this picture?top left",
+    )  # fmt: skip
+
+    def make(root: Path) -> None:
+        for files in BENCHMARKS[name].loader.__self__.files.values():
+            for file in files:
+                (root / file).parent.mkdir(parents=True, exist_ok=True)
+                lines = [*(f"1.tif:{text}" for text in asked), f"2.tif: {asked[1]}"]
+                (root / file).write_text("\n".join(lines) + "\n")
+        for image in (1, 2):
+            write_image(root / "images" / f"{image}.tif", published_size(name))
+
+    return make
+
+
+def make_multilabel(root: Path) -> None:
+    labels = list(BENCHMARKS["ucm-multilabel"].loader.__self__.labels)
+    rows = [["IMAGE\\LABEL", *labels]]
+    for number, image in enumerate(("beach00", "river01")):
+        write_image(root / "Images" / image[:-2] / f"{image}.tif", published_size("ucm-multilabel"))
+        rows.append([image, *(str(int(index % 3 == number)) for index in range(len(labels)))])
+    (root / "LandUse_Multilabeled.txt").write_text("".join("\t".join(row) + "\n" for row in rows))
+
+
+def make_rsvg_hr(root: Path) -> None:
+    lines = ["a_ship.jpg,740.5,222.5,776.69,258.06,a ship, on the left", "b.jpg,408.0,772,1025.4,800.49,find a pool"]
+    for split in ("train", "test"):
+        (root / f"rsvg_hr_{split}.txt").write_text("\n".join(lines) + "\n")
+    for line in lines:
+        write_image(root / "images" / line.split(",")[0], (1024, 1024))
+
+
+# Two images of 80 x 40 pixels: three ships and a car in the first, two cars in the second.
+OBJECTS = {
+    "a": [("ship", (0, 0, 20, 10)), ("ship", (30, 10, 50, 30)), ("ship", (60, 20, 80, 40)), ("car", (10, 20, 18, 26))],
+    "b": [("car", (10, 20, 18, 26)), ("car", (40, 20, 48, 26))],
+}
+
+
+def make_yolo(root: Path) -> None:
+    (root / "labels").mkdir()
+    (root / "classes.txt").write_text("car\nship\n")
+    for image, objects in OBJECTS.items():
+        write_image(root / "images" / f"{image}.jpg", (80, 40))
+        lines = [
+            f"{int(label == 'ship')} {(x1 + x2) / 160} {(y1 + y2) / 80} {(x2 - x1) / 80} {(y2 - y1) / 40}\n"
+            for label, (x1, y1, x2, y2) in objects
+        ]
+        (root / "labels" / f"{image}.txt").write_text("".join(lines))
+
+
+def make_voc(root: Path) -> None:
+    (root / "Annotations").mkdir()
+    for image, objects in OBJECTS.items():
+        write_image(root / "JPEGImages" / f"{image}.jpg", (80, 40))
+        found = "".join(
+            f"<object><name>{label}</name><bndbox>"
+            + "".join(f"<{side}>{value}</{side}>" for side, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
+            + "</bndbox></object>"
+            for label, box in objects
+        )
+        (root / "Annotations" / f"{image}.xml").write_text(
+            f"<annotation><filename>{image}.jpg</filename><size><width>80</width><height>40</height></size>{found}</annotation>"
+        )
+
+
+def make_csv(root: Path) -> None:
+    rows = ["image_path,xmin,ymin,xmax,ymax,label"]
+    for image, objects in OBJECTS.items():
+        write_image(root / f"{image}.jpg", (80, 40))
+        rows += [",".join(map(str, (f"{image}.tif", *box, label))) for label, box in objects]
+    (root / "boxes.csv").write_text("\n".join(rows) + "\n")
+
+
+def make_boxes_json(root: Path) -> None:
+    rows = []
+    for image, objects in OBJECTS.items():
+        write_image(root / "images" / f"{image}.jpg", (80, 40))
+        rows.append(
+            {"image": f"images/{image}.jpg", "objects": [{"class": label, "box": list(box)} for label, box in objects]}
+        )
+    write_json(root / "boxes.json", rows)
+
+
 # Benchmark -> what writes its stand-in into an existing folder.
 MAKERS: dict[str, Callable[[Path], None]] = {
     "rsvqa-lr": make_rsvqa_lr,
     "rsvqa-hr": make_rsvqa_hr,
-    "aid": make_folders(AID, "", camel, ".jpg"),
-    "nwpu-resisc45": make_folders(NWPU_RESISC45, "NWPU-RESISC45", lambda label: label.replace(" ", "_"), ".jpg"),
-    "whu-rs19": make_folders(WHU_RS19, "", camel, ".jpg"),
-    "siri-whu": make_folders(SIRI_WHU, "12class_tif", lambda label: label.replace(" ", "_"), ".tif"),
-    "eurosat": make_folders(EUROSAT, "2750", camel, ".jpg"),
-    "uc-merced": make_folders(UC_MERCED, "UCMerced_LandUse/Images", lambda label: label.replace(" ", ""), ".tif"),
-    "meter-ml": make_folders(METER_ML, "", lambda label: label.replace(" ", "_"), ".png"),
-    "rsicd": make_karpathy("dataset_rsicd.json", "RSICD_images", ".jpg"),
-    "sydney-captions": make_karpathy("dataset.json", "imgs", ".tif"),
-    "ucm-captions": make_karpathy("dataset.json", "imgs", ".tif"),
-    "rsitmd": make_karpathy("dataset_RSITMD.json", "images", ".tif"),
+    "aid": make_folders("aid", "", camel, ".jpg"),
+    "nwpu-resisc45": make_folders("nwpu-resisc45", "NWPU-RESISC45", lambda label: label.replace(" ", "_"), ".jpg"),
+    "whu-rs19": make_folders("whu-rs19", "", camel, ".jpg"),
+    "siri-whu": make_folders("siri-whu", "12class_tif", lambda label: label.replace(" ", "_"), ".tif"),
+    "eurosat": make_folders("eurosat", "2750", camel, ".jpg"),
+    "uc-merced": make_folders("uc-merced", "UCMerced_LandUse/Images", lambda label: label.replace(" ", ""), ".tif"),
+    "meter-ml": make_folders("meter-ml", "", lambda label: label.replace(" ", "_"), ".png"),
+    "rsicd": make_karpathy("rsicd", "dataset_rsicd.json", "RSICD_images", ".jpg"),
+    "sydney-captions": make_karpathy("sydney-captions", "dataset.json", "imgs", ".tif"),
+    "ucm-captions": make_karpathy("ucm-captions", "dataset.json", "imgs", ".tif"),
+    "rsitmd": make_karpathy("rsitmd", "dataset_RSITMD.json", "images", ".tif"),
     "nwpu-captions": make_nwpu_captions,
     "vrsbench-captions": make_vrsbench,
     "vrsbench-vqa": make_vrsbench,
     "vrsbench-referring": make_vrsbench,
     "dior-rsvg": make_dior_rsvg,
     "vhm-eval": make_vhm_eval,
+    **{name: make_rsivqa(name) for name in BENCHMARKS if name.startswith("rsivqa")},
+    "ucm-multilabel": make_multilabel,
+    "rsvg-hr": make_rsvg_hr,
+    "detection-grounding": make_yolo,
+    "detection-counting": make_yolo,
     "scenes": make_scenes,
 }
 # Samples in the default split of each stand-in.
@@ -224,4 +313,6 @@ COUNTS = {
     "rsvqa-lr": 4, "rsvqa-hr": 4, "aid": 60, "nwpu-resisc45": 90, "whu-rs19": 38, "siri-whu": 24, "eurosat": 20,
     "uc-merced": 42, "meter-ml": 14, "rsicd": 2, "sydney-captions": 2, "ucm-captions": 2, "rsitmd": 2, "nwpu-captions": 2,
     "vrsbench-captions": 2, "vrsbench-vqa": 2, "vrsbench-referring": 2, "dior-rsvg": 2, "vhm-eval": 2,
+    "ucm-multilabel": 34, "rsvg-hr": 2, "detection-grounding": 1, "detection-counting": 3,
+    **{name: 5 for name in BENCHMARKS if name.startswith("rsivqa")},
 }  # fmt: skip

@@ -2,14 +2,14 @@
 
 from collections import Counter
 from pathlib import Path
-from xml.etree import ElementTree
 
-from .reading import SHOWN, find, inside, read_text, take_box
+from .info import BenchmarkInfo
+from .reading import SHOWN, find, read_text
 from .sample import Benchmark, BenchmarkError, Sample
+from .voc import read_voc, text, xml_files
 
 
 OBJECTS = 38320  # in all annotations: with another number of them, the numbers in the lists mean other objects
-SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
 def load_dior_rsvg(name: str, root: Path, split: str, check_counts: bool) -> Benchmark:
@@ -22,8 +22,8 @@ def load_dior_rsvg(name: str, root: Path, split: str, check_counts: bool) -> Ben
             with a line that is no number of an object, or that is there twice.
     """
     folder = find(root, ("JPEGImages",), "folder of images").name
-    paths = sorted(find(root, ("Annotations",), "folder of annotations").glob("[!.]*.xml"))
-    objects = [sample for path in paths for sample in _objects(path, folder)]
+    paths = xml_files(find(root, ("Annotations",), "folder of annotations"))
+    objects = [sample for path in paths for sample in _samples(path, folder)]
     if check_counts and len(objects) != OBJECTS:
         raise BenchmarkError(
             f"{name}: {len(paths)} files in {root / 'Annotations'} hold {len(objects)} objects, not the published "
@@ -43,35 +43,26 @@ def load_dior_rsvg(name: str, root: Path, split: str, check_counts: bool) -> Ben
     return Benchmark(name, split, root, [objects[int(line)] for line in lines])
 
 
-def _objects(path: Path, folder: str) -> list[Sample]:
-    try:
-        annotation = ElementTree.parse(path).getroot()
-    except (ElementTree.ParseError, OSError) as error:
-        raise BenchmarkError(f"{path} is no XML, or its end is missing: {error}. Download it again.") from error
-
-    def text(element: ElementTree.Element, tag: str) -> str:
-        found = (element.findtext(tag) or "").strip()
-        if not found:
-            raise BenchmarkError(f"{path}: <{element.tag}> has no <{tag}>, or it is blank.")
-        return found
-
-    width, height = take_box([text(annotation, f"size/{side}") for side in ("width", "height")], (2,), path, "size")
-    size = int(width), int(height)
-
-    def box(item: ElementTree.Element, number: int) -> tuple[float, ...]:
-        where = f"object {number}"
-        return inside(take_box([text(item, f"bndbox/{side}") for side in SIDES], (4,), path, where), size, path, where)
-
+def _samples(path: Path, folder: str) -> list[Sample]:
+    annotation = read_voc(path)
     return [
         Sample(
             id=f"{path.stem}-{number}",
-            images=(f"{folder}/{text(annotation, 'filename')}",),
+            images=(f"{folder}/{annotation.image}",),
             task="grounding",
-            question=text(item, "description"),
+            question=text(item.element, "description", path),
             references=(),
-            group=text(item, "name"),
-            boxes=(box(item, number),),
-            image_size=size,
+            group=item.name,
+            boxes=(item.box,),
+            image_size=annotation.size,
         )
-        for number, item in enumerate(annotation.findall("object"))
+        for number, item in enumerate(annotation.objects)
     ]
+
+
+BENCHMARK = BenchmarkInfo(
+    loader=load_dior_rsvg,
+    splits={"train": 26991, "val": 3829, "test": 7500},
+    tasks=("grounding",),
+    source="https://github.com/ZhanYang-nwpu/RSVG-pytorch",
+)

@@ -1,50 +1,111 @@
-"""Captions in Karpathy's layout, one JSON file for all splits: RSICD, Sydney captions, UCM captions, RSITMD."""
+"""Captions, as RSICD, Sydney captions, UCM captions and RSITMD are published: in Karpathy's JSON file, or in text files.
+
+Karpathy's layout is one JSON file for all splits. The other, `NAME_precomp` in work on image-text retrieval, has two text
+files a split: `train_caps.txt` with one caption a line, and `train_filename.txt` with the names of the images.
+"""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .reading import find, read_json, take, take_text
+from .reading import find, left_out, read_json, read_text, take, take_text
 from .sample import Benchmark, BenchmarkError, Sample
 
 
 logger = logging.getLogger(__name__)
 
+# The JSON file has these; "trainval" is both, as the text files have it.
+PARTS = {"train": ("train",), "val": ("val",), "test": ("test",), "trainval": ("train", "val")}
 SPLITS = ("train", "val", "test")
+Captions = tuple[str, list[str]]  # the name of an image, and its captions
 
 
 @dataclass(frozen=True)
 class CaptionFiles:
-    """Names under which the captions and the folder of the images are published."""
+    """Names under which the captions and the folder of the images are published.
+
+    Attributes:
+        captions: the JSON file.
+        precomp: folders that the text files may lie in. They may also lie in the root.
+        precomp_splits: split of the benchmark -> split of the text files.
+    """
 
     captions: tuple[str, ...]
     images: tuple[str, ...]
+    precomp: tuple[str, ...] = ()
+    precomp_splits: Mapping[str, str] = field(default_factory=dict)
+
+    def load(self, name: str, root: Path, split: str, check_counts: bool, broken_rows: str = "error") -> Benchmark:
+        """One sample for each image of the split, with all its captions as references.
+
+        The text files are read where the JSON file is absent.
+
+        Args:
+            broken_rows: "error", or "skip" to leave out images without a caption. They are counted in `left_out`.
+
+        Raises:
+            BenchmarkError: see `reading`; or a row of an unknown split, an image without a caption, or text files that do
+                not fit each other.
+        """
+        texts = next((root / place for place in ("", *self.precomp) if any((root / place).glob("*_caps.txt"))), None)
+        if texts is not None and not any((root / file).exists() for file in self.captions):
+            path, captions_of = self._read_texts(name, texts, split)
+            folder = next((place for place in self.images if (root / place).is_dir()), self.images[0])
+            return self._benchmark(name, root, split, captions_of, folder, path, broken_rows)
+        path = find(root, self.captions, "file of captions")
+        folder = find(root, self.images, "folder of images").name
+        captions_of = []
+        for number, row in enumerate(take(read_json(path, dict), "images", list, path, "0")):
+            if take_split(row, path, number) not in PARTS[split]:
+                continue
+            file = take_text(row, "filename", path, number)
+            sentences = take(row, "sentences", list, path, number)
+            captions = [take(sentence, "raw", str, path, f"{number} ({file})") for sentence in sentences]
+            captions_of.append((file, captions))
+        return self._benchmark(name, root, split, captions_of, folder, path, broken_rows)
+
+    @staticmethod
+    def _benchmark(
+        name: str, root: Path, split: str, captions_of: list[Captions], folder: str, path: Path, broken_rows: str
+    ) -> Benchmark:
+        blank = {
+            number: file for number, (file, captions) in enumerate(captions_of, start=1) if not any(map(str.strip, captions))
+        }
+        left = left_out(blank, len(captions_of), path, "no caption", broken_rows) if broken_rows != "error" else {}
+        samples = [
+            Sample(file, (f"{folder}/{file}",), "captioning", "", references(captions, path, file))
+            for number, (file, captions) in enumerate(captions_of, start=1)
+            if not left or number not in blank
+        ]
+        return Benchmark(name, split, root, samples, left_out=left)
+
+    def _read_texts(self, name: str, texts: Path, split: str) -> tuple[Path, list[Captions]]:
+        """The file of the captions, and what it holds."""
+        if split not in self.precomp_splits:
+            raise BenchmarkError(
+                f"{name}: the text files in {texts} hold the splits {', '.join(self.precomp_splits)}, not {split!r}."
+            )
+        part = self.precomp_splits[split]
+        path, names_path = texts / f"{part}_caps.txt", texts / f"{part}_filename.txt"
+        captions, names = _lines(path), _lines(names_path)
+        files = list(dict.fromkeys(names))
+        # Names stand once for each image, or once for each caption.
+        if "" in files or not files or len(names) not in (len(files), len(captions)) or len(captions) % len(files):
+            raise BenchmarkError(
+                f"{path} holds {len(captions)} captions and {names_path} {len(names)} names of {len(files)} images. "
+                "Each image needs the same number of captions, and its name once, or once for each caption."
+            )
+        each = len(captions) // len(files)
+        if len(names) == len(captions) and names != [file for file in files for _ in range(each)]:
+            raise BenchmarkError(f"{names_path}: the {each} captions of an image do not stand together.")
+        return path, [(file, captions[each * number : each * (number + 1)]) for number, file in enumerate(files)]
 
 
-RSICD = CaptionFiles(("dataset_rsicd.json",), ("RSICD_images", "images"))
-SYDNEY = CaptionFiles(("dataset.json",), ("imgs", "images"))
-UCM = CaptionFiles(("dataset.json",), ("imgs", "images"))
-RSITMD = CaptionFiles(("dataset_RSITMD.json", "dataset_rsitmd.json"), ("images",))
-
-
-def load_karpathy_captions(files: CaptionFiles, name: str, root: Path, split: str, check_counts: bool) -> Benchmark:
-    """One sample for each image of the split, with all its captions as references.
-
-    Raises:
-        BenchmarkError: see `reading`; or a row of an unknown split, or an image without a caption.
-    """
-    path = find(root, files.captions, "file of captions")
-    folder = find(root, files.images, "folder of images").name
-    samples = []
-    for number, row in enumerate(take(read_json(path, dict), "images", list, path, "0")):
-        if take_split(row, path, number) != split:
-            continue
-        file = take_text(row, "filename", path, number)
-        sentences = take(row, "sentences", list, path, number)
-        captions = [take(sentence, "raw", str, path, f"{number} ({file})") for sentence in sentences]
-        samples.append(Sample(file, (f"{folder}/{file}",), "captioning", "", references(captions, path, file)))
-    return Benchmark(name, split, root, samples)
+def _lines(path: Path) -> list[str]:
+    """Lines of a text file, blank ones too: their number says to which image they belong."""
+    return [line.strip() for line in read_text(path).removesuffix("\n").split("\n")]
 
 
 def take_split(row: Any, path: Path, number: int | str) -> str:
@@ -58,7 +119,10 @@ def references(captions: list[str], path: Path, image: str) -> tuple[str, ...]:
     """The captions of one image. Blank ones, which some releases hold, are left out with a warning."""
     kept = tuple(caption.strip() for caption in captions if caption.strip())
     if not kept:
-        raise BenchmarkError(f"{path}: image {image} has no caption.")
+        raise BenchmarkError(
+            f"{path}: image {image} has no caption. Set broken_rows='skip' to leave such images out, where the benchmark "
+            "takes it; the summary then says how many."
+        )
     if len(kept) < len(captions):
         logger.warning(f"{path}: {len(captions) - len(kept)} of {len(captions)} captions of {image} are blank; left out.")
     return kept

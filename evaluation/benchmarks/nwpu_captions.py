@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from .info import BenchmarkInfo
 from .karpathy_captions import references, take_split
 from .reading import find, read_json, take, take_text
 from .sample import Benchmark, Sample
@@ -31,3 +32,12 @@ def load_nwpu_captions(name: str, root: Path, split: str, check_counts: bool) ->
             image = f"{folder}/{by_class}{file}"
             samples.append(Sample(file, (image,), "captioning", "", references(captions, path, file), group))
     return Benchmark(name, split, root, samples)
+
+
+BENCHMARK = BenchmarkInfo(
+    loader=load_nwpu_captions,
+    splits={"train": None, "val": None, "test": None},
+    tasks=("captioning",),
+    image_size=(256, 256),
+    source="https://github.com/HaiyanHuang98/NWPU-Captions",
+)

@@ -1,15 +1,20 @@
 """Reads the files of benchmarks and says what is wrong with them: the file, the row, the value, and what was expected."""
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from ...files import reading as files
+from ...files.reading import shorten
 from ...image_sources_mfrsvlm import image_size, open_image
-from .sample import BenchmarkError
+from .sample import BenchmarkError, Sample
 
 
 SHOWN = 5  # names in a message about many
+TURNED = range(5, 9)  # values of EXIF's orientation that swap width and height
+ORIENTATION = 0x0112
 
 
 def find(root: Path, names: Iterable[str], what: str) -> Path:
@@ -26,33 +31,52 @@ def find(root: Path, names: Iterable[str], what: str) -> Path:
 
 
 def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise BenchmarkError(f"There is no {path}. docs/benchmarks.md says which files the benchmark needs.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise BenchmarkError(f"{path} cannot be read as UTF-8: {error}.") from error
+    return _read(files.read_text, path)
 
 
 def read_json(path: Path, kind: type) -> Any:
     """A JSON file whose outermost value is a `kind`, `list` or `dict`."""
-    try:
-        value = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise BenchmarkError(f"{path} is no JSON, or its end is missing: {error}. Download it again.") from error
+    value = _read(files.read_json, path)
     if not isinstance(value, kind):
         raise BenchmarkError(f"{path} holds a {type(value).__name__} where a {kind.__name__} is expected.")
     return value
 
 
+def read_json_rows(path: Path) -> list[tuple[int, Any]]:
+    """Rows of a JSON list or a JSONL file, with their numbers, counted from one."""
+    rows = _read(files.read_rows, path)
+    for number, row in rows:
+        if isinstance(row, files.NotJSON):
+            raise BenchmarkError(f"{path}, row {number} is not JSON, or its end is missing: {row.reason}.")
+    return rows
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines of a text file that are not blank, with their numbers, counted from one."""
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if line.strip():
+            yield number, line
+
+
+def _read(reader: Any, path: Path) -> Any:
+    try:
+        return reader(path)
+    except FileNotFoundError as error:
+        raise BenchmarkError(f"There is no {path}. docs/benchmarks.md says which files the benchmark needs.") from error
+    except OSError as error:
+        raise BenchmarkError(f"{path} cannot be read: {error}.") from error
+    except ValueError as error:
+        raise BenchmarkError(f"{error} Download it again if it came like this.") from error
+
+
 def take(row: Any, key: str, kind: type | tuple[type, ...], path: Path, number: int | str) -> Any:
     """`row[key]`, checked to be there and to be of that type. A bool is no number."""
     if not isinstance(row, dict):
-        raise BenchmarkError(f"{path}, row {number}: a {type(row).__name__} where an object is expected: {str(row)[:80]!r}.")
+        raise BenchmarkError(f"{path}, row {number}: a {type(row).__name__} where an object is expected: {shorten(row)}.")
     value = row.get(key)
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        found = f"is {value!r:.80}, a {type(value).__name__}" if key in row else "is missing"
+        found = f"is {shorten(value)}, a {type(value).__name__}" if key in row else "is missing"
         raise BenchmarkError(
             f"{path}, row {number}: {key!r} {found}; expected {' or '.join(k.__name__ for k in kinds)}. "
             f"The row has {sorted(row)}."
@@ -80,9 +104,24 @@ def take_box(values: Any, counts: tuple[int, ...], path: Path, number: int | str
         box = ()
     if len(box) not in counts or not all(abs(value) < 1e6 for value in box):
         raise BenchmarkError(
-            f"{path}, row {number}: {values!r:.120} is no box: expected {' or '.join(map(str, counts))} finite numbers."
+            f"{path}, row {number}: {shorten(values)} is no box: expected {' or '.join(map(str, counts))} finite numbers."
         )
     return box
+
+
+# Images
+
+
+def find_images(folder: Path, root: Path) -> dict[str, str]:
+    """Images in a folder and the folders below: their names, with and without suffix, and their paths from `root`.
+
+    A name that several images have is left out: it says nothing.
+    """
+    found: dict[str, str | None] = {}
+    for path in files.list_images(folder, recursive=True):
+        for name in {path.name, path.stem}:
+            found[name] = None if name in found else path.relative_to(root).as_posix()
+    return {name: path for name, path in found.items() if path is not None}
 
 
 def require_images(root: Path, names: Iterable[str]) -> None:
@@ -97,8 +136,58 @@ def require_images(root: Path, names: Iterable[str]) -> None:
         )
 
 
+def require_size(root: Path, names: Iterable[str], size: tuple[int, int], tolerance: int) -> None:
+    """Raises a `BenchmarkError` if images have not the published size. Broken images are left to `Benchmark.read_image`.
+
+    Args:
+        size: published (width, height) in pixels.
+        tolerance: by how many pixels published images differ from it.
+    """
+    unique = list(dict.fromkeys(names))
+    wrong = {}
+    for name in unique:
+        try:
+            found = stored_size(root / name)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            continue
+        if any(abs(side - expected) > tolerance for side, expected in zip(found, size, strict=True)):
+            wrong[name] = found
+    if wrong:
+        shown = ", ".join(f"{name} with {width} x {height}" for name, (width, height) in list(wrong.items())[:SHOWN])
+        raise BenchmarkError(
+            f"{len(wrong)} of {len(unique)} images under {root} have not the published size of {size[0]} x {size[1]} "
+            f"pixels: {shown}. Take the published images: resized ones lose detail. For other images on purpose, set "
+            "check_sizes=False."
+        )
+
+
+def require_sizes_of_annotations(root: Path, samples: Iterable[Sample]) -> None:
+    """Raises a `BenchmarkError` if an image has not the size that its annotation says, to which its boxes refer."""
+    sizes = {sample.images[0]: sample.image_size for sample in samples if sample.image_size}
+    wrong = {}
+    for name, size in sizes.items():
+        try:
+            found = stored_size(root / name)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            continue
+        if found != tuple(size):
+            wrong[name] = f"{name} has {found[0]} x {found[1]} and not {size[0]} x {size[1]}"
+    if wrong:
+        raise BenchmarkError(
+            f"{len(wrong)} of {len(sizes)} images under {root} have not the size in pixels that their annotation says: "
+            f"{', '.join(list(wrong.values())[:SHOWN])}. Were they resized or turned? If on purpose, set check_sizes=False."
+        )
+
+
+def stored_size(path: Path) -> tuple[int, int]:
+    """(width, height) of an image as its EXIF data turn it, from its header alone, which is fast."""
+    with Image.open(path) as image:
+        width, height = image.size
+        return (height, width) if image.getexif().get(ORIENTATION) in TURNED else (width, height)
+
+
 def read_size(path: Path) -> tuple[int, int]:
-    """(width, height) of an image in pixels, upright as its EXIF data say."""
+    """(width, height) of an image in pixels, upright as its EXIF data say. Also checks that the image can be opened."""
     try:
         height, width = image_size(open_image(path))
     except ValueError as error:
@@ -106,14 +195,111 @@ def read_size(path: Path) -> tuple[int, int]:
     return width, height
 
 
-def inside(box: tuple[float, ...], size: tuple[int, int], path: Path, number: int | str) -> tuple[float, ...]:
-    """A box (x1, y1, x2, y2) cut to its image (width, height). One that is more than a pixel beyond is refused.
+# Boxes
 
-    Pixels counted from one reach that far; farther, the box is written in other units, or belongs to another image.
+
+def inside(box: tuple[float, ...], size: tuple[int, int], path: Path, number: int | str) -> tuple[float, ...]:
+    """A box (x1, y1, x2, y2) cut to its image (width, height). One that is far beyond the image is rejected.
+
+    Pixels counted from one, and rounded shares, reach a pixel or a hundredth of the side beyond. Farther, the box is written
+    in other units, or belongs to another image.
     """
     limits = size * 2
-    if not all(-1 <= value <= limit + 1 for value, limit in zip(box, limits, strict=True)):
+    if not all(-_slack(side) <= value <= side + _slack(side) for value, side in zip(box, limits, strict=True)):
         raise BenchmarkError(
-            f"{path}, row {number}: box {list(box)} reaches out of its image, {size[0]} pixels wide and {size[1]} high."
+            f"{path}, row {number}: box {list(box)} reaches out of its image, {size[0]} pixels wide and {size[1]} high. "
+            f"{likely_scale(box, size)}"
         )
-    return tuple(min(max(value, 0.0), float(limit)) for value, limit in zip(box, limits, strict=True))
+    # A sum with 0 has no sign where it is 0: "-0.0" in an answer would not be read.
+    cut = tuple(min(max(value, 0.0), float(limit)) + 0.0 for value, limit in zip(box, limits, strict=True))
+    if _has_area(box) and not _has_area(cut):
+        raise BenchmarkError(
+            f"{path}, row {number}: box {list(box)} lies outside of its image, {size[0]} pixels wide and {size[1]} high."
+        )
+    return cut
+
+
+def likely_scale(box: Sequence[float], size: tuple[int, int]) -> str:
+    """What the numbers of a box that leaves its image may mean, as a sentence."""
+    if min(box) < -1:
+        return "Negative numbers are no pixels: are its numbers centre and extent, or is it of another image?"
+    for scale in (100, 1000):
+        if max(size) < max(box) <= scale:
+            return f"Its numbers fit a scale of 0 to {scale} over the sides: convert them to pixels."
+    return f"It fits an image of at least {max(box[::2]):g} x {max(box[1::2]):g} pixels: was the image resized or cropped?"
+
+
+def check_boxes(name: str, samples: Iterable[Sample]) -> None:
+    """Whether the boxes of all samples are pixels of their images.
+
+    Raises:
+        BenchmarkError: a box lies outside of its image, or all boxes seem to be on another scale. Names the sample.
+    """
+    grounded = [sample for sample in samples if sample.boxes]
+    for sample in grounded:
+        for box in sample.boxes:
+            # Corners of an oriented box at the edge of its image may lie beyond.
+            if len(box) == 4:
+                inside(box, sample.image_size, Path(name), f"of sample {sample.id}")
+    largest = max((value for sample in grounded for box in sample.boxes for value in box), default=0)
+    smallest_side = min((side for sample in grounded for side in sample.image_size), default=0)
+    # Twenty true boxes do not all lie in one corner of their images. A single one may, but not within one pixel.
+    scale = (
+        1 if largest <= 1 < smallest_side / 8 else 100 if largest <= 100 < smallest_side / 2 and len(grounded) > 20 else None
+    )
+    if grounded and scale:
+        first = grounded[0]
+        raise BenchmarkError(
+            f"{name}: no number of the {len(grounded)} boxes is above {scale}, such as {list(first.boxes[0])} of sample "
+            f"{first.id}, in an image of {first.image_size[0]} x {first.image_size[1]} pixels. They seem to be on a scale "
+            f"of 0 to {scale} over the sides: convert them to pixels."
+        )
+
+
+def _slack(side: int) -> float:
+    return max(1.0, side / 100)
+
+
+def _has_area(box: Sequence[float]) -> bool:
+    return box[0] != box[2] and box[1] != box[3]
+
+
+# Options
+
+
+def chosen_classes(classes: Sequence[str] | None, known: Sequence[str], name: str) -> list[str]:
+    """The classes that the user wants, in the order of the benchmark; all of them for `None`.
+
+    Raises:
+        BenchmarkError: no class, or one that the benchmark has not.
+    """
+    if classes is None:
+        return list(known)
+    unknown = sorted(set(classes) - set(known))
+    if unknown or not classes or isinstance(classes, str):
+        wrong = f"has no classes {unknown}" if unknown and not isinstance(classes, str) else f"got classes={classes!r}"
+        raise BenchmarkError(f"{name} {wrong}; choose a list of some of {', '.join(known)}.")
+    return [label for label in known if label in classes]
+
+
+def left_out(rows: Mapping[int, str], total: int, path: Path, what: str, broken_rows: str) -> dict[str, int]:
+    """What to note of broken rows that the user leaves out.
+
+    Args:
+        rows: broken rows by their number.
+        broken_rows: "error" or "skip".
+
+    Raises:
+        BenchmarkError: there are broken rows and the user did not say to skip them; or an unknown value.
+    """
+    if broken_rows not in ("error", "skip"):
+        raise BenchmarkError(f"broken_rows={broken_rows!r} must be 'error' or 'skip'.")
+    if not rows:
+        return {}
+    if broken_rows == "error":
+        shown = ", ".join(f"row {number} {shorten(text)}" for number, text in list(rows.items())[:SHOWN])
+        raise BenchmarkError(
+            f"{path}: {len(rows)} of {total} rows have {what}: {shown}{', ...' if len(rows) > SHOWN else ''}. "
+            "Set broken_rows='skip' to leave them out; the summary then says how many."
+        )
+    return {f"rows with {what}": len(rows)}

@@ -13,7 +13,7 @@ from .sample import Benchmark, BenchmarkError, Sample
 
 
 @dataclass(frozen=True)
-class Edition:
+class RSVQAFiles:
     """Names of the files of one of the two data sets."""
 
     prefix: str
@@ -21,67 +21,63 @@ class Edition:
     all_questions: tuple[str, ...]
     all_answers: tuple[str, ...]
 
+    def load(self, name: str, root: Path, split: str, check_counts: bool) -> Benchmark:
+        """Every active question of the split with the active answer that names it; the group is the question's type.
 
-LOW_RESOLUTION = Edition("LR_split", ("Images_LR",), ("all_questions.json",), ("all_answers.json",))
-HIGH_RESOLUTION = Edition(
-    "USGS_split", ("Data",), ("USGSquestions.json", "all_questions.json"), ("USGSanswers.json", "all_answers.json")
-)
+        Answers are as written: "yes", "urban", "3" or "17m2". Quantising counts and areas is left to the metric.
 
+        Raises:
+            BenchmarkError: see `reading`; or a question without an answer, an answer without a question, two answers to one
+                question, or a question about an image that is not of the split.
+        """
+        stem = f"{self.prefix}_{split}"
+        questions_path, answers_path, images_path = (
+            root / f"{stem}_{key}.json" for key in ("questions", "answers", "images")
+        )
+        questions = _active(questions_path, "questions", "question", self.all_questions)
+        answers: dict[int, str] = {}
+        for row in _active(answers_path, "answers", "answer", self.all_answers):
+            question_id = take(row, "question_id", int, answers_path, _id(row))
+            if question_id in answers:
+                raise BenchmarkError(f"{answers_path}: question {question_id} has two active answers.")
+            answers[question_id] = take_text(row, "answer", answers_path, _id(row))
+        images = None
+        if images_path.is_file():
+            rows = _active(images_path, "images", "id", ())
+            images = {take(row, "id", int, images_path, _id(row)) for row in rows}
 
-def load_rsvqa(edition: Edition, name: str, root: Path, split: str, check_counts: bool) -> Benchmark:
-    """Every active question of the split with the active answer that names it; the group is the question's type.
-
-    Answers are as written: "yes", "urban", "3" or "17m2". Quantising counts and areas is left to the metric.
-
-    Raises:
-        BenchmarkError: see `reading`; or a question without an answer, an answer without a question, two answers to one
-            question, or a question about an image that is not of the split.
-    """
-    stem = f"{edition.prefix}_{split}"
-    questions_path, answers_path, images_path = (root / f"{stem}_{key}.json" for key in ("questions", "answers", "images"))
-    questions = _active(questions_path, "questions", "question", edition.all_questions)
-    answers: dict[int, str] = {}
-    for row in _active(answers_path, "answers", "answer", edition.all_answers):
-        question_id = take(row, "question_id", int, answers_path, _id(row))
-        if question_id in answers:
-            raise BenchmarkError(f"{answers_path}: question {question_id} has two active answers.")
-        answers[question_id] = take_text(row, "answer", answers_path, _id(row))
-    images = None
-    if images_path.is_file():
-        rows = _active(images_path, "images", "id", ())
-        images = {take(row, "id", int, images_path, _id(row)) for row in rows}
-
-    folder = find(root, edition.images, "folder of images").name
-    samples = []
-    suffix = ".tif"
-    for row in questions:
-        question_id = take(row, "id", int, questions_path, _id(row))
-        image_id = take(row, "img_id", int, questions_path, _id(row))
-        if question_id not in answers:
-            raise BenchmarkError(f"{questions_path}: question {question_id} has no active answer in {answers_path}.")
-        if images is not None and image_id not in images:
+        folder = find(root, self.images, "folder of images").name
+        samples = []
+        suffix = ".tif"
+        for row in questions:
+            question_id = take(row, "id", int, questions_path, _id(row))
+            image_id = take(row, "img_id", int, questions_path, _id(row))
+            if question_id not in answers:
+                raise BenchmarkError(f"{questions_path}: question {question_id} has no active answer in {answers_path}.")
+            if images is not None and image_id not in images:
+                raise BenchmarkError(
+                    f"{questions_path}: question {question_id} is about image {image_id}, which is not active in "
+                    f"{images_path}."
+                )
+            if not samples and not (root / folder / f"{image_id}.tif").exists():
+                suffix = ".png" if (root / folder / f"{image_id}.png").exists() else ".tif"  # some keep converted images
+            samples.append(
+                Sample(
+                    id=str(question_id),
+                    images=(f"{folder}/{image_id}{suffix}",),
+                    task="vqa",
+                    question=take_text(row, "question", questions_path, _id(row)),
+                    references=(answers[question_id],),
+                    group=take_text(row, "type", questions_path, _id(row)),
+                )
+            )
+        orphans = answers.keys() - {int(sample.id) for sample in samples}
+        if orphans:
             raise BenchmarkError(
-                f"{questions_path}: question {question_id} is about image {image_id}, which is not active in {images_path}."
+                f"{answers_path}: {len(orphans)} active answers belong to no active question of {questions_path}, such as "
+                f"that to {min(orphans)}. The two files are not of the same split or release."
             )
-        if not samples and not (root / folder / f"{image_id}.tif").exists():
-            suffix = ".png" if (root / folder / f"{image_id}.png").exists() else ".tif"  # some keep converted images
-        samples.append(
-            Sample(
-                id=str(question_id),
-                images=(f"{folder}/{image_id}{suffix}",),
-                task="vqa",
-                question=take_text(row, "question", questions_path, _id(row)),
-                references=(answers[question_id],),
-                group=take_text(row, "type", questions_path, _id(row)),
-            )
-        )
-    orphans = answers.keys() - {int(sample.id) for sample in samples}
-    if orphans:
-        raise BenchmarkError(
-            f"{answers_path}: {len(orphans)} active answers belong to no active question of {questions_path}, such as that "
-            f"to {min(orphans)}. The two files are not of the same split or release."
-        )
-    return Benchmark(name, split, root, samples)
+        return Benchmark(name, split, root, samples)
 
 
 def _active(path: Path, key: str, text: str, everything: tuple[str, ...]) -> list[dict[str, Any]]:

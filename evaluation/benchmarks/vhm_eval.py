@@ -5,35 +5,37 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .info import BenchmarkInfo
 from .reading import find, inside, read_json, read_size, require_images, take, take_box, take_text
 from .sample import Benchmark, BenchmarkError, Sample
 
 
-# The name of a file without its suffix is a split: its task, and the group where all samples share one.
+# The name of a file without its suffix is a split. It has a task, a group where all samples share one, and RSEvalKit's tag
+# where that is not the tag of the task: `{IDK}` if the thing asked for may be absent, `{IT}` if the list has no own tag.
 LISTS = {
-    "cls_AID": ("classification", ""),
-    "cls_METER_ML": ("classification", ""),
-    "cls_NWPU_RESISC45": ("classification", ""),
-    "cls_SIRI_WHU": ("classification", ""),
-    "cls_WHU_RS19": ("classification", ""),
-    "RSVQA_HR-comp_RSVQA": ("vqa", "comp"),
-    "RSVQA_HR-presence_RSVQA": ("vqa", "presence"),
-    "RSVQA_LR-comp_RSVQA": ("vqa", "comp"),
-    "RSVQA_LR-presence_RSVQA": ("vqa", "presence"),
-    "RSVQA_LR-rural_urban_RSVQA": ("vqa", "rural_urban"),
-    "VG_DOIR_RSVG_test": ("grounding", ""),
-    "counting_dota-test_open": ("counting", ""),
-    "presence_mo_dota": ("vqa", "presence"),
-    "color_dota-test_fair1m-val_open": ("vqa", "color"),
-    "imgType_mcq": ("vqa", "image type"),
-    "abspos_dota-test_mc": ("vqa", "position"),
-    "abspos_false_dota-test_adversarial_mc": ("vqa", "position, false premise"),
-    "abspos_false_dota-test_popular_mc": ("vqa", "position, false premise"),
-    "abspos_false_dota-test_random_mc": ("vqa", "position, false premise"),
-    "relpos_dota-test_mc": ("vqa", "relative position"),
-    "relpos_false_dota-test_adversarial_mc": ("vqa", "relative position, false premise"),
-    "relpos_false_dota-test_popula_mc": ("vqa", "relative position, false premise"),
-    "relpos_false_dota-test_random_mc": ("vqa", "relative position, false premise"),
+    "cls_AID": ("classification", "", ""),
+    "cls_METER_ML": ("classification", "", ""),
+    "cls_NWPU_RESISC45": ("classification", "", ""),
+    "cls_SIRI_WHU": ("classification", "", ""),
+    "cls_WHU_RS19": ("classification", "", ""),
+    "RSVQA_HR-comp_RSVQA": ("vqa", "comp", ""),
+    "RSVQA_HR-presence_RSVQA": ("vqa", "presence", ""),
+    "RSVQA_LR-comp_RSVQA": ("vqa", "comp", ""),
+    "RSVQA_LR-presence_RSVQA": ("vqa", "presence", ""),
+    "RSVQA_LR-rural_urban_RSVQA": ("vqa", "rural_urban", ""),
+    "VG_DOIR_RSVG_test": ("grounding", "", ""),
+    "counting_dota-test_open": ("counting", "", ""),
+    "presence_mo_dota": ("vqa", "presence", "{IDK}"),
+    "color_dota-test_fair1m-val_open": ("vqa", "color", "{IDK}"),
+    "imgType_mcq": ("vqa", "image type", "{IT}"),
+    "abspos_dota-test_mc": ("vqa", "position", "{IDK}"),
+    "abspos_false_dota-test_adversarial_mc": ("vqa", "position, false premise", "{IT}"),
+    "abspos_false_dota-test_popular_mc": ("vqa", "position, false premise", "{IT}"),
+    "abspos_false_dota-test_random_mc": ("vqa", "position, false premise", "{IT}"),
+    "relpos_dota-test_mc": ("vqa", "relative position", "{IDK}"),
+    "relpos_false_dota-test_adversarial_mc": ("vqa", "relative position, false premise", "{IT}"),
+    "relpos_false_dota-test_popula_mc": ("vqa", "relative position, false premise", "{IT}"),
+    "relpos_false_dota-test_random_mc": ("vqa", "relative position, false premise", "{IT}"),
 }
 # Lists of RSEvalKit that no metric here can score, and what they ask for.
 WITHOUT_METRIC = {
@@ -65,7 +67,7 @@ def load_vhm_eval(name: str, root: Path, split: str, check_counts: bool) -> Benc
     """
     base = root / "datasets_eval" if (root / "datasets_eval").is_dir() else root
     path = find(base, (f"{split}.json",), "list")
-    task, group = LISTS[split]
+    task, group, tag = LISTS[split]
     samples = []
     for number, row in enumerate(read_json(path, list)):
         file = Path(take_text(row, "image_path", path, number)) / take_text(row, "image", path, number)
@@ -90,7 +92,7 @@ def load_vhm_eval(name: str, root: Path, split: str, check_counts: bool) -> Benc
             for sample, size in zip(samples, sizes, strict=True)
         ]
     class_names = sorted({sample.references[0] for sample in samples}) if task == "classification" else []
-    return Benchmark(name, split, root, samples, class_names, complete_prompts=True)
+    return Benchmark(name, split, root, samples, class_names, tag=tag)
 
 
 def _conversation(row: Any, path: Path, number: int) -> tuple[str, str]:
@@ -113,3 +115,14 @@ def _choices(question: str) -> tuple[str, ...]:
     found = _OPTION.findall(question)
     letters = "".join(letter for letter, _ in found)
     return tuple(text for _, text in found) if len(found) > 1 and "ABCDE".startswith(letters) else ()
+
+
+BENCHMARK = BenchmarkInfo(
+    loader=load_vhm_eval,
+    splits=dict.fromkeys(LISTS),
+    default_split=None,
+    tasks=("classification", "vqa", "grounding", "counting"),
+    complete_prompts=True,
+    without_metric=WITHOUT_METRIC,
+    source="https://huggingface.co/datasets/FitzPC/VHM_eval_dataset",
+)

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...files.reading import is_hidden
 from .reading import find, read_json, read_size, require_images, take, take_box, take_text
 from .sample import Benchmark, BenchmarkError, Sample
 
 
+SOURCE = "https://huggingface.co/datasets/xiang709/VRSBench"
+IMAGE_SIZE = (512, 512)
 ANNOTATIONS = "Annotations_val"
 IMAGES = ("Images_val", "images/Images_val")
 BOX_SCALE = 100  # boxes are written in hundredths of the sides of the image
@@ -102,7 +105,7 @@ def _rows(root: Path, task: str, parts: str | None) -> Iterator[Row]:
             yield Row(source, number, sample_id, image, content, annotated=False)
         return
     # What the annotations were generated from lies beside them, as *input.json.
-    paths = [path for path in sorted(source.glob("[!.]*.json")) if not path.name.endswith("input.json")]
+    paths = [path for path in sorted(source.glob("*.json")) if not (is_hidden(path) or path.name.endswith("input.json"))]
     for path in paths:
         annotation = read_json(path, dict)
         image = f"{images}/{take_text(annotation, 'image', path, 0)}"

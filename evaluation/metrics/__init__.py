@@ -1,11 +1,15 @@
-"""Metrics as local modules of the `evaluate` library: one folder each, which can be pushed as a metric Space.
+"""Metrics for the `evaluate` library, one file each: `evaluate.load("…/metrics/counting.py")` takes it as it is.
 
     from mfrsvlm.evaluation.metrics import load_metric
 
     load_metric("counting").compute(predictions=["3", "none"], references=[3, 0])
 
-Every figure is a dictionary of value, low, high (the 95 % bootstrap interval) and n. Beside the figures, `parsed` and
-`scores` tell what was read from each prediction and what it scored, in the order of the predictions.
+Every figure is a dictionary of `value`, `low` and `high` (its 95 % bootstrap interval) and `n`, the number of samples.
+Beside
+the figures, `parsed` holds what was read from each prediction and `scores` what it scored, in the order of the predictions.
+
+`evaluate` copies a metric to its cache and imports the copy. A metric therefore imports the package by its name, and never
+relatively. Files whose name begins with `_` are shared by metrics.
 """
 
 from pathlib import Path
@@ -14,15 +18,8 @@ from typing import Any
 import evaluate
 
 
-METRICS = (
-    "captioning",
-    "classification_accuracy",
-    "counting",
-    "rsvqa_accuracy",
-    "visual_grounding",
-    "vqa_accuracy",
-    "yes_no_calibration",
-)
+FOLDER = Path(__file__).parent
+METRICS = tuple(sorted(path.stem for path in FOLDER.glob("[!_]*.py")))
 
 
 def load_metric(name: str) -> Any:
@@ -33,4 +30,4 @@ def load_metric(name: str) -> Any:
     """
     if name not in METRICS:
         raise ValueError(f"There is no metric {name!r}; there are {', '.join(METRICS)}.")
-    return evaluate.load(str(Path(__file__).parent / name), keep_in_memory=True)
+    return evaluate.load(str(FOLDER / f"{name}.py"), keep_in_memory=True)

@@ -1,0 +1,267 @@
+"""Boxes of object detection as questions: in YOLO's, Pascal VOC's or DeepForest's files, or in one JSON file.
+
+    ROOT/images/*.jpg, ROOT/labels/*.txt, ROOT/classes.txt    YOLO; or the names in ROOT/data.yaml
+    ROOT/JPEGImages/*.jpg, ROOT/Annotations/*.xml             VOC
+    ROOT/*.csv                                                image_path, xmin, ymin, xmax, ymax, label
+    ROOT/boxes.json                                           [{"image", "objects": [{"class", "box": [x1, y1, x2, y2]}]}]
+
+Images may also lie in the root or in `images/`, and annotations beside them.
+"""
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from ...files.reading import is_hidden, list_images, shorten
+from .reading import (
+    chosen_classes,
+    find_images,
+    inside,
+    read_json_rows,
+    read_lines,
+    read_size,
+    read_text,
+    take,
+    take_box,
+    take_text,
+)
+from .sample import Benchmark, BenchmarkError, Sample
+from .voc import read_voc, xml_files
+
+
+ALL = "all"
+FOLDERS = ("JPEGImages", "images", "")  # of images
+CSV_FIELDS = ("image_path", "xmin", "ymin", "xmax", "ymax", "label")
+
+
+@dataclass
+class ImageObjects:
+    """The objects of one image: their classes and boxes in pixels."""
+
+    image: str
+    size: tuple[int, int]
+    objects: list[tuple[str, tuple[float, ...]]] = field(default_factory=list)
+
+
+def load_grounding(
+    name: str,
+    root: Path,
+    split: str,
+    check_counts: bool,
+    classes: Sequence[str] | None = None,
+    annotations: str | None = None,
+) -> Benchmark:
+    """One sample for each object that is the only one of its class in its image, named as "the ship".
+
+    Args: see `_read`.
+    """
+    samples = []
+    items, chosen, left = _read(name, root, split, classes, annotations)
+    for item in items:
+        numbers = Counter(label for label, _ in item.objects)
+        samples += [
+            Sample(
+                id=f"{item.image}-{label}",
+                images=(item.image,),
+                task="grounding",
+                question=f"the {readable(label)}",
+                references=(),
+                group=label,
+                boxes=(box,),
+                image_size=item.size,
+            )
+            for label, box in item.objects
+            if numbers[label] == 1 and label in chosen
+        ]
+    return Benchmark(name, split, root, samples, left_out=left)
+
+
+def load_counting(
+    name: str,
+    root: Path,
+    split: str,
+    check_counts: bool,
+    classes: Sequence[str] | None = None,
+    annotations: str | None = None,
+) -> Benchmark:
+    """One question for each class that an image has objects of. Nothing is asked about a class that it has none of.
+
+    Args: see `_read`.
+    """
+    samples = []
+    items, chosen, left = _read(name, root, split, classes, annotations)
+    for item in items:
+        samples += [
+            Sample(
+                id=f"{item.image}-{label}",
+                images=(item.image,),
+                task="counting",
+                question=f"How many objects of the class {readable(label)!r} are there in this image?",
+                references=(str(number),),
+                group=label,
+            )
+            for label, number in sorted(Counter(label for label, _ in item.objects).items())
+            if label in chosen
+        ]
+    return Benchmark(name, split, root, samples, left_out=left)
+
+
+def _read(
+    name: str, root: Path, split: str, classes: Sequence[str] | None, annotations: str | None
+) -> tuple[list[ImageObjects], list[str], dict[str, int]]:
+    """The objects of every image of the split, the classes that are asked about, and what is left out.
+
+    Args:
+        split: "all", or the name of a list `ROOT/SPLIT.txt` with one image a line.
+        classes: names of classes as the files have them; all by default.
+        annotations: "yolo", "voc", "csv" or "json", where the folder holds several of them.
+
+    Raises:
+        BenchmarkError: no annotations or several kinds, a row that is not an object, a box outside of its image, or an
+            annotation without its image.
+    """
+    there = [kind for kind, (holds, _) in READERS.items() if holds(root)]
+    if annotations is not None and annotations not in READERS:
+        raise BenchmarkError(f"{name}: annotations={annotations!r} is none of {', '.join(READERS)}.")
+    if annotations is None and len(there) != 1:
+        found = f"annotations of several kinds: {', '.join(there)}. Say which with annotations={there[0]!r}" if there else (
+            f"no annotations: looked for those of {', '.join(READERS)}. See docs/benchmarks.md for the layout"
+        )  # fmt: skip
+        raise BenchmarkError(f"{root} holds {found}.")
+    items = READERS[annotations or there[0]][1](root)
+    known = sorted({label for item in items for label, _ in item.objects})
+    chosen = chosen_classes(classes, known, name)
+    if split != ALL:
+        listed = {line.strip() for _, line in read_lines(root / f"{split}.txt")}
+        names = {key: item for item in items for key in (item.image, Path(item.image).name, Path(item.image).stem)}
+        unknown = sorted(listed - names.keys())
+        if unknown:
+            raise BenchmarkError(f"{root / split}.txt names {len(unknown)} images without annotations: {unknown[:5]}.")
+        items = [item for item in items if any(names[key] is item for key in listed)]
+    return items, chosen, {} if classes is None else {"classes": len(known) - len(chosen)}
+
+
+def readable(label: str) -> str:
+    return label.replace("_", " ").replace("-", " ").lower()
+
+
+class Images:
+    """The images of a data set, by their names."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.folder = next(root / name for name in FOLDERS if (root / name).is_dir())
+        self.places = find_images(self.folder, root)
+        self.items: dict[str, ImageObjects] = {}
+
+    def get(self, image: str, path: Path, number: int | str) -> ImageObjects:
+        """The objects of an image so far. Some releases hold another suffix than their annotations name."""
+        name = Path(image.replace("\\", "/")).name
+        place = self.places.get(name) or self.places.get(Path(name).stem)
+        if place is None:
+            raise BenchmarkError(f"{path}, row {number}: there is no image {image!r} in {self.folder}.")
+        if place not in self.items:
+            self.items[place] = ImageObjects(place, read_size(self.root / place))
+        return self.items[place]
+
+
+def _read_yolo(root: Path) -> list[ImageObjects]:
+    names, images = _yolo_names(root), Images(root)
+    paths = {path.stem: path for path in _yolo_labels(root)}
+    for stem, path in paths.items():
+        item = images.get(stem, path, 0)
+        for number, line in read_lines(path):
+            numbers = take_box(line.split()[1:], (4, 8), path, number)
+            index = line.split()[0]
+            if not (index.isdecimal() and int(index) < len(names)):
+                raise BenchmarkError(f"{path}, row {number}: class {index!r} is none of the {len(names)} names of {root}.")
+            if not all(-0.01 <= value <= 1.01 for value in numbers):
+                raise BenchmarkError(f"{path}, row {number}: {shorten(line)} must hold shares of the sides, from 0 to 1.")
+            if len(numbers) == 4:  # centre and extent
+                x, y, width, height = numbers
+                numbers = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+            pixels = tuple(value * side for value, side in zip(numbers, item.size * (len(numbers) // 2), strict=True))
+            box = inside(pixels, item.size, path, number) if len(pixels) == 4 else pixels
+            item.objects.append((names[int(index)], box))
+    return list(images.items.values())
+
+
+def _yolo_labels(root: Path) -> list[Path]:
+    """Files of labels: all in `labels/`, or those beside an image of the same name."""
+    if (root / "labels").is_dir():
+        paths = (root / "labels").rglob("*.txt")
+        return sorted(path for path in paths if not is_hidden(path) and path.name != "classes.txt")
+    folder = next(root / name for name in FOLDERS if (root / name).is_dir())
+    return [path.with_suffix(".txt") for path in list_images(folder, recursive=True) if path.with_suffix(".txt").is_file()]
+
+
+def _yolo_names(root: Path) -> list[str]:
+    for name in ("classes.txt", "labels/classes.txt", "obj.names", "classes.names"):
+        if (root / name).is_file():
+            return [line.strip() for _, line in read_lines(root / name)]
+    for path in sorted(root.glob("*.y*ml")):
+        content = yaml.safe_load(read_text(path))
+        names = content.get("names") if isinstance(content, dict) else None
+        if isinstance(names, dict) and set(names) == set(range(len(names))):
+            names = [names[index] for index in range(len(names))]
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            return names
+    raise BenchmarkError(f"{root} holds labels of YOLO and no names of the classes: add classes.txt with one name a line.")
+
+
+def _voc_folder(root: Path) -> Path:
+    return next((root / name for name in ("Annotations", "annotations") if (root / name).is_dir()), root)
+
+
+def _read_voc(root: Path) -> list[ImageObjects]:
+    images = Images(root)
+    for path in xml_files(_voc_folder(root)):
+        annotation = read_voc(path)
+        item = images.get(annotation.image, path, 0)
+        if item.size != annotation.size:
+            raise BenchmarkError(
+                f"{path}: the annotation says {annotation.size[0]} x {annotation.size[1]} pixels, and {item.image} has "
+                f"{item.size[0]} x {item.size[1]}. Was it resized?"
+            )
+        item.objects += [(found.name, found.box) for found in annotation.objects]
+    return list(images.items.values())
+
+
+def _csv_files(root: Path) -> list[Path]:
+    paths = [path for path in root.iterdir() if path.suffix.lower() == ".csv" and not is_hidden(path)]
+    return sorted(path for path in paths if set(CSV_FIELDS) <= set(read_text(path).split("\n", 1)[0].split(",")))
+
+
+def _read_csv(root: Path) -> list[ImageObjects]:
+    images = Images(root)
+    for path in _csv_files(root):
+        for number, row in enumerate(csv.DictReader(io.StringIO(read_text(path))), start=2):
+            item = images.get(take_text(row, "image_path", path, number), path, number)
+            box = take_box([row[side] for side in CSV_FIELDS[1:5]], (4,), path, number)
+            item.objects.append((take_text(row, "label", path, number), inside(box, item.size, path, number)))
+    return list(images.items.values())
+
+
+def _read_json(root: Path) -> list[ImageObjects]:
+    path, images = root / "boxes.json", Images(root)
+    for number, row in read_json_rows(path):
+        item = images.get(take_text(row, "image", path, number), path, number)
+        for content in take(row, "objects", list, path, number):
+            box = take_box(take(content, "box", list, path, number), (4, 8), path, number)
+            label = take_text(content, "class", path, number)
+            item.objects.append((label, inside(box, item.size, path, number) if len(box) == 4 else box))
+    return list(images.items.values())
+
+
+# Kind of annotations -> whether a folder holds them, and what reads them.
+READERS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], list[ImageObjects]]]] = {
+    "yolo": (lambda root: bool(_yolo_labels(root)), _read_yolo),
+    "voc": (lambda root: bool(xml_files(_voc_folder(root))), _read_voc),
+    "csv": (lambda root: bool(_csv_files(root)), _read_csv),
+    "json": (lambda root: (root / "boxes.json").is_file(), _read_json),
+}

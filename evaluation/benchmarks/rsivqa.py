@@ -1,0 +1,87 @@
+"""RSIVQA: a text file with one question and its answer a line, `1.tif:How many cars in the picture?two`."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...files.reading import list_images, shorten
+from .reading import find, find_images, left_out, read_lines
+from .sample import Benchmark, BenchmarkError, Sample
+
+
+SOURCE = "https://github.com/spectralpublic/RSIVQA"
+
+_LINE = re.compile(r"([^:?]+):([^?]+)\?(.*)")
+# Beginnings of questions, in lower case, and their type.
+_TYPES = {
+    "what is the theme": "theme",
+    "what is the location": "location",
+    "does this picture contain": "presence",
+    "how many": "count",
+}
+_GAP = re.compile(r"\S {2,}\S")
+
+
+@dataclass(frozen=True)
+class RSIVQAFiles:
+    """Names under which the questions and the images are published.
+
+    Attributes:
+        files: split -> text files.
+        images: folders that the images may lie in; folders below are searched, too.
+        numbered: number of images if "1.tif" may also be the first image in the order of their paths, as where UCM's numbers
+            stand for the images of UC Merced in folders of classes.
+    """
+
+    files: dict[str, tuple[str, ...]]
+    images: tuple[str, ...] = ("images", "imgs", "Images")
+    numbered: int = 0
+
+    def load(self, name: str, root: Path, split: str, check_counts: bool, broken_rows: str = "error") -> Benchmark:
+        """One sample a line; the group is the type of the question: theme, location, presence or count.
+
+        Args:
+            broken_rows: "error", or "skip" to leave out lines whose question lacks a word, such as "How many  in the
+                picture?". They are counted in `left_out`.
+
+        Raises:
+            BenchmarkError: see `reading`; or a line that is no image, question and answer.
+        """
+        folder = find(root, self.images, "folder of images")
+        known = find_images(folder, root)
+        paths = list_images(folder, recursive=True) if self.numbered else []
+        samples, left = [], {}
+        for file in self.files[split]:
+            path = find(root, (file, Path(file).name), "file of questions")
+            broken, total = {}, 0
+            for number, line in read_lines(path):
+                match = _LINE.fullmatch(line.strip())
+                image, question, answer = (part.strip() for part in match.groups()) if match else ("", "", "")
+                kind = next((kind for start, kind in _TYPES.items() if question.lower().startswith(start)), None)
+                if not (image and answer and kind):
+                    raise BenchmarkError(
+                        f"{path}, row {number}: {shorten(line)} is not IMAGE:QUESTION?ANSWER with a question of RSIVQA. "
+                        f"Questions begin with {', '.join(_TYPES)}."
+                    )
+                total += 1
+                # Two spaces in a row are where a word is missing.
+                if _GAP.search(match[2].strip()):
+                    broken[number] = line
+                    continue
+                place = known.get(image) or known.get(Path(image).stem)
+                if place is None and len(paths) == self.numbered and Path(image).stem.isdecimal():
+                    index = int(Path(image).stem) - 1
+                    place = paths[index].relative_to(root).as_posix() if 0 <= index < len(paths) else None
+                samples.append(
+                    Sample(
+                        id=f"{path.stem}-{number}",
+                        images=(place or f"{folder.relative_to(root).as_posix()}/{image}",),
+                        task="vqa",
+                        question=f"{question}?",
+                        references=(answer,),
+                        group=kind,
+                    )
+                )
+            for what, count in left_out(broken, total, path, "a missing word", broken_rows).items():
+                left[what] = left.get(what, 0) + count
+        return Benchmark(name, split, root, samples, left_out=left)

@@ -1,0 +1,99 @@
+"""Our own scenes, whose truth is known: drawn when they are needed, or read from what `python -m mfrsvlm.scenes` wrote."""
+
+import functools
+from pathlib import Path
+
+from PIL import Image
+
+from ...scenes import CLASSES, KINDS, Question, ask, draw
+from ...scenes.dataset import DatasetPlan
+from ...scenes.drawing import SPLITS
+from ...scenes.questions import PLURALS, template
+from .info import BenchmarkInfo
+from .reading import inside, read_json_rows, take, take_box, take_text
+from .sample import METRICS, Benchmark, BenchmarkError, Metric, Sample
+
+
+# Task of a scene -> task of a benchmark; all others are questions with a short answer.
+TASKS = {"classification": "classification", "count": "counting", "grounding": "grounding", "caption": "captioning"}
+
+
+def load_scenes(name: str, root: Path | None, split: str, check_counts: bool, count: int = 1000) -> Benchmark:
+    """Every question about the scenes of a split; the group is the task of the scene, or its class.
+
+    Args:
+        root: folder with `SPLIT.jsonl`, or `None` to draw the first `count` scenes of the split, 512 pixels a side, with one
+            question of every task that a scene gives.
+        count: ignored where `root` is given.
+
+    Raises:
+        BenchmarkError: see `reading`.
+    """
+    if root is not None:
+        return Benchmark(name, split, root, _read(root / f"{split}.jsonl"), list(CLASSES))
+    plan = DatasetPlan(split, count)
+    samples = []
+    for index in range(count):
+        image = f"{split}-{index:07d}"
+        for number, question in enumerate(ask(plan.scene(index), plan.tasks)):
+            samples.append(_sample(f"{image}-{number}", (image,), question, plan.size))
+    return Benchmark(name, split, None, samples, list(CLASSES), functools.partial(_draw, plan))
+
+
+def _draw(plan: DatasetPlan, image: str) -> Image.Image:
+    return draw(plan.scene(int(image.rsplit("-", 1)[1])))
+
+
+def _read(path: Path) -> list[Sample]:
+    samples = []
+    for number, row in read_json_rows(path):
+        images = take(row, "image", (str, list), path, number)
+        turns = take(row, "conversations", list, path, number)
+        size = take(row, "size", int, path, number)
+        question = Question(
+            take_text(row, "task", path, number),
+            take_text(turns[0] if turns else {}, "value", path, number).replace("<image>", "").strip(),
+            take_text(row, "answer", path, number),
+            [
+                inside(take_box(box, (4,), path, number), (size, size), path, number)
+                for box in take(row, "boxes", list, path, number)
+            ],
+        )
+        if question.task == "grounding" and not question.boxes:
+            raise BenchmarkError(f"{path}, row {number}: a grounding question without a box.")
+        names = (images,) if isinstance(images, str) else tuple(images)
+        samples.append(_sample(take_text(row, "id", path, number), names, question, size))
+    return samples
+
+
+def _sample(sample_id: str, images: tuple[str, ...], question: Question, size: int) -> Sample:
+    grounding = question.task == "grounding"
+    return Sample(
+        id=sample_id,
+        images=images,
+        task=TASKS.get(question.task, "vqa"),
+        question=question.text,
+        references=() if grounding else (question.answer,),
+        group=question.answer if question.task == "classification" else question.task,
+        template=template(question.text),
+        boxes=tuple(question.boxes) if grounding else (),
+        image_size=(size, size) if grounding else None,
+    )
+
+
+BENCHMARK = BenchmarkInfo(
+    loader=load_scenes,
+    splits=dict.fromkeys(SPLITS),
+    needs_root=False,
+    tasks=("classification", "vqa", "counting", "grounding", "captioning"),
+    complete_prompts=True,
+    metrics={
+        "captioning": (
+            *METRICS["captioning"],
+            Metric(
+                "caption_facts", {"class_names": list(CLASSES), "kinds": {kind: [kind, PLURALS[kind]] for kind in KINDS}}
+            ),
+        )
+    },
+    source="docs/scenes.md",
+)

@@ -1,0 +1,62 @@
+"""Annotations in the XML of Pascal VOC: one file an image, with boxes in pixels."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+from ...files.reading import is_hidden
+from .reading import inside, take_box
+from .sample import BenchmarkError
+
+
+SIDES = ("xmin", "ymin", "xmax", "ymax")
+
+
+@dataclass(frozen=True)
+class VOCObject:
+    """One object: its class, its box cut to the image, and its element, for what else stands there."""
+
+    name: str
+    box: tuple[float, ...]
+    element: ElementTree.Element
+
+
+@dataclass(frozen=True)
+class VOCAnnotation:
+    """The objects of one image, whose (width, height) is in pixels."""
+
+    path: Path
+    image: str
+    size: tuple[int, int]
+    objects: list[VOCObject]
+
+
+def xml_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() == ".xml" and not is_hidden(path))
+
+
+def read_voc(path: Path) -> VOCAnnotation:
+    """Raises a `BenchmarkError` if the file is not XML, lacks a field, or has a box outside of the image."""
+    try:
+        annotation = ElementTree.parse(path).getroot()
+    except (ElementTree.ParseError, OSError) as error:
+        raise BenchmarkError(f"{path} is no XML, or its end is missing: {error}. Download it again.") from error
+    width, height = take_box([text(annotation, f"size/{side}", path) for side in ("width", "height")], (2,), path, "size")
+    size = int(width), int(height)
+    return VOCAnnotation(path, text(annotation, "filename", path), size, list(_objects(annotation, size, path)))
+
+
+def _objects(annotation: ElementTree.Element, size: tuple[int, int], path: Path) -> Iterator[VOCObject]:
+    for number, element in enumerate(annotation.findall("object")):
+        where = f"object {number}"
+        box = take_box([text(element, f"bndbox/{side}", path) for side in SIDES], (4,), path, where)
+        yield VOCObject(text(element, "name", path), inside(box, size, path, where), element)
+
+
+def text(element: ElementTree.Element, tag: str, path: Path) -> str:
+    """The text of an element's descendant, checked to be there and not blank."""
+    found = (element.findtext(tag) or "").strip()
+    if not found:
+        raise BenchmarkError(f"{path}: <{element.tag}> has no <{tag}>, or it is blank.")
+    return found

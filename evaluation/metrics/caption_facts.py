@@ -1,0 +1,98 @@
+"""F1 of the facts in captions of scenes whose truth is known: the class of the scene, and the number of each kind of object.
+
+Example:
+    >>> from mfrsvlm.evaluation.metrics import load_metric
+    >>> metric = load_metric("caption_facts")
+    >>> figures = metric.compute(
+    ...     predictions=["A harbour scene with 2 ships and 1 car.", "A desert scene with no objects."],
+    ...     references=[["A harbour scene with 2 ships and 3 cars."], ["A desert scene with no objects."]],
+    ...     class_names=["harbour", "desert"],
+    ...     kinds={"ship": ["ship", "ships"], "car": ["car", "cars"]},
+    ... )
+    >>> round(figures["caption_facts"]["value"], 4), figures["caption_exact"]["value"]
+    (0.8333, 0.5)
+    >>> figures["parsed"]
+    ['1 car, 2 ship, harbour scene', 'desert scene']
+
+Limitations:
+- Facts are read from fixed forms: "harbour scene" and "2 ships". The same fact in other words is not read.
+- Words that state no fact do not count, so that any text around the facts is as good as another.
+
+Citation:
+None: the metric belongs to the synthetic scenes of this package.
+"""
+
+import re
+
+from mfrsvlm.evaluation.intervals import figure
+from mfrsvlm.evaluation.metrics._answers import tidy
+from mfrsvlm.evaluation.metrics._checked import SOME_TEXTS, TEXT, CheckedMetric
+
+
+Facts = set[tuple[str, int]]
+
+
+class CaptionFacts(CheckedMetric):
+    """How many of the facts in a caption are true, and how many of the true facts it states.
+
+    A fact is a class that is named as the scene, or a kind of object with its number. A caption that says the same kind
+    twice, with two numbers, states two facts, of which at most one is true. A caption without a fact scores 0.
+    """
+
+    prediction, reference = TEXT, SOME_TEXTS
+
+    def _compute(self, predictions, references, class_names, kinds):
+        """
+        Args:
+            predictions: list of captions, as the model gave them.
+            references: list of lists of true captions.
+            class_names: classes of scenes, which a caption states as "harbour scene".
+            kinds: for each kind of object, the nouns that it goes by: `{"ship": ["ship", "ships"]}`.
+
+        Returns:
+            caption_facts: mean F1 of the facts of each caption; of several references, the best.
+            caption_exact: share of captions that are a reference, but for case, space around and a full stop.
+            parsed: the facts that were read, in the order of the alphabet.
+            scores: the F1 of each caption.
+        """
+        if not class_names or not kinds or not all(kinds.values()):
+            raise ValueError(f"{self.name}: class_names and kinds must name at least one class, kind and noun each.")
+        nouns = {noun.lower(): kind for kind, names in kinds.items() for noun in names}
+        counts = re.compile(rf"\b([0-9]{{1,6}}) ({alternatives(nouns)})\b")
+        classes = re.compile(rf"\b({alternatives(name.lower() for name in class_names)}) scene\b")
+
+        def read(caption: str) -> Facts:
+            text = caption.lower()
+            found = {(nouns[noun], int(number)) for number, noun in counts.findall(text)}
+            # No kind of object can be mistaken for a class, whose name has "scene" behind it.
+            return found | {(f"{name} scene", 1) for name in classes.findall(text)}
+
+        truths = [[read(text) for text in texts] for texts in references]
+        for index, facts in enumerate(truths):
+            if not all(facts):
+                raise ValueError(f"{self.name}: references[{index}] states no fact: {references[index]}.")
+        said = [read(caption) for caption in predictions]
+        scores = [max(f1(facts, true) for true in group) for facts, group in zip(said, truths, strict=True)]
+        exact = [
+            float(bool(tidy(caption)) and tidy(caption) in map(tidy, texts))
+            for caption, texts in zip(predictions, references, strict=True)
+        ]
+        return {
+            "caption_facts": figure(scores),
+            "caption_exact": figure(exact),
+            "parsed": [", ".join(sorted(map(in_words, facts))) for facts in said],
+            "scores": scores,
+        }
+
+
+def alternatives(words) -> str:
+    return "|".join(sorted(map(re.escape, words), key=len, reverse=True))
+
+
+def f1(said: Facts, true: Facts) -> float:
+    return 2 * len(said & true) / (len(said) + len(true)) if said else 0.0
+
+
+def in_words(fact: tuple[str, int]) -> str:
+    name, number = fact
+    return name if name.endswith(" scene") else f"{number} {name}"

@@ -1,0 +1,76 @@
+"""Accuracy of short answers to open or multiple-choice questions: overall, as the mean over types, and by type.
+
+Example:
+    >>> from mfrsvlm.evaluation.metrics import load_metric
+    >>> metric = load_metric("vqa_accuracy")
+    >>> figures = metric.compute(
+    ...     predictions=["Red.", "two", "", "soccer field"],
+    ...     references=[["red", "dark red"], ["2"], ["north"], ["soccer field"]],
+    ...     question_types=["colour", "quantity", "position", "category"],
+    ... )
+    >>> figures["accuracy"]
+    {'value': 0.5, 'low': 0.0, 'high': 1.0, 'n': 4}
+    >>> metric.compute(predictions=["B. forest", "Clearly A"], references=[["B"], ["A"]], parsing="letter")["scores"]
+    [1.0, 0.0]
+
+Limitations:
+- An answer in other words is wrong, and so is "two" for "2". Figures that a language model judged are higher and do not
+  compare.
+- An answer counts whole or not at all; VQA v2 weighs it by how many of ten people gave it.
+- With `"letter"`, "A ship" is read as option A.
+
+Citation:
+Rules: RSEvalKit (https://github.com/fitzpchao/RSEvalKit) for `contained` and `letter`, GeoChat (Kuckreja et al., CVPR
+2024) for `without_spaces`.
+"""
+
+from mfrsvlm.evaluation.intervals import figure
+from mfrsvlm.evaluation.metrics._answers import READERS, agrees
+from mfrsvlm.evaluation.metrics._checked import SOME_TEXTS, TEXT, CheckedMetric
+from mfrsvlm.evaluation.metrics._groups import by_group, check_groups, mean_over_groups
+
+
+class VQAAccuracy(CheckedMetric):
+    """How often an answer is one of the reference answers, made alike by a rule.
+
+    An answer counts whole or not at all, however many of the references it agrees with; this is not the accuracy of VQA v2,
+    which weighs an answer by how many of ten people gave it.
+    """
+
+    prediction, reference = TEXT, SOME_TEXTS
+
+    def _compute(self, predictions, references, question_types=None, parsing="exact"):
+        """
+        Args:
+            predictions: list of answers, as the model gave them.
+            references: list of lists of right answers.
+            question_types: one for each question; without, there are no figures by type.
+            parsing: "exact" (but for case, space around and a full stop), "without_spaces" (the same without all spaces and
+                full stops), "contained" (the answer, in lower case and without spaces, is a part of a reference), or
+                "letter" (the letter of an option that the answer begins with).
+
+        Returns:
+            accuracy: share of right answers.
+            average_accuracy, per_type: mean of the accuracies of the types, and those accuracies.
+            parsed: the answer as it was compared, "" if nothing was left of it.
+            scores: 1.0 or 0.0.
+        """
+        self.one_of("parsing", parsing, READERS)
+        read = READERS[parsing]
+        truths = [[read(text) for text in texts] for texts in references]
+        for index, texts in enumerate(truths):
+            if not all(texts):
+                raise ValueError(
+                    f"{self.name}: references[{index}] is {references[index]}, of which the rule {parsing!r} leaves nothing."
+                )
+        parsed = [read(answer) for answer in predictions]
+        scores = [
+            float(any(agrees(parsing, answer, truth) for truth in texts))
+            for answer, texts in zip(parsed, truths, strict=True)
+        ]
+        figures = {"accuracy": figure(scores)}
+        if question_types is not None:
+            check_groups(self.name, "question_types", question_types, len(scores))
+            figures["average_accuracy"] = mean_over_groups(question_types, scores)
+            figures["per_type"] = by_group(question_types, scores)
+        return {**figures, "parsed": parsed, "scores": scores}
