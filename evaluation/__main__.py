@@ -123,10 +123,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
+    from ..model_card.results import update_card
     from .plots import write_plots
     from .report import (
         PUBLISHED,
-        add_results_to_card,
         as_markdown,
         make_tables,
         read_published,
@@ -143,7 +143,7 @@ def report(args: argparse.Namespace) -> None:
         tables = make_tables(summaries, read_published(published))
     print(as_markdown(tables), end="")
     if args.card:
-        written = add_results_to_card(args.card, summaries, args.model)
+        written = update_card(args.card, summaries, args.model)
         print(f"\n{args.card / 'README.md'}: {len(written)} figures written")
 
 

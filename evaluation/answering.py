@@ -64,10 +64,10 @@ def load(
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """Model and processor of a folder or Hub id, see `mfrsvlm.files.model_folder.load_model`.
+    """Loads the model and the processor of a folder or Hub id, see `mfrsvlm.files.model_folder.load_model`.
 
     Raises:
-        ValueError: the folder holds no model that can be loaded, or has no chat template.
+        ValueError: the folder holds no model that can be loaded, has no chat template, or needs code that is not trusted.
     """
     model, processor = load_model(name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     check_chat_template(processor, name)

@@ -16,8 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard
-
 from ..files.reading import read_json, shorten
 from ..files.writing import write_file
 
@@ -464,85 +462,3 @@ def write_report(summaries: Sequence[Summary], output: str | Path, published: st
     write_file(output / "results.tex", as_latex(tables))
     write_file(output / "results.csv", as_csv(tables))
     return tables
-
-
-# Model card
-
-
-def add_results_to_card(folder: str | Path, summaries: Sequence[Summary], model: str | None = None) -> list[EvalResult]:
-    """Writes the results of a model's runs on images into the `model-index` of its README.md.
-
-    Runs of other models, blind runs and the majority baseline are skipped. Values by group stay in the tables. Results of
-    the same benchmark, split and protocol are replaced. Results of other weights are removed; those that name no weights are
-    kept. The text below the front matter does not change.
-
-    Args:
-        folder: the model folder.
-        summaries: of `read_summaries`.
-        model: the model's name in the summaries, and in a card that has none yet. `None`: the name of the folder, with or
-            without an organisation before it.
-
-    Returns:
-        The results that were written.
-
-    Raises:
-        ReportError: no card, no run of the model, a run on a part of a split, or runs with different weights. The card is
-            then as it was.
-        OSError: the card cannot be written.
-    """
-    path = Path(folder) / "README.md"
-    if not path.is_file():
-        raise ReportError(f"{folder} holds no README.md. Name a model folder, or write its card with `write_model_card`.")
-    own = Path(folder).resolve().name
-    on_images = [summary for summary in summaries if summary.mode == "image"]
-    chosen = [s for s in on_images if (s.model == model if model else s.model.split("/")[-1] == own)]
-    if not chosen:
-        names = ", ".join(sorted({summary.model for summary in on_images})) or "no model"
-        raise ReportError(f"There is no run of {model or own} on images, but of {names}. Name the model of the card.")
-    for summary in chosen:
-        if not summary.is_complete:
-            raise ReportError(f"A card holds results on whole splits. Leave out this run, or run it in full: {summary}")
-    if len({(summary.model, summary.weights) for summary in chosen}) > 1:
-        runs = "; ".join(f"{summary}, weights {summary.weights}" for summary in chosen)
-        raise ReportError(f"A card holds results of one model with one set of weights. Leave out some of: {runs}")
-
-    written = [result for summary in chosen for result in card_results(summary)]
-    replaced = {result.unique_identifier for result in written}
-    card = ModelCard.load(path)
-    current = [result for result in card.data.eval_results or [] if weights_of(result) in (None, chosen[0].weights)]
-    kept = [result for result in current if result.unique_identifier not in replaced]
-    card.data.model_name = card.data.model_name or model or own
-    card.data.eval_results = kept + written
-    write_file(path, str(card))
-    return written
-
-
-def weights_of(result: EvalResult) -> str | None:
-    """The weights that a result of a card was measured with, if it names them."""
-    return (result.metric_args or {}).get("weights")
-
-
-def card_results(summary: Summary) -> list[EvalResult]:
-    """A result for each figure.
-
-    The protocol is written as the configuration of the data set. The Hub merges results with the same task type, data set,
-    split and configuration, and results of two protocols must not be merged.
-    """
-    return [
-        EvalResult(
-            task_type="image-text-to-text",  # of all tasks; `metric_name` names the task
-            task_name="Image-Text-to-Text",
-            dataset_type=summary.benchmark,
-            dataset_name=f"{summary.benchmark}, protocol {summary.protocol}",
-            dataset_config=summary.protocol,
-            dataset_split=summary.split,
-            metric_type=column.figure,
-            metric_name=f"{task} {column.figure}".replace("_", " "),
-            metric_value=cell.value,
-            metric_args={"low": cell.low, "high": cell.high, "confidence": 0.95, "n": cell.n}
-            | ({"weights": summary.weights} if summary.weights else {}),
-        )
-        for task, cells in summary.results.items()
-        for column, cell in cells.items()
-        if not column.group
-    ]

@@ -69,6 +69,7 @@ def test_card_states_what_was_measured():
     assert "python -m mfrsvlm.experiments.box" in card and "--seed" in card
 
 
+@pytest.mark.integration
 def test_model_sees():
     """A few held-out scenes through the ordinary processor: within reach of the card, and far from blind."""
     processor = AutoProcessor.from_pretrained(MODEL, trust_remote_code=True)

@@ -18,7 +18,6 @@ from mfrsvlm.evaluation.plots import plot_shares, write_plots
 from mfrsvlm.evaluation.report import (
     PUBLISHED,
     ReportError,
-    add_results_to_card,
     as_latex,
     as_markdown,
     make_tables,
@@ -433,7 +432,7 @@ def test_without_matplotlib_the_tables_are_there(run, tmp_path, monkeypatch, cap
 
 def test_the_card_round_trips(run, card):
     before = ModelCard.load(card / "README.md")
-    written = add_results_to_card(
+    written = update_card(
         card, read_summaries([run("image"), run("blind", mode="blind"), run("other", model={"name": "org/big"})])
     )
     after = ModelCard.load(card / "README.md")
@@ -463,18 +462,18 @@ def test_the_card_round_trips(run, card):
 def test_the_rest_of_the_card_stays_byte_for_byte(run, card):
     path = card / "README.md"
     before = path.read_bytes()
-    add_results_to_card(card, read_summaries([run()]))
+    update_card(card, read_summaries([run()]))
     after = path.read_bytes()
     start, end = after.index(b"model-index:"), after.index(b"\n---\n") + 1
     assert after[:start] + after[end:] == before
-    add_results_to_card(card, read_summaries([card.parent / "run"]))
+    update_card(card, read_summaries([card.parent / "run"]))
     assert path.read_bytes() == after  # a second time changes nothing
 
 
 def test_results_of_other_weights_do_not_stay_in_the_card(run, card):
     """A card that is written after the next training speaks of that model alone."""
     for name, weights, benchmark in (("a", "1" * 16, "rsvqa-lr"), ("b", "1" * 16, "aid"), ("c", "2" * 16, "rsvqa-lr")):
-        add_results_to_card(card, read_summaries([run(name, model={"fingerprint": weights}, benchmark=benchmark)]))
+        update_card(card, read_summaries([run(name, model={"fingerprint": weights}, benchmark=benchmark)]))
         results = ModelCard.load(card / "README.md").data.eval_results
         assert {result.metric_args["weights"] for result in results} == {weights}
     assert [result.dataset_type for result in results] == ["rsvqa-lr"]
@@ -501,9 +500,9 @@ def test_results_of_others_and_of_other_benchmarks_are_kept(run, card):
     loaded = ModelCard.load(card / "README.md")
     loaded.data.model_name, loaded.data.eval_results = "Tiny", [kept]
     loaded.save(card / "README.md")
-    add_results_to_card(card, read_summaries([run("a"), run("b", benchmark="aid"), run("c", protocol="geochat")]))
+    update_card(card, read_summaries([run("a"), run("b", benchmark="aid"), run("c", protocol="geochat")]))
     results = {"vqa": {"accuracy": figure(0.25), "average_accuracy": figure(0.5)}}
-    add_results_to_card(card, read_summaries([run("d", results=results)]))
+    update_card(card, read_summaries([run("d", results=results)]))
     data = ModelCard.load(card / "README.md").data
     assert data.model_name == "Tiny"
     assert kept in data.eval_results
@@ -527,21 +526,21 @@ def test_results_of_others_and_of_other_benchmarks_are_kept(run, card):
 )
 def test_a_run_on_a_part_is_rejected_by_name(run, card, change, named):
     before = (card / "README.md").read_bytes()
-    with pytest.raises(ReportError, match=rf"whole splits.*org/tiny on aid, test, protocol strict, image, {named}"):
-        add_results_to_card(card, read_summaries([run("whole"), run("part", benchmark="aid", **change)]))
+    with pytest.raises(CardError, match=rf"whole splits.*org/tiny on aid, test, protocol strict, image, {named}"):
+        update_card(card, read_summaries([run("whole"), run("part", benchmark="aid", **change)]))
     assert (card / "README.md").read_bytes() == before
 
 
 def test_a_card_gets_the_results_of_its_own_model(run, card, tmp_path):
     other = run("other", model={"name": "org/big"})
-    with pytest.raises(ReportError, match=r"no run of tiny on images, but of org/big\."):
-        add_results_to_card(card, read_summaries([other, run("blind", mode="blind")]))
-    assert add_results_to_card(card, read_summaries([other]), model="org/big")
+    with pytest.raises(CardError, match=r"no run of tiny on images, but of org/big\."):
+        update_card(card, read_summaries([other, run("blind", mode="blind")]))
+    assert update_card(card, read_summaries([other]), model="org/big")
     revisions = [run("a", model={"revision": "a"}), run("b", model={"revision": "b"}, benchmark="aid")]
-    with pytest.raises(ReportError, match="one model with one set of weights"):
-        add_results_to_card(card, read_summaries(revisions))
-    with pytest.raises(ReportError, match=r"holds no README\.md"):
-        add_results_to_card(tmp_path, read_summaries([other]))
+    with pytest.raises(CardError, match="one model with one set of weights"):
+        update_card(card, read_summaries(revisions))
+    with pytest.raises(CardError, match=r"holds no README\.md"):
+        update_card(tmp_path, read_summaries([other]))
 
 
 # Command line
