@@ -36,8 +36,8 @@ def measure(model: Any, processor: Any, scenes: int, blind: bool = False, batch:
             for index, questions in enumerate(asked)
             for question in questions
         ]
-        seen = answerer.look([] if blind else [[draw(scene)] for scene in group], prompts)
-        said = [reply.text for reply in answerer.answer(prompts, seen)]
+        encoded = answerer.encode_images([] if blind else [[draw(scene)] for scene in group], prompts)
+        said = [reply.text for reply in answerer.answer(prompts, encoded)]
         for question, text in zip(chain(*asked), said, strict=True):
             scores[question.task].append(score(question, text, SCENE_SIZE))
             marked[question.task].append(question)
