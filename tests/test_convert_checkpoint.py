@@ -713,6 +713,7 @@ class TestOutput:
         refused(capsys, source.command(), str(source.output))
         assert [path.name for path in source.output.iterdir()] == ["config.json"]
 
+    @pytest.mark.integration
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
     def test_killed_half_way(self, source: Source, number: int):
         """SIGKILL leaves no folder at the output, SIGTERM nothing at all."""
@@ -786,6 +787,7 @@ def test_memory_does_not_grow_with_the_checkpoint(source: Source, kind: str, dty
 
 
 class TestVerify:
+    @pytest.mark.integration
     def test_passes(self, source: Source, capsys):
         assert main(source.command("--verify")) == 0
         assert "verified: 268 tensors equal" in capsys.readouterr().out
@@ -923,6 +925,7 @@ def expected_parts(language_model: Path, tower: Path) -> dict[str, torch.Tensor]
 
 
 class TestAssemble:
+    @pytest.mark.integration
     @pytest.mark.parametrize(
         "language_model, tower, options",
         [
@@ -987,6 +990,7 @@ class TestAssemble:
         assert model(**inputs).logits.isfinite().all()
         assert "Untrained" in (output / "README.md").read_text()
 
+    @pytest.mark.integration
     @pytest.mark.parametrize(
         "language_model, tower", [*((name, "clip") for name in DECODERS), *(("llama", name) for name in TOWERS)]
     )
