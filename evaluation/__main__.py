@@ -106,9 +106,9 @@ def run(args: argparse.Namespace) -> None:
                 folder or args.data,
                 split or args.split or protocol.default_split(BENCHMARKS.get(name)),
                 check_counts=not args.allow_count_mismatch,
+                check_sizes=not args.allow_size_mismatch,
                 check_images=args.missing_images == "error" and not args.blind and not args.baseline,
                 allow_outside_images=args.allow_outside_images,
-                check_sizes=not args.allow_size_mismatch,
                 **options,
             )
         )

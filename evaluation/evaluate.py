@@ -242,7 +242,7 @@ def summarize(
             "samples": len(samples),
             "in_split": len(benchmark.samples),
             "published": known.splits.get(benchmark.split) if known else None,
-            **({"left_out": benchmark.left_out} if benchmark.left_out else {}),
+            "left_out": benchmark.left_out,
             "images": len({name for sample in samples for name in sample.images}),
             "empty_answers": sum(not answer.text for answer in answers),
             "truncated_answers": sum(answer.truncated for answer in answers),

@@ -297,7 +297,7 @@ def test_missing_images_stop_the_run_or_score_zero(model, tmp_path):
         run(model, benchmark, tmp_path / "stopped")
     summary = run(model, benchmark, tmp_path / "out", missing_images="wrong")
     missed = [row for row in rows(tmp_path / "out") if any(gone.name in name for name in row["images"])]
-    counts = {"samples": 4, "in_split": 4, "published": 10004}
+    counts = {"samples": 4, "in_split": 4, "published": 10004, "left_out": {}}
     counts |= {"truncated_answers": 2}  # of the others
     assert summary["counts"] == {**counts, "images": 2, "empty_answers": len(missed), "missing_images": 1}
     assert missed and all(row["score"] == 0 and row["answer"] == "" for row in missed)
