@@ -57,6 +57,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--no-sharing", action="store_true", help="encode an image again for every question")
     how.add_argument("--allow-count-mismatch", action="store_true", help="accept a split of another size than published")
     how.add_argument("--allow-size-mismatch", action="store_true", help="accept images of another size than published")
+    how.add_argument("--classes", nargs="+", metavar="CLASS", help="ask only about these classes")
+    how.add_argument("--skip-broken-rows", action="store_true", help="leave out rows that cannot be asked")
     how.add_argument("--allow-outside-images", action="store_true", help="open images outside of the folder, also by a link")
     how.add_argument(
         "--missing-images", choices=["error", "wrong"], default="error", help="stop, or score their questions 0"
@@ -96,6 +98,8 @@ def run(args: argparse.Namespace) -> None:
         missing_images=args.missing_images,
     )
     protocol = get_protocol(args.protocol)
+    options = {"classes": args.classes} if args.classes else {}
+    options |= {"broken_rows": "skip"} if args.skip_broken_rows else {}
     benchmarks = []
     for text in args.benchmark:
         place, _, folder = text.partition("=")
@@ -109,6 +113,7 @@ def run(args: argparse.Namespace) -> None:
                 check_sizes=not args.allow_size_mismatch,
                 check_images=args.missing_images == "error" and not args.blind and not args.baseline,
                 allow_outside_images=args.allow_outside_images,
+                **options,
             )
         )
     state = process_state()

@@ -120,7 +120,7 @@ def test_captions_of_scenes_have_their_facts_beside_the_shared_words(stand_ins):
 SIDE = st.integers(40, 1500)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     width=SIDE, height=SIDE, corners=st.tuples(*[st.floats(-0.009, 1.009)] * 4), protocol=st.sampled_from(list(PROTOCOLS))
 )

@@ -83,6 +83,24 @@ def test_the_majority_baseline(data, tmp_path, capsys):
         assert command(*more) == 2 and "either --model or --baseline majority" in capsys.readouterr().err
 
 
+def test_what_is_left_out_on_purpose_stands_in_the_summary(tmp_path, capsys):
+    for name in ("rsivqa-ucm", "aid"):
+        (tmp_path / name).mkdir()
+        MAKERS[name](tmp_path / name)
+    path = tmp_path / "rsivqa-ucm" / "UCM" / "ucm_res.txt"
+    path.write_text(path.read_text() + "2.tif:How many  in the picture?zero\n")
+    line = ["--baseline", "majority", "--allow-count-mismatch", "--output", tmp_path / "out"]
+    line += ["--benchmark", f"rsivqa-ucm={tmp_path / 'rsivqa-ucm'}"]
+    assert command(*line) == 2 and "1 of 6 rows have a missing word: row 6 " in capsys.readouterr().err
+    assert command(*line, "--skip-broken-rows") == 0
+    assert files(tmp_path / "out" / "rsivqa-ucm" / "all")[1]["counts"]["left_out"] == {"rows with a missing word": 1}
+    line = [*line[:-1], f"aid={tmp_path / 'aid'}"]
+    assert command(*line, "--classes", "beach", "bare land") == 0
+    counts = files(tmp_path / "out" / "aid" / "all")[1]["counts"]
+    assert counts["left_out"] == {"classes": 28} and counts["in_split"] == 4
+    assert command(*line, "--skip-broken-rows") == 2 and "aid takes no option broken_rows" in capsys.readouterr().err
+
+
 @pytest.mark.integration
 def test_help_does_not_wait_for_torch():
     code = "import sys; from mfrsvlm.evaluation.__main__ import make_parser; make_parser().format_help();"

@@ -158,6 +158,7 @@ def test_coco_without_java_against_loops():
     assert found["bleu_4"]["value"] == pytest.approx(expected) and len(long) > 800
 
 
+@pytest.mark.integration
 def test_coco_without_java_is_what_the_library_makes_of_these_words():
     found = compute(SAID, REFERENCES, "coco_without_java")
     true = {i: [" ".join(slow_words(text)) for text in group] for i, group in enumerate(REFERENCES)}
@@ -228,6 +229,7 @@ def test_upstream_against_the_corpus_functions_and_loops():
     assert found["cider"]["value"] == pytest.approx(cider.mean())
 
 
+@pytest.mark.integration
 def test_synonyms_come_from_wordnet():
     found = [lemma.name() for meaning in METEORS_WORDNET.synsets("plane") for lemma in meaning.lemmas()]
     assert "airplane" in found and "ship" not in found and METEORS_WORDNET.synsets("xyzzy") == []
@@ -237,6 +239,7 @@ def test_synonyms_come_from_wordnet():
     assert same > 0.9 > other > 0
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("variant", ["coco_without_java", "upstream"])
 def test_intervals_are_those_of_drawing_captions(variant):
     """The same draws, but with every caption as often as it was drawn, and all computed anew."""

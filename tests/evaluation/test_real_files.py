@@ -55,6 +55,7 @@ def test_uc_merced_at_another_size_is_noticed(real, tmp_path):
         load_benchmark("uc-merced", tmp_path, check_counts=False)
 
 
+@pytest.mark.integration
 def test_labels_of_uc_merced(real):
     benchmark = load_benchmark("ucm-multilabel", real / "ucm")
     assert len(benchmark.samples) == 35700 and all_right(benchmark)
@@ -63,6 +64,7 @@ def test_labels_of_uc_merced(real):
     assert len(planes) == 100 and {sample.references for sample in planes} == {("yes",)}
 
 
+@pytest.mark.integration
 def test_questions_about_uc_merced(real, tmp_path):
     root = link(tmp_path, {"UCM": real / "annotations", "Images": real / "ucm" / "Images"})
     themes = load_benchmark("rsivqa-ucm", root, "theme", allow_outside_images=True)
@@ -165,6 +167,7 @@ def test_dior_rsvg(real, tmp_path):
     assert sample.boxes == ((133.0, 237.0, 684.0, 672.0),) and all_right(benchmark)
 
 
+@pytest.mark.integration
 def test_rsvg_hr(real, tmp_path):
     images = set()
     for split in ("train", "test"):
