@@ -1,7 +1,7 @@
 """Questions about a scene, with answers that follow from its plan.
 
-The wording is fixed, so that a change of score is a change of the model and not of the phrase. Answers are balanced by
-lot where that is possible: yes and no, larger and smaller, left and right, and the counts 0 to 9.
+The wording is fixed, so that a change of score is a change of the model and not of the phrase. Answers are sampled to be
+balanced where that is possible: yes and no, larger and smaller, left and right, and the counts 0 to 9.
 """
 
 import re

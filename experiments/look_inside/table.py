@@ -91,8 +91,8 @@ def _routing(routing: dict[str, Any]) -> list[str]:
     low, high = ("{:g} to {:g}".format(*routing["object_pixels"][name]) for name in ("small", "large"))
     lines = [
         f"Router weights in per cent, for scenes of small ({low} px) and of large objects ({high} px). Entropies are "
-        "relative to uniform weights, of each choice and of the mean. *Moved* is the share of weight that moves from small to "
-        "large objects; *by chance* is its 95 % quantile for scenes grouped at random.",
+        "relative to uniform weights, of each choice and of the mean. *Moved* is the share of weight that moves from small "
+        "to large objects; *by chance* is its 95 % quantile for scenes grouped at random.",
         "",
     ]
     columns = ["before layer", "objects", *sizes, *depths, *phases, "entropy", "entropy of the mean", "moved", "by chance"]

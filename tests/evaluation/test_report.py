@@ -26,6 +26,7 @@ from mfrsvlm.evaluation.report import (
     write_report,
 )
 from mfrsvlm.model_card.card import write_model_card
+from mfrsvlm.model_card.results import CardError, update_card
 
 
 def figure(value, low=None, high=None, n=200):
