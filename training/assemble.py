@@ -113,11 +113,11 @@ def assemble(
 
 
 def assembled_config(vision_config: Any, text_config: Any, options: dict[str, Any], dtype: str | None) -> MFRSVLMConfig:
-    """The config of a new model: what `options` leave open follows the sizes of its parts.
+    """The config of a new model. Fields that `options` do not set follow from the sizes of the parts.
 
-    Windows are as large as the global view and half of it; depths are a third, two thirds and all of a ViT's layers,
-    or the last three stages of a backbone; injection is before layers 4, 8, 12 and 16, as far as the decoder has them,
-    and before the last one of a decoder with fewer than four.
+    Windows have the size of the global view and half of it. Depths are a third, two thirds and all of a ViT's layers, or
+    the last three stages of a backbone. Injection is before layers 4, 8, 12 and 16, counted from one, as far as the decoder
+    has them, and before the last layer of a decoder with fewer than four.
     """
     fields = set(MFRSVLMConfig.__annotations__) - {"vision_config", "text_config", "image_token_id", "tie_word_embeddings"}
     unknown = sorted(set(options) - fields)
@@ -126,7 +126,7 @@ def assembled_config(vision_config: Any, text_config: Any, options: dict[str, An
     with explained("These parts and options make no model"):
         side, patch_size = (getattr(vision_config, name, None) for name in ("image_size", "patch_size"))
         if not hasattr(vision_config, "depths") and isinstance(side, int) and isinstance(patch_size, int):
-            # Some ViTs cut off what is no whole patch: SigLIP so400m reads 378 of its 384 pixels.
+            # Some ViTs drop the pixels beyond the last whole patch: SigLIP so400m reads 378 of 384.
             options = {"image_size": side - side % patch_size, **options}
         sizes: dict[str, Any] = {name: options[name] for name in ("image_size", "patch_size") if name in options}
         bare: dict[str, Any] = {"window_sizes": [], "injection_layers": [], "detail_feature_layers": []}
@@ -143,7 +143,7 @@ def assembled_config(vision_config: Any, text_config: Any, options: dict[str, An
 
 
 def load_part(model_class: Any, name: str, new: str = NOTHING, **kwargs: Any) -> Any:
-    """A trained part, whole: `transformers` fills what a checkpoint lacks with random numbers."""
+    """Loads a trained part, and raises if tensors are missing, which `transformers` fills with random numbers."""
     with explained(f"{name} cannot be loaded"):
         part, info = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
     refuse_missing(name, info["missing_keys"], new)

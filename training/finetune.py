@@ -35,8 +35,8 @@ SHUFFLED_ROWS = 1000  # of a stream, at a time
 OTHER_DATA = {"dataset_name": ("train_file", "image_root"), "train_file": ("dataset_name", "dataset_streaming")}
 # Linear layers of the decoder, and of nothing else: neither tower nor injectors.
 DECODER_LINEARS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
-# Trained whole beside the adapter, as in every stage of the published training: they are small or new. Of a list of
-# modules each one, since PEFT refuses the list.
+# Trained whole beside the adapter, as in every stage of the published training: they are small or new. PEFT rejects a
+# list of modules, so each of its modules is named.
 SAVED_WHOLE = {
     r"injectors\.\d+": "injectors",
     "multi_modal_projector": "projector",

@@ -252,7 +252,7 @@ class MFRSVLMTrainer(Trainer):
             error.add_note(
                 f"{name} could not be saved, {shutil.disk_usage(run_dir).free / 2**30:.1f} GiB are free in {run_dir}. What "
                 f"there is of it lies in {unfinished}; earlier checkpoints are whole, and resume_from_checkpoint=last "
-                "goes on from the last of them."
+                "resumes the last of them."
             )
             raise
         finally:
