@@ -65,6 +65,7 @@ class Summary:
         weights: fingerprint of the weights, or their revision on the Hub where there is no fingerprint.
         in_split: number of samples that the files held.
         published: number of samples that the split was published with.
+        left_out: what was left out on purpose, and how many.
         results: figures by task.
     """
 
@@ -80,6 +81,7 @@ class Summary:
     missing_images: int
     in_split: int
     published: int | None
+    left_out: dict[str, int]
     results: dict[str, dict[Column, Cell]]
 
     @property
@@ -97,7 +99,8 @@ class Summary:
         limit = [f"limit {self.limit}"] if self.limit is not None else []
         missing = [f"{self.missing_images} images missing"] if self.missing_images else []
         differs = self.published is not None and self.in_split != self.published
-        return [*limit, *missing, *([f"{self.in_split} of {self.published} samples"] if differs else [])]
+        left_out = [f"{n} {what} left out" for what, n in self.left_out.items() if n]
+        return [*limit, *missing, *left_out, *([f"{self.in_split} of {self.published} samples"] if differs else [])]
 
     def __str__(self) -> str:
         return (
@@ -255,6 +258,7 @@ def parse_summary(fields: Any, folder: Path) -> Summary:
             missing_images=fields["counts"]["missing_images"],
             in_split=fields["counts"]["in_split"],
             published=fields["counts"]["published"],
+            left_out=fields["counts"].get("left_out", {}),
             results={
                 task: read_figures(figures, f"{folder}, {task}", measured=True)
                 for task, figures in fields["results"].items()

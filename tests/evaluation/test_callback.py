@@ -1,6 +1,11 @@
 """Evaluation during training: what is logged, which model is the best, and that training itself does not change."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,16 +58,14 @@ def make_trainer(start, output, evaluated=True, **changes):
     arguments = MFRSVLMTrainingArguments(
         output_dir=str(output),
         learning_rate=2e-3,
-        max_steps=4,
         per_device_train_batch_size=2,
         logging_steps=1,
         eval_strategy="steps" if evaluated else "no",
-        eval_steps=2,
         save_strategy="no",
         use_cpu=True,
         disable_tqdm=True,
         report_to="none",
-        **changes,
+        **{"max_steps": 4, "eval_steps": 2, **changes},
     )
     return MFRSVLMTrainer(
         model=model,
@@ -188,6 +191,40 @@ def test_what_cannot_be_evaluated_is_an_error_before_training(start, rsvqa, tmp_
     trainer.processing_class = None
     with pytest.raises(ValueError, match="There is no processor"):
         EvaluationCallback(trainer, [rsvqa], PROTOCOL)
+
+
+TWO_PROCESSES = """
+import sys
+sys.path[:0] = sys.argv[2:]
+from pathlib import Path
+import test_callback as test
+from mfrsvlm.evaluation import EvaluationSettings, load_benchmark
+root = Path(sys.argv[1])
+test.PROTOCOLS[test.PROTOCOL].max_new_tokens = 3
+trainer = test.make_trainer((root / "model", root), root / "run", max_steps=2, eval_steps=1,
+    metric_for_best_model="eval_rsvqa-lr_accuracy", greater_is_better=True)
+rsvqa = load_benchmark("rsvqa-lr", root / "rsvqa", check_counts=False)
+settings = EvaluationSettings(progress=False, batch_size=1, images_per_chunk=1, output=root / "out")
+trainer.add_callback(test.EvaluationCallback(trainer, [rsvqa], test.PROTOCOL, settings))
+trainer.train()
+print("found", test.logged(trainer, "eval_rsvqa-lr_accuracy"), trainer.state.best_metric)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_questions(start, tmp_path):
+    (tmp_path / "script.py").write_text(TWO_PROCESSES)
+    (tmp_path / "rsvqa").mkdir()
+    MAKERS["rsvqa-lr"](tmp_path / "rsvqa")
+    shutil.copytree(start[1], tmp_path, dirs_exist_ok=True)
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    here = Path(__file__).parent
+    line = [sys.executable, *launch, tmp_path / "script.py", tmp_path, here, here.parent]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(list(map(str, line)), env=environment, capture_output=True, text=True, timeout=600)
+    assert done.stdout.count("found [(1, 0.0), (2, 0.0)] 0.0") == 2, done.stderr
+    logs = list((tmp_path / "out/step-2/rsvqa-lr/test").glob("answers-*.jsonl"))
+    assert len(logs) == 2 and all(len(log.read_text().splitlines()) == 2 for log in logs)
 
 
 class FakeState:

@@ -1,13 +1,19 @@
 """Samples of lmms-eval: a file that it wrote, files that are written for it, and rows that cannot be scored."""
 
 import json
+import sys
 from dataclasses import replace
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
+from PIL import Image
 from tiny_benchmarks import MAKERS
+from tiny_training import tiny_folder
 
 from mfrsvlm.evaluation import EvaluationSettings, evaluate_majority, load_benchmark
+from mfrsvlm.evaluation.answering import Answerer, Prompt, load
 from mfrsvlm.evaluation.lmms_eval import export_samples, export_task, read_samples, score_samples, target_text
 
 
@@ -118,3 +124,44 @@ def test_an_exported_task(tmp_path):
         assert row["id"] == sample.id and row["target"] == target_text(sample.references or sample.boxes)
         images = [benchmark.read_image(name).tobytes() for name in sample.images]
         assert [image.tobytes() for image in functions["doc_to_visual"](row)] == images
+
+
+class Messages:
+    """Stands in for `ChatMessages` of lmms-eval."""
+
+    def __init__(self, messages):
+        self.messages = messages
+
+    def to_hf_messages(self):
+        return self.messages
+
+
+def test_the_model_class_of_the_example(tmp_path, monkeypatch):
+    """With stand-ins for what it takes from lmms-eval, which is not a dependency."""
+    names = ["", ".__main__", ".api", ".api.model", ".models", ".models.registry_v2", ".protocol"]
+    modules = {name: ModuleType(f"lmms_eval{name}") for name in names}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, f"lmms_eval{name}", module)
+    modules[".__main__"].cli_evaluate = modules[".models"].MODEL_REGISTRY_V2 = None
+    modules[".models.registry_v2"].ModelManifest = None
+    modules[".api.model"].lmms, modules[".protocol"].ChatMessages = type("lmms", (), {}), Messages
+    path = Path(__file__).parents[2] / "examples" / "evaluate_with_lmms_eval.py"
+    spec = spec_from_file_location("example", path)
+    example = module_from_spec(spec)
+    spec.loader.exec_module(example)
+
+    folder = tiny_folder(tmp_path / "model")
+    model = example.ImageTextToText(str(folder), device="cpu", batch_size="2", trust_remote_code=True)
+    image = Image.new("RGB", (40, 30), (90, 120, 60))
+    docs = [[{"type": "text", "text": text}] for text in ("What?", "Is there a river?", "How many ships are there?")]
+    model.task_dict = {"task": {"test": docs}}
+
+    def make_messages(content):
+        return [{"role": "user", "content": [{"type": "image", "image": image}, *content]}]
+
+    options = {"max_new_tokens": 5, "temperature": 0, "until": ["\n\n"], "do_sample": False}
+    requests = [SimpleNamespace(args=("", make_messages, options, index, "task", "test")) for index in range(3)]
+    answerer = Answerer(*load(str(folder)), 5)
+    prompts = [Prompt(doc[0]["text"], 0) for doc in docs]
+    expected = answerer.answer(prompts, answerer.encode_images([[image]], prompts))
+    assert model.generate_until(requests) == [answer.text for answer in expected]

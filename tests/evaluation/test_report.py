@@ -227,19 +227,21 @@ def test_only_whole_runs_on_images_look_like_results(run):
         run("whole"),
         run("holes", counts={"missing_images": 3}, model={"name": "org/holes"}),
         run("subset", counts={"in_split": 40}, model={"name": "org/subset"}),
+        run("skipped", counts={"published": None, "left_out": {"broken rows": 2}}, model={"name": "org/skipped"}),
     ]
     table = rows(as_markdown(make_tables(read_summaries(folders))))[2:]
     assert [row[:2] for row in table] == [
         ["*org/big*", "*image, limit 50*"],
         ["*org/holes*", "*image, 3 images missing*"],
+        ["*org/skipped*", "*image, 2 broken rows left out*"],
         ["*org/subset*", "*image, 40 of 200 samples*"],
         ["org/tiny", "image"],
         ["*org/tiny*", "*blind*"],
         ["*majority*", "*majority*"],
     ]
-    assert [all(text.startswith("*") for text in row) for row in table] == [True, True, True, False, True, True]
+    assert [all(text.startswith("*") for text in row) for row in table] == [True, True, True, True, False, True, True]
     latex = as_latex(make_tables(read_summaries(folders)))
-    assert latex.count(r"\textit{91.2 [89.9, 92.4]}") == 5
+    assert latex.count(r"\textit{91.2 [89.9, 92.4]}") == 6
 
 
 def test_a_task_without_figures_is_an_empty_row(run):
