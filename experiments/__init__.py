@@ -1,1 +1,1 @@
-"""How the small model was made, what its ideas are worth, and what goes on inside it: one command each."""
+"""One command for each table and figure in `docs/ablation` and `docs/inside`."""

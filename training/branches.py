@@ -1,7 +1,7 @@
-"""Independent questions about one image in one row, so that the image is paid for once.
+"""Independent questions about one image in one row, so that the image is computed once.
 
 An image costs far more tokens than a question. `BranchCollator` packs the turns of a conversation behind one copy of the
-image: every question with its answer is a *branch* that sees the image and itself, and no other branch. Token by token, a
+image. Every question with its answer is a *branch*, which sees the image and itself, and no other branch. Token by token, a
 branch is the same computation as a conversation of its own.
 """
 

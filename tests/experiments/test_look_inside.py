@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import r2_score
 from tiny_scenes import plan
 
 from mfrsvlm.experiments.estimates import plain, r_squared, ratio
@@ -224,6 +225,7 @@ def test_probe_recovers_a_planted_signal_and_fails_on_noise():
     test_states, test_targets, test_scenes = planted(1.0, seed=1)
     predicted = linear_probe(states, targets, scenes, test_states)
     estimate = r_squared(predicted, test_targets, test_scenes)
+    np.testing.assert_allclose(estimate.value, r2_score(test_targets, predicted, multioutput="raw_values"))
     assert estimate.value[0] > 0.98
     assert abs(estimate.value[1]) < 0.05
     numbers = estimate.numbers()

@@ -1,4 +1,4 @@
-"""Losses beside that of the answers, which teach a decoder where to look. Their heads are thrown away after training.
+"""Losses beside that of the answers, which teach a decoder where to look. Their heads are not part of the model.
 
 From random weights, a decoder takes long to find out that a noun in a question stands for certain visual tokens, and learns
 nothing else about objects before. Linear heads on the visual tokens therefore predict what stands there, as the heads of the
@@ -62,7 +62,7 @@ def known_objects(scene: Scene, side: int) -> KnownObjects:
 
 
 class Guidance(nn.Module):
-    """The losses of one decoder.
+    """The losses that guide one decoder.
 
     Inside `listening()` it keeps what enters the attention of some layers, until its own forward uses that.
 
