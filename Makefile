@@ -62,9 +62,10 @@ lint: $(VENV)/.ready
 	cd $(VENV)/types && ../bin/mypy --config-file mfrsvlm/pyproject.toml --cache-dir mfrsvlm/.mypy_cache \
 		mfrsvlm/configuration_mfrsvlm.py mfrsvlm/image_sources_mfrsvlm.py mfrsvlm/image_processing_mfrsvlm.py \
 		mfrsvlm/processing_mfrsvlm.py mfrsvlm/injection_mfrsvlm.py mfrsvlm/modeling_mfrsvlm.py mfrsvlm/released_layout.py \
-		mfrsvlm/convert_checkpoint.py
+		mfrsvlm/convert_checkpoint.py mfrsvlm/arguments.py mfrsvlm/cli.py mfrsvlm/lazy_exports.py
+	$(VENV)/bin/lint-imports
 
-# The table of the README: largest error of every stage against the published implementation.
+# The table of docs/parity.md: largest error of every stage against the published implementation.
 parity: $(VENV)/.ready
 	rm -rf $(VENV)/parity
 	$(VENV)/bin/python -m mfrsvlm.convert_checkpoint released tests/reference/checkpoint \

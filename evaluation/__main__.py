@@ -67,7 +67,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of runs")
-    parser.add_argument("--output", type=Path, help="folder for results.md, results.csv, results.tex and the plots")
+    parser.add_argument("--output", type=Path, help="folder for results.md, results.csv and the plots")
+    parser.add_argument("--latex", action="store_true", help="write results.tex, too")
     parser.add_argument("--card", type=Path, metavar="MODEL_FOLDER", help="model folder whose README.md gets the results")
     parser.add_argument("--model", help="name of that model in the runs; default: the name of its folder")
     parser.add_argument("--published", type=Path, help="file of published results; default: the one of this package")
@@ -141,7 +142,7 @@ def report(args: argparse.Namespace) -> None:
 
     summaries, published = read_summaries(args.runs), args.published or PUBLISHED
     if args.output:
-        tables = write_report(summaries, args.output, published)
+        tables = write_report(summaries, args.output, published, args.latex)
         if not args.no_plots:
             write_plots(tables, args.output)
     else:

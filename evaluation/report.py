@@ -445,13 +445,16 @@ def as_csv(tables: Sequence[Table]) -> str:
 # Files
 
 
-def write_report(summaries: Sequence[Summary], output: str | Path, published: str | Path | None = PUBLISHED) -> list[Table]:
-    """Writes `results.md`, `results.csv` and `results.tex` into a folder. `plots.write_plots` adds plots.
+def write_report(
+    summaries: Sequence[Summary], output: str | Path, published: str | Path | None = PUBLISHED, latex: bool = False
+) -> list[Table]:
+    """Writes `results.md` and `results.csv` into a folder. `plots.write_plots` adds plots.
 
     Args:
         summaries: of `read_summaries`.
         output: the folder, made if need be.
         published: file of published rows, `None` for none.
+        latex: also writes `results.tex`.
 
     Returns:
         The tables, as for `as_markdown` and `write_plots`.
@@ -463,6 +466,7 @@ def write_report(summaries: Sequence[Summary], output: str | Path, published: st
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     write_file(output / "results.md", as_markdown(tables))
-    write_file(output / "results.tex", as_latex(tables))
     write_file(output / "results.csv", as_csv(tables))
+    if latex:
+        write_file(output / "results.tex", as_latex(tables))
     return tables

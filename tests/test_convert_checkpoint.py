@@ -808,7 +808,7 @@ class TestCard:
 def test_the_old_command_of_new_models_points_to_its_place(capsys):
     assert main(["assemble", "--language-model", "a"]) == 2
     assert capsys.readouterr().err.splitlines() == [
-        "error: this command converts. To make a new model from parts, run: python -m mfrsvlm.training.assemble --help"
+        "error: this command converts. To make a new model from parts, run: mfrsvlm assemble --help"
     ]
 
 

@@ -318,7 +318,7 @@ def test_every_value_of_every_run_is_in_the_csv(run, published, tmp_path):
 
 def test_latex_is_escaped_and_balanced(run, published, tmp_path):
     folder = run(model={"name": "org/my_model & 100%"})
-    write_report(read_summaries([folder]), tmp_path / "out", published(PUBLISHED_ROW))
+    write_report(read_summaries([folder]), tmp_path / "out", published(PUBLISHED_ROW), latex=True)
     latex = (tmp_path / "out/results.tex").read_text()
     assert r"org/my\_model \& 100\%" in latex
     assert r"Other\_7B\textsuperscript{1} & published &  & 90.7 & 91.09 & -" in latex
@@ -556,7 +556,7 @@ def test_the_command_prints_and_writes(run, card, published, tmp_path, capsys):
     assert "91.2 [89.9, 92.4]" in printed and "Other_7B [1]" in printed
     output = tmp_path / "out"
     assert main(["report", folder, "--output", str(output), "--card", str(card), "--no-plots"]) == 0
-    assert sorted(path.name for path in output.iterdir()) == ["results.csv", "results.md", "results.tex"]
+    assert sorted(path.name for path in output.iterdir()) == ["results.csv", "results.md"]
     printed = capsys.readouterr().out
     assert printed.startswith((output / "results.md").read_text())
     assert printed.endswith("README.md: 1 figures written\n")
