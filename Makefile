@@ -7,9 +7,9 @@ NEWEST := .venv-newest
 ARGS ?=
 # What depends on the version of transformers.
 CORE := $(addprefix tests/test_,$(addsuffix .py,configuration modeling numbers families processing hub convert_checkpoint \
-	parity training))
+	parity)) tests/training/test_finetune.py
 
-.PHONY: demo test test-slow test-oldest test-newest lint parity clean
+.PHONY: demo test test-all test-slow test-oldest test-newest lint parity clean
 
 # A stamp newer than what it was made from: set-up runs once, and again when the project's needs change.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -41,8 +41,12 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -n 2 --dist loadfile $(ARGS)
 
+# Also the tests that train, start processes or run whole commands.
+test-all: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -m "not slow and not gpu" -n 2 --dist loadfile $(ARGS)
+
 test-slow: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -m "slow and not gpu" -n 2 --dist load $(ARGS)
 
 # The tests of the core, with the oldest transformers that pyproject.toml claims and with the newest that pip gives.
 test-oldest: $(OLDEST)/.ready
@@ -58,9 +62,10 @@ lint: $(VENV)/.ready
 	cd $(VENV)/types && ../bin/mypy --config-file mfrsvlm/pyproject.toml --cache-dir mfrsvlm/.mypy_cache \
 		mfrsvlm/configuration_mfrsvlm.py mfrsvlm/image_sources_mfrsvlm.py mfrsvlm/image_processing_mfrsvlm.py \
 		mfrsvlm/processing_mfrsvlm.py mfrsvlm/injection_mfrsvlm.py mfrsvlm/modeling_mfrsvlm.py mfrsvlm/released_layout.py \
-		mfrsvlm/convert_checkpoint.py
+		mfrsvlm/convert_checkpoint.py mfrsvlm/arguments.py mfrsvlm/cli.py mfrsvlm/lazy_exports.py
+	$(VENV)/bin/lint-imports
 
-# The table of the README: largest error of every stage against the published implementation.
+# The table of docs/parity.md: largest error of every stage against the published implementation.
 parity: $(VENV)/.ready
 	rm -rf $(VENV)/parity
 	$(VENV)/bin/python -m mfrsvlm.convert_checkpoint released tests/reference/checkpoint \

@@ -1,18 +1,27 @@
 """MF-RSVLM: a vision-language model for remote sensing imagery (FUSE-RSVLM, arXiv 2512.24022)."""
 
-from .configuration_mfrsvlm import MFRSVLMConfig
-from .image_processing_mfrsvlm import MFRSVLMImageProcessor
-from .modeling_mfrsvlm import MFRSVLMForConditionalGeneration, MFRSVLMModel, MFRSVLMPreTrainedModel
-from .processing_mfrsvlm import MFRSVLMProcessor
+from typing import TYPE_CHECKING
+
+from .lazy_exports import lazy_exports
 
 
-# Saving any of these writes their code beside it, so that a derived checkpoint loads with `trust_remote_code=True`. (Not
-# the same as registering with the Auto classes, which would make an installed package win over the code on the Hub.)
-MFRSVLMConfig.register_for_auto_class()
-MFRSVLMModel.register_for_auto_class("AutoModel")
-MFRSVLMForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
-MFRSVLMImageProcessor.register_for_auto_class("AutoImageProcessor")
-MFRSVLMProcessor.register_for_auto_class("AutoProcessor")
+if TYPE_CHECKING:
+    from .configuration_mfrsvlm import MFRSVLMConfig
+    from .image_processing_mfrsvlm import MFRSVLMImageProcessor
+    from .modeling_mfrsvlm import MFRSVLMForConditionalGeneration, MFRSVLMModel, MFRSVLMPreTrainedModel
+    from .processing_mfrsvlm import MFRSVLMProcessor
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "MFRSVLMConfig": "configuration_mfrsvlm",
+        "MFRSVLMForConditionalGeneration": "modeling_mfrsvlm",
+        "MFRSVLMImageProcessor": "image_processing_mfrsvlm",
+        "MFRSVLMModel": "modeling_mfrsvlm",
+        "MFRSVLMPreTrainedModel": "modeling_mfrsvlm",
+        "MFRSVLMProcessor": "processing_mfrsvlm",
+    },
+)
 
 __version__ = "0.1.0"
 

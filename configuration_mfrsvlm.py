@@ -385,4 +385,8 @@ def _check_ascending(name: str, values: Sequence[int], low: int, high: int, what
         raise ValueError(f"{name}={values} is out of range: {what} are {low} to {high}.")
 
 
+# Saving an object of this class writes its code beside it, so a derived checkpoint loads with `trust_remote_code=True`.
+# (Registering with the Auto classes is something else: an installed package would then win over the code on the Hub.)
+MFRSVLMConfig.register_for_auto_class()
+
 __all__ = ["MFRSVLMConfig", "WindowScale", "packed_lengths", "window_table"]

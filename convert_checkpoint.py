@@ -1,12 +1,11 @@
 """Converts a checkpoint in the authors' layout to a Hub folder of this package.
 
-    python -m mfrsvlm.convert_checkpoint released SRC --vision-tower DIR_OR_HUB_ID --output OUT [--dtype bfloat16] [--verify]
+    mfrsvlm convert released SRC --vision-tower DIR_OR_HUB_ID --output OUT [--dtype bfloat16] [--verify]
 
 A released checkpoint is mapped into memory rather than read, so that its size hardly matters. Every key is matched by
 `released_layout.KEY_TABLE`, dropped there on purpose, or the run fails and names it. The output appears whole or not at all.
 """
 
-import argparse
 import contextlib
 import os
 import pickle
@@ -27,12 +26,12 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig
 from transformers.utils import logging
 
+from .arguments import converter_parser
 from .configuration_mfrsvlm import MFRSVLMConfig
 from .image_processing_mfrsvlm import MFRSVLMImageProcessor
 from .modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from .processing_mfrsvlm import MFRSVLMProcessor, make_chat_template
 from .released_layout import (
-    DTYPES,
     ConversionError,
     explained,
     read_json,
@@ -48,7 +47,7 @@ logger = logging.get_logger(__name__)
 MAX_OUTPUT_SHARD = 10**9  # bytes
 IMAGE_TOKEN = "<image>"
 NOTHING = r"(?!)"
-ASSEMBLE = "To make a new model from parts, run: python -m mfrsvlm.training.assemble --help"
+ASSEMBLE = "To make a new model from parts, run: mfrsvlm assemble --help"
 
 
 def find_shards(folder: Path) -> list[Path]:
@@ -278,9 +277,13 @@ def convert_released(
     Raises:
         ConversionError: the checkpoint is incomplete, damaged or of an unsupported variant, or `output` exists.
     """
-    from .model_card.card import write_model_card  # here, since modules of the root import no room when they are loaded
+    # Here, since modules of the root import no room when they are loaded.
+    from .files.model_folder import kind_of
+    from .model_card.card import write_model_card
 
     content = read_json(source / "config.json")
+    if kind_of(content) == "whole":
+        raise ConversionError(f"{source} is a model folder of this package already: it needs no conversion.")
     refuse_variants(source, content)
     tokenizer = read_tokenizer(source)
     tower = resolve_folder(vision_tower, ["*.safetensors", "pytorch_model*.bin"])
@@ -373,26 +376,9 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["assemble"]:
         print(f"error: this command converts. {ASSEMBLE}", file=sys.stderr)
         return 2
-    parser = argparse.ArgumentParser(
-        prog="python -m mfrsvlm.convert_checkpoint", description=__doc__.splitlines()[0], epilog=ASSEMBLE
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    released = commands.add_parser("released", help="convert a checkpoint in the authors' layout")
-    released.add_argument("source", type=Path, help="folder with config.json, shards and tokenizer")
-    tower = "folder or Hub id; shards hold none, and openai/clip-vit-large-patch14-336 is not what they were trained with"
-    released.add_argument("--vision-tower", required=True, help=tower)
-    released.add_argument("--verify", action="store_true", help="compare the result with the source in a clean process")
-    add_output_arguments(released)
-    options = vars(parser.parse_args(argv))
+    options = vars(converter_parser().parse_args(argv))
     options.pop("command")
     return run(convert_released, options)
-
-
-def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of every command that writes a model folder."""
-    parser.add_argument("--output", required=True, type=Path, help="folder to make")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the written weights")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing model folder")
 
 
 def run(command: Callable[..., None], options: dict[str, Any]) -> int:

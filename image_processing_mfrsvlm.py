@@ -351,4 +351,7 @@ def pad_to_square(planes: list[Image.Image], image_mean: Any) -> list[Image.Imag
     return squares
 
 
+# See the end of `configuration_mfrsvlm.py`.
+MFRSVLMImageProcessor.register_for_auto_class("AutoImageProcessor")
+
 __all__ = ["MFRSVLMImageProcessor", "cut_windows", "image_size", "join_windows", "open_image"]

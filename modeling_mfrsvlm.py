@@ -827,6 +827,10 @@ class MFRSVLMPromptLookup(CandidateGenerator):
         self.generator.update_candidate_strategy(*args, **kwargs)
 
 
+# See the end of `configuration_mfrsvlm.py`.
+MFRSVLMModel.register_for_auto_class("AutoModel")
+MFRSVLMForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
 __all__ = [
     "MFRSVLMForConditionalGeneration",
     "MFRSVLMImageFeatures",

@@ -416,4 +416,7 @@ class MFRSVLMProcessor(ProcessorMixin):
         return outputs
 
 
+# See the end of `configuration_mfrsvlm.py`.
+MFRSVLMProcessor.register_for_auto_class("AutoProcessor")
+
 __all__ = ["MFRSVLMImageProcessor", "MFRSVLMProcessor", "cut_windows", "join_windows", "make_chat_template", "parse_boxes"]

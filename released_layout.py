@@ -12,10 +12,10 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, LlamaConfig, LlamaTokenizer
 
+from .arguments import DTYPES
 from .configuration_mfrsvlm import MFRSVLMConfig
 
 
-DTYPES = ("float32", "float16", "bfloat16")
 EVA = re.compile(r"(?<![a-z])eva(?!l)", re.IGNORECASE)  # "EVA02-CLIP", "EvaCLIPModel", but not "retrieval" or "evaluation"
 
 # Released key -> our key. None: dropped on purpose. First match counts; a key that matches nothing is an error.

@@ -16,10 +16,12 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from mfrsvlm.evaluation.answer_log import AnswerLog
 from mfrsvlm.evaluation.answering import Answerer, Prompt, load
+from mfrsvlm.evaluation.batches import ImageReader, answer_all
 from mfrsvlm.evaluation.benchmarks import Benchmark, Sample
-from mfrsvlm.evaluation.protocols import Strict
-from mfrsvlm.evaluation.run import ImageReader, answer_all
+from mfrsvlm.evaluation.protocols import PROTOCOLS
+from mfrsvlm.evaluation.settings import EvaluationSettings
 from mfrsvlm.scenes import ask, draw, plan_scene, scene_seed
 
 
@@ -49,23 +51,23 @@ def main() -> None:
         for number, text in enumerate(islice(cycle(texts), args.questions)):
             samples.append(Sample(f"{name}-{number}", (name,), "vqa", text, ("-",)))
     benchmark = Benchmark("scenes", "test", None, samples, open_image=images.__getitem__, complete_prompts=True)
-    reader = ImageReader(benchmark, Strict(), "error")
-    args.blind = False
+    reader = ImageReader(benchmark, PROTOCOLS["strict"](), "error")
+    settings = EvaluationSettings(batch_size=args.batch_size, images_per_chunk=args.images_per_chunk)
 
     def one_by_one() -> list[str]:
         said = []
         for sample in samples:
             with torch.inference_mode():
                 inputs = answerer._plain_inputs([Prompt(sample.question, 0)], [[images[sample.images[0]]]])
-                tokens = model.generate(**inputs)
+                tokens = model.generate(**inputs, generation_config=answerer.generation)
             said.append(processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
         return said
 
     def harness() -> list[str]:
         with tempfile.TemporaryDirectory() as folder:
-            args.output = Path(folder)
-            prompts = [sample.question for sample in samples]
-            return [answer.text for answer in answer_all(answerer, samples, prompts, reader, args, PartialState())]
+            state, prompts = PartialState(), [sample.question for sample in samples]
+            log = AnswerLog(Path(folder) / "answers", {}, state)
+            return [row["text"] for row in answer_all(answerer, samples, prompts, reader, settings, state, log)]
 
     ways = {"one generate a question": one_by_one, "harness": harness}
     answers = [way() for way in ways.values()]  # warm, and compared

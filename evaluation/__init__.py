@@ -1,1 +1,52 @@
-"""Measures a model on published benchmarks and on scenes of our own: loaders, prompts, metrics and reports."""
+"""Evaluation of vision-language models on remote sensing benchmarks.
+
+from mfrsvlm.evaluation import EvaluationSettings, evaluate, load_benchmark
+
+aid = load_benchmark("aid", "data/AID")
+summaries = evaluate(model, processor, [aid, "scenes"], settings=EvaluationSettings(output="runs/mine"))
+summaries["scenes/test"]["results"]["counting"]["exact"]  # {"value": ..., "low": ..., "high": ..., "n": ...}
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .benchmarks import load_benchmark
+    from .evaluate import evaluate, evaluate_majority
+    from .protocols import PROTOCOLS
+    from .settings import EvaluationSettings
+
+__all__ = ["PROTOCOLS", "EvaluationSettings", "evaluate", "evaluate_majority", "load_benchmark"]
+
+# Imported when they are first used, since torch and transformers take seconds and `--help` needs neither.
+_MODULES = {
+    "PROTOCOLS": "protocols",
+    "EvaluationSettings": "settings",
+    "evaluate": "evaluate",
+    "evaluate_majority": "evaluate",
+    "load_benchmark": "benchmarks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps the function `evaluate` under its name, where an import of the module `evaluate` would put the module."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        is_module = name == "evaluate" and isinstance(value, ModuleType)
+        super().__setattr__(name, value.evaluate if is_module else value)
+
+
+sys.modules[__name__].__class__ = _Package

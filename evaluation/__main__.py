@@ -1,28 +1,166 @@
-"""Command line: `python -m mfrsvlm.evaluation run ...` and `python -m mfrsvlm.evaluation report ...`."""
+"""Command line of the evaluation.
+
+python -m mfrsvlm.evaluation run --model demo/model --benchmark scenes --limit 200 --output runs/scenes
+python -m mfrsvlm.evaluation report runs/scenes --output report
+"""
 
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-from . import report, run
+from ..arguments import ArgumentParser
+from .settings import EvaluationSettings
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m mfrsvlm.evaluation", description="Measures models on benchmarks.")
+def make_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m mfrsvlm.evaluation", description="Evaluates models on benchmarks.")
     commands = parser.add_subparsers(dest="command", required=True)
-    measure = commands.add_parser("run", help="answers the questions of one benchmark and scores the answers")
-    run.add_arguments(measure)
-    tell = commands.add_parser("report", help="tables, plot and model card from what runs wrote")
-    report.add_arguments(tell)
-    args = parser.parse_args()
+    for name, add_arguments, command, description in (
+        ("run", add_run_arguments, "mfrsvlm evaluate", "Evaluates one model on one or more benchmarks."),
+        ("report", add_report_arguments, "mfrsvlm report", "Writes tables, plots and a model card from runs."),
+    ):
+        add_arguments(commands.add_parser(name, prog=command, description=description, help=description))
+    return parser
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    defaults = EvaluationSettings()
+    what = parser.add_argument_group("what to evaluate")
+    what.add_argument("--model", help="folder or Hub id of an image-text-to-text model")
+    what.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    what.add_argument("--name", help="name of the model in reports; default: its Hub id, or the name of its folder")
+    what.add_argument("--baseline", choices=["majority"], help="in place of a model: the most frequent answers")
+    what.add_argument(
+        "--benchmark",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="NAME[/SPLIT][=FOLDER]",
+        help="benchmarks, each with its split and the folder of its files; see docs/benchmarks.md",
+    )
+    what.add_argument("--data", help="folder of the benchmark, if there is only one")
+    what.add_argument("--split", help="split of the benchmark, if there is only one; default: its test split")
+    what.add_argument("--protocol", default="strict", help="default: strict; see docs/evaluation.md")
+    what.add_argument("--output", type=Path, help="folder for the files of each benchmark; default: print the tables only")
+    what.add_argument("--limit", type=int, help="number of questions to draw from each benchmark; default: all")
+    what.add_argument("--seed", type=int, default=defaults.seed, help="seed of --limit")
+    what.add_argument("--blind", action="store_true", help="ask without the images")
+    how = parser.add_argument_group("how to run")
+    how.add_argument("--batch-size", type=int, default=defaults.batch_size, help="questions that are answered together")
+    how.add_argument(
+        "--images-per-chunk", type=int, default=defaults.images_per_chunk, help="images whose features are kept together"
+    )
+    how.add_argument("--dtype", default="auto", help="float32, bfloat16, ...; default: as saved")
+    how.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    how.add_argument("--no-sharing", action="store_true", help="encode an image again for every question")
+    how.add_argument("--allow-count-mismatch", action="store_true", help="accept a split of another size than published")
+    how.add_argument("--allow-size-mismatch", action="store_true", help="accept images of another size than published")
+    how.add_argument("--classes", nargs="+", metavar="CLASS", help="ask only about these classes")
+    how.add_argument("--skip-broken-rows", action="store_true", help="leave out rows that cannot be asked")
+    how.add_argument("--allow-outside-images", action="store_true", help="open images outside of the folder, also by a link")
+    how.add_argument(
+        "--missing-images", choices=["error", "wrong"], default="error", help="stop, or score their questions 0"
+    )
+
+
+def add_report_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", type=Path, help="output folders of runs")
+    parser.add_argument("--output", type=Path, help="folder for results.md, results.csv and the plots")
+    parser.add_argument("--latex", action="store_true", help="write results.tex, too")
+    parser.add_argument("--card", type=Path, metavar="MODEL_FOLDER", help="model folder whose README.md gets the results")
+    parser.add_argument("--model", help="name of that model in the runs; default: the name of its folder")
+    parser.add_argument("--published", type=Path, help="file of published results; default: the one of this package")
+    parser.add_argument("--no-plots", action="store_true", help="leave out the plots, which need matplotlib")
+
+
+def run(args: argparse.Namespace) -> None:
+    # Here and not above: `--help` and misspelt options should not wait for torch.
+    from . import evaluate, evaluate_majority, load_benchmark
+    from .answering import load
+    from .benchmarks import BENCHMARKS
+    from .evaluate import get_protocol, process_state
+    from .report import as_markdown, make_tables, parse_summary
+
+    if (args.model is None) == (args.baseline is None):
+        raise ValueError("Name what to evaluate: either --model or --baseline majority.")
+    if len(args.benchmark) > 1 and (args.data or args.split):
+        raise ValueError("--data and --split belong to one benchmark. Name several as NAME/SPLIT=FOLDER.")
+    settings = EvaluationSettings(
+        output=args.output,
+        model_name=args.name,
+        limit=args.limit,
+        seed=args.seed,
+        blind=args.blind,
+        batch_size=args.batch_size,
+        images_per_chunk=args.images_per_chunk,
+        share_images=not args.no_sharing,
+        missing_images=args.missing_images,
+    )
+    protocol = get_protocol(args.protocol)
+    options = {"classes": args.classes} if args.classes else {}
+    options |= {"broken_rows": "skip"} if args.skip_broken_rows else {}
+    benchmarks = []
+    for text in args.benchmark:
+        place, _, folder = text.partition("=")
+        name, _, split = place.partition("/")
+        benchmarks.append(
+            load_benchmark(
+                name,
+                folder or args.data,
+                split or args.split or protocol.default_split(BENCHMARKS.get(name)),
+                check_counts=not args.allow_count_mismatch,
+                check_sizes=not args.allow_size_mismatch,
+                check_images=args.missing_images == "error" and not args.blind and not args.baseline,
+                allow_outside_images=args.allow_outside_images,
+                **options,
+            )
+        )
+    state = process_state()
+    if args.baseline:
+        summaries = evaluate_majority(benchmarks, protocol, settings)
+    else:
+        model, processor = load(args.model, args.revision, args.dtype, state.device, args.trust_remote_code)
+        summaries = evaluate(model, processor, benchmarks, protocol, settings)
+    if state.is_main_process:
+        tables = make_tables([parse_summary(fields, Path(key)) for key, fields in summaries.items()])
+        print(as_markdown(tables), end="")
+
+
+def report(args: argparse.Namespace) -> None:
+    from ..model_card.results import update_card
+    from .plots import write_plots
+    from .report import (
+        PUBLISHED,
+        as_markdown,
+        make_tables,
+        read_published,
+        read_summaries,
+        write_report,
+    )
+
+    summaries, published = read_summaries(args.runs), args.published or PUBLISHED
+    if args.output:
+        tables = write_report(summaries, args.output, published, args.latex)
+        if not args.no_plots:
+            write_plots(tables, args.output)
+    else:
+        tables = make_tables(summaries, read_published(published))
+    print(as_markdown(tables), end="")
+    if args.card:
+        written = update_card(args.card, summaries, args.model)
+        print(f"\n{args.card / 'README.md'}: {len(written)} figures written")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
+    args = make_parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        if args.command == "report":
-            report.report(args)
-        elif run.run(args):  # on the first process
-            print(report.as_markdown(report.make_tables(report.read_summaries([args.output]))))
+        report(args) if args.command == "report" else run(args)
     except (ValueError, OSError) as error:
-        # The user's to mend: told in a line. Anything else is a fault of the program and shows where it is.
+        # For the user to correct, so one line. Any other error is a fault of the program and shows where it is.
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

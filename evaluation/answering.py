@@ -1,15 +1,16 @@
-"""Answers many questions with any image-text-to-text model of transformers, encoding every image once.
+"""Answers many questions with any image-text-to-text model of transformers, and encodes every image once.
 
-The images of a chunk of questions go through the vision tower together; then the decoder reads what all questions about the
-same images begin with, visual tokens above all, once, and its cache is what every question goes on from. A model that cannot
-take features in place of pixels, or answers otherwise then, is asked the slow way and the log says so.
+The images of a chunk of questions go through the vision tower together. The decoder then reads the common beginning of all
+prompts about the same images, mostly visual tokens, into one cache, and every question continues from a copy of it. Some
+models take no encoded images, or answer differently with them: their questions are processed one by one, with a warning.
 """
 
 import copy
 import hashlib
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -22,7 +23,9 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
+from ..configuration_mfrsvlm import CACHE
 from ..files.model_folder import load_model
+from ..files.reading import shorten
 
 
 logger = logging.getLogger(__name__)
@@ -33,7 +36,7 @@ YES, NO = ("yes", "Yes", " yes", " Yes"), ("no", "No", " no", " No")
 
 @dataclass(frozen=True)
 class Prompt:
-    """What to ask, and which group of images it is about, by its index (`None`: no image at all)."""
+    """A question, and the index of the group of images that it is about (`None`: no image)."""
 
     text: str
     group: int | None = None
@@ -41,17 +44,17 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was generated.
+    """A generated answer.
 
     Attributes:
-        text: without special tokens and the space around it.
-        yes_probability: P(yes) against P(no) as its first word; `None` where the tokenizer begins both alike.
-        cut_off: whether it was not at its end when the longest length was reached.
+        text: without special tokens and surrounding space.
+        yes_probability: P(yes) / (P(yes) + P(no)) of the first token. `None` where the tokenizer begins both alike.
+        truncated: whether generation stopped at the longest length.
     """
 
     text: str
     yes_probability: float | None = None
-    cut_off: bool = False
+    truncated: bool = False
 
 
 def load(
@@ -61,108 +64,147 @@ def load(
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """Model and processor of a folder or Hub id, see `mfrsvlm.files.model_folder.load_model`.
+    """Loads the model and the processor of a folder or Hub id, see `mfrsvlm.files.model_folder.load_model`.
 
     Raises:
-        ValueError: the folder holds no model that can be loaded, or has no chat template.
+        ValueError: the folder holds no model that can be loaded, has no chat template, or needs code that is not trusted.
     """
     model, processor = load_model(name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
-    if not getattr(processor, "chat_template", None):
-        raise ValueError(
-            f"{name} has no chat template, so it is not known how a question is put to it. Add one to its folder."
-        )
+    check_chat_template(processor, name)
     return model.to(device).eval(), processor
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """Sixteen hex digits that change with the weights: with the bits of any, and with the order of some.
+def check_chat_template(processor: Any, name: str = "The processor") -> None:
+    """Raises `ValueError` if the processor cannot put a question to the model."""
+    if not getattr(processor, "chat_template", None):
+        raise ValueError(f"{name} has no chat template, so no prompt can be built. Add a chat_template.jinja to its folder.")
 
-    All numbers of a tensor are folded into one where they lie, since 7B weights take long to fetch from a GPU and hash.
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Sixteen hex digits of the weights, other ones if any bit changes or if large parts change places.
+
+    All bits of a tensor are folded into one number on its device. To fetch and hash 7B weights would take minutes.
     """
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        folded = torch.hash_tensor(tensor).item() if tensor.numel() else 0
-        some = tensor.flatten()[:: max(1, tensor.numel() // 4096)]
-        digest.update(f"{name}{tuple(tensor.shape)}{folded}".encode() + some.double().cpu().numpy().tobytes())
+    for name, value in model.state_dict().items():
+        _add_to_digest(digest, name, value)
     return digest.hexdigest()[:16]
 
 
+def _add_to_digest(digest: Any, name: str, value: Any) -> None:
+    if isinstance(value, (tuple, list)):  # packed weights of a quantized layer
+        for index, member in enumerate(value):
+            _add_to_digest(digest, f"{name}.{index}", member)
+    elif not isinstance(value, torch.Tensor):
+        digest.update(f"{name}{value!r}".encode())
+    else:
+        tensor = value.detach()
+        if tensor.is_quantized:
+            tensor = tensor.dequantize()
+        if tensor.is_floating_point() and tensor.element_size() == 1:  # float8
+            tensor = tensor.view(torch.uint8)
+        folded = torch.hash_tensor(tensor).item() if tensor.numel() else 0
+        some = tensor.flatten()[:: max(1, tensor.numel() // 4096)]
+        digest.update(f"{name}{tuple(tensor.shape)}{folded}".encode() + some.double().cpu().numpy().tobytes())
+
+
 class Answerer:
-    """Puts questions to one model, greedily.
+    """Asks one model questions, with greedy decoding. Every call leaves model and processor as it found them.
 
     Args:
-        model: an image-text-to-text model in eval mode, on its device. Its settings for generation are replaced.
+        model: image-text-to-text model on its device, also one with an active LoRA adapter of PEFT.
         processor: its processor, with a chat template.
-        max_new_tokens: length of an answer at most.
-        share: whether to encode an image once for all its questions. A picture is then described both ways first, and where
-            that differs every question is processed on its own.
+        max_new_tokens: longest answer.
+        share_images: encode an image once for all of its questions. The first call then compares both ways to answer, see
+            `_check_sharing`. If they differ, every question is processed on its own.
     """
 
-    def __init__(self, model: Any, processor: Any, max_new_tokens: int, share: bool = True) -> None:
-        self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
-        self.tokenizer.padding_side = "left"
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-        ends = model.generation_config.eos_token_id
-        self.ends = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    def __init__(self, model: Any, processor: Any, max_new_tokens: int, share_images: bool = True) -> None:
+        self.model, self.processor, self.tokenizer = without_peft(model), processor, processor.tokenizer
+        end = self.model.generation_config.eos_token_id
+        self.end_tokens = set(end if isinstance(end, list) else [] if end is None else [end])
+        pad = self.tokenizer.pad_token_id
         self.generation = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            bos_token_id=model.generation_config.bos_token_id,
-            eos_token_id=ends,
-            pad_token_id=self.tokenizer.pad_token_id,
+            use_cache=True,
+            bos_token_id=self.model.generation_config.bos_token_id,
+            eos_token_id=end,
+            pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
         )
-        # What a call leaves open is taken from the model: sampling, beams, penalties, words that are suppressed.
-        self.model.generation_config = self.generation
-        self.share = share and "mm_encoder_outputs" in inspect.signature(model.forward).parameters
-        if share and not self.share:
-            logger.warning("%s takes no encoded images: every question is processed on its own.", type(model).__name__)
-        self.checked = not self.share
+        parameters = inspect.signature(self.model.forward).parameters
+        # What forward and generate call the cache: our model takes both names, others that of their transformers.
+        is_ours = self.model.config.model_type == "mfrsvlm"
+        self.cache_name = CACHE if is_ours else "cache" if "cache" in parameters else "past_key_values"
+        self.share_images = share_images and "mm_encoder_outputs" in parameters
+        if share_images and not self.share_images:
+            logger.warning("%s takes no encoded images: every question is processed on its own.", type(self.model).__name__)
+        self.checked = not self.share_images
         yes, no = ({self.tokenizer(word, add_special_tokens=False).input_ids[0] for word in words} for words in (YES, NO))
-        self.first_words = sorted(yes - no), sorted(no - yes)
+        self.first_tokens = sorted(yes - no), sorted(no - yes)
 
-    @torch.inference_mode()
-    def look(self, groups: Sequence[Sequence[Image.Image]], prompts: Sequence[Prompt]) -> "Seen":
-        """Takes in the images of a chunk.
+    def encode_images(self, groups: Sequence[Sequence[Image.Image]], prompts: Sequence[Prompt]) -> "EncodedImages":
+        """Encodes the images of a chunk.
 
         Args:
-            groups: images; a prompt about a group sees all of its images, in order.
-            prompts: all that will be asked about them.
+            groups: images by group. A prompt about a group sees all of its images, in order.
+            prompts: all prompts about these images.
         """
-        seen = Seen(groups, None, {}, None)
-        if not self.share or not any(groups):
-            return seen
-        if not self.checked:
-            self._check_sharing()
-        return self._share(groups, prompts) if self.share else seen
+        encoded = EncodedImages(groups)
+        if not self.share_images or not any(groups):
+            return encoded
+        with self._greedy():
+            if not self.checked:
+                self._check_sharing()
+            return self._encode_and_prefill(groups, prompts) if self.share_images else encoded
 
-    @torch.inference_mode()
-    def answer(self, batch: Sequence[Prompt], seen: "Seen") -> list[Answer]:
+    def answer(self, batch: Sequence[Prompt], encoded: "EncodedImages") -> list[Answer]:
         """Answers prompts together."""
-        if seen.encoded is None or all(prompt.group is None for prompt in batch):
-            return self._generate(self._plain_inputs(batch, seen.groups))
-        return self._generate(self._shared_inputs(batch, seen))
+        with self._greedy():
+            if encoded.features is None or all(prompt.group is None for prompt in batch):
+                return self._generate(self._plain_inputs(batch, encoded.groups))
+            return self._generate(self._shared_inputs(batch, encoded))
+
+    @contextmanager
+    def _greedy(self) -> Iterator[None]:
+        """Greedy decoding, evaluation mode and left padding for the time of a call."""
+        model, tokenizer = self.model, self.tokenizer
+        training = [(module, module.training) for module in model.modules()]
+        before = model.generation_config, tokenizer.padding_side, tokenizer.pad_token
+        model.eval()
+        # `generate` takes what a call leaves open from the model: sampling, beams, penalties, suppressed tokens.
+        model.generation_config = self.generation
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        try:
+            # Not inference mode, since modules may keep tensors, and those could not be trained with afterwards.
+            with torch.no_grad():
+                yield
+        finally:
+            model.generation_config, tokenizer.padding_side, tokenizer.pad_token = before
+            for module, was_training in training:  # one by one: some parts may be frozen in evaluation mode
+                module.training = was_training
 
     def _generate(self, inputs: dict[str, Any]) -> list[Answer]:
-        first = FirstWord(*self.first_words)
+        recorder = YesProbability(*self.first_tokens)
         tokens = self.model.generate(
-            **inputs, generation_config=self.generation, logits_processor=LogitsProcessorList([first])
+            **inputs, generation_config=self.generation, logits_processor=LogitsProcessorList([recorder])
         )
         tokens = tokens[:, inputs["input_ids"].shape[1] :]
-        said = self.processor.batch_decode(tokens, skip_special_tokens=True)
-        # A row that came to its end earlier than others is filled up.
-        ended = self.ends | {self.generation.pad_token_id}
-        cut_off = [
-            tokens.shape[1] == self.generation.max_new_tokens and last not in ended for last in tokens[:, -1].tolist()
-        ]
-        return [Answer(t.strip(), p, cut) for t, p, cut in zip(said, first.yes_probabilities, cut_off, strict=True)]
+        texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
+        # A row that ends before others is padded.
+        ends = self.end_tokens | {self.generation.pad_token_id}
+        full = tokens.shape[1] == self.generation.max_new_tokens
+        truncated = [full and last not in ends for last in tokens[:, -1].tolist()]
+        return [Answer(t.strip(), p, cut) for t, p, cut in zip(texts, recorder.probabilities, truncated, strict=True)]
 
     def _conversation(self, prompt: Prompt, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
         content = [{"type": "image", "image": image} for image in images]
         return [{"role": "user", "content": [*content, {"type": "text", "text": prompt.text}]}]
 
     def _plain_inputs(self, batch: Sequence[Prompt], groups: Sequence[Sequence[Image.Image]]) -> dict[str, Any]:
-        """As any user of the model would prepare them."""
+        """Inputs as any user of the model would prepare them."""
         conversations = [self._conversation(p, [] if p.group is None else groups[p.group]) for p in batch]
         inputs = self.processor.apply_chat_template(
             conversations,
@@ -174,151 +216,196 @@ class Answerer:
         )
         return dict(inputs.to(self.model.device, self.model.dtype))
 
-    def _share(self, groups: Sequence[Sequence[Image.Image]], prompts: Sequence[Prompt]) -> "Seen":
-        encoded = self._encode(groups)
-        ids = {prompt: self._prompt_ids(prompt, encoded) for prompt in prompts}
+    def _encode_and_prefill(self, groups: Sequence[Sequence[Image.Image]], prompts: Sequence[Prompt]) -> "EncodedImages":
+        features = self._encode(groups)
+        ids = {prompt: self._prompt_ids(prompt, features) for prompt in prompts}
         # Models that place tokens in time, height and width keep offsets of a batch on themselves: no cache for them.
-        begun = None if encoded.grids else self._begin(encoded, ids)
-        return Seen(groups, encoded, ids, begun)
+        prefix_cache = None if features.grids else self._prefill_prefixes(features, ids)
+        return EncodedImages(groups, features, ids, prefix_cache)
 
-    def _encode(self, groups: Sequence[Sequence[Image.Image]]) -> "EncodedImages":
+    def _encode(self, groups: Sequence[Sequence[Image.Image]]) -> "ImageFeatures":
         images = [image for group in groups for image in group]
         owners = [index for index, group in enumerate(groups) for _ in group]
         inputs = self.processor.image_processor(images, return_tensors="pt").to(self.model.device, self.model.dtype)
-        taken = inspect.signature(self.model.get_image_features).parameters
-        outputs = self.model.get_image_features(**{k: v for k, v in inputs.items() if k in taken}, return_dict=True)
+        accepted = inspect.signature(self.model.get_image_features).parameters
+        outputs = self.model.get_image_features(**{k: v for k, v in inputs.items() if k in accepted}, return_dict=True)
         grids = {name: value for name, value in inputs.items() if name.endswith("_thw")}
-        return EncodedImages(outputs, owners, grids)
+        return ImageFeatures(outputs, owners, grids)
 
-    def _begin(self, encoded: "EncodedImages", ids: dict[Prompt, list[int]]) -> "Beginnings | None":
-        """Reads what the prompts of each group have in common, if that holds all of their visual tokens."""
+    def _prefill_prefixes(self, features: "ImageFeatures", ids: dict[Prompt, list[int]]) -> "PrefixCache | None":
+        """Reads the common prefix of each group's prompts, if it holds all of their visual tokens."""
         groups = sorted({prompt.group for prompt in ids if prompt.group is not None})
-        starts = []
+        prefixes = []
         for group in groups:
             rows = [row for prompt, row in ids.items() if prompt.group == group]
-            first, last = min(rows), max(rows)  # as lists are ordered, so what these share, all share
+            first, last = min(rows), max(rows)  # in the order of lists, so what these two share, all share
             same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-            starts.append(first[: min(same, *(len(row) - 1 for row in rows))])  # some of every prompt is left to read
-            if any(self.model.config.image_token_id in row[len(starts[-1]) :] for row in rows):
+            prefixes.append(first[: min(same, *(len(row) - 1 for row in rows))])  # every prompt keeps a token to read
+            if any(self.model.config.image_token_id in row[len(prefixes[-1]) :] for row in rows):
                 return None  # images stand behind text that differs
-        inputs = self.tokenizer.pad({"input_ids": starts}, return_tensors="pt").to(self.model.device)
+        inputs = self.tokenizer.pad({"input_ids": prefixes}, return_tensors="pt").to(self.model.device)
         mask = inputs["attention_mask"]
-        chosen = [index for group in groups for index in encoded.of(group)]
+        indices = [index for group in groups for index in features.indices_of(group)]
         outputs = self.model(
             input_ids=inputs["input_ids"],
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),  # as `generate` counts them
-            mm_encoder_outputs={"image": encoded.choose(chosen)},
+            mm_encoder_outputs={"image": features.select(indices)},
             use_cache=True,
             logits_to_keep=1,
         )
-        lengths = dict(zip(groups, map(len, starts), strict=True))
-        return Beginnings(groups, lengths, inputs["input_ids"], mask, outputs.past_key_values)
+        lengths = dict(zip(groups, map(len, prefixes), strict=True))
+        return PrefixCache(groups, lengths, inputs["input_ids"], mask, outputs[self.cache_name])
 
-    def _shared_inputs(self, batch: Sequence[Prompt], seen: "Seen") -> dict[str, Any]:
-        rows, begun, encoded = [seen.ids[prompt] for prompt in batch], seen.begun, seen.encoded
-        if begun is not None:
-            tails = [row[begun.lengths[prompt.group] :] for row, prompt in zip(rows, batch, strict=True)]
+    def _shared_inputs(self, batch: Sequence[Prompt], encoded: "EncodedImages") -> dict[str, Any]:
+        rows, prefix, features = [encoded.input_ids[prompt] for prompt in batch], encoded.prefix_cache, encoded.features
+        if prefix is not None:
+            tails = [row[prefix.lengths[prompt.group] :] for row, prompt in zip(rows, batch, strict=True)]
             tail = self.tokenizer.pad({"input_ids": tails}, return_tensors="pt").to(self.model.device)
-            which = torch.tensor([begun.groups.index(prompt.group) for prompt in batch], device=self.model.device)
-            cache = copy.deepcopy(begun.cache)
+            which = torch.tensor([prefix.groups.index(prompt.group) for prompt in batch], device=self.model.device)
+            cache = copy.deepcopy(prefix.cache)
             cache.batch_select_indices(which)
             return {
-                "input_ids": torch.cat([begun.input_ids[which], tail["input_ids"]], dim=1),
-                "attention_mask": torch.cat([begun.mask[which], tail["attention_mask"]], dim=1),
-                "past_key_values": cache,
+                "input_ids": torch.cat([prefix.input_ids[which], tail["input_ids"]], dim=1),
+                "attention_mask": torch.cat([prefix.mask[which], tail["attention_mask"]], dim=1),
+                self.cache_name: cache,
             }
         inputs = dict(self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.model.device))
-        chosen = [index for prompt in batch for index in encoded.of(prompt.group)]
-        inputs |= {name: grid[chosen] for name, grid in encoded.grids.items()}
-        if encoded.grids:
+        indices = [index for prompt in batch for index in features.indices_of(prompt.group)]
+        inputs |= {name: grid[indices] for name, grid in features.grids.items()}
+        if features.grids:
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == self.model.config.image_token_id).int()
-        return inputs | {"mm_encoder_outputs": {"image": encoded.choose(chosen)}}
+        return inputs | {"mm_encoder_outputs": {"image": features.select(indices)}}
 
-    def _prompt_ids(self, prompt: Prompt, encoded: "EncodedImages") -> list[int]:
-        which = encoded.of(prompt.group)
+    def _prompt_ids(self, prompt: Prompt, features: "ImageFeatures") -> list[int]:
+        indices = features.indices_of(prompt.group)
         text = self.processor.apply_chat_template(
-            self._conversation(prompt, [None] * len(which)), add_generation_prompt=True
+            self._conversation(prompt, [None] * len(indices)), add_generation_prompt=True
         )
-        return self._token_ids(text, [len(encoded.outputs.pooler_output[index]) for index in which])
+        return self._token_ids(text, [len(features.outputs.pooler_output[index]) for index in indices])
 
     def _token_ids(self, text: str, lengths: Sequence[int]) -> list[int]:
-        """Ids of a prompt whose image markers stand for so many visual tokens each."""
+        """Ids of a prompt whose image markers stand for `lengths` visual tokens."""
         marker = self.processor.image_token
         pieces = text.split(marker)
         if len(pieces) != len(lengths) + 1:
-            raise ValueError(f"A prompt has {len(pieces) - 1} image markers for {len(lengths)} images: {text[:200]!r}.")
+            raise ValueError(f"A prompt has {len(pieces) - 1} image markers for {len(lengths)} images: {shorten(text)}.")
         bos = self.tokenizer.bos_token
-        special = not (bos and text.startswith(bos))  # which the template wrote
+        special = not (bos and text.startswith(bos))  # unless the template wrote it
         if getattr(self.processor, "image_placement", "inline") == "prefix":
             visual = [self.model.config.image_token_id] * sum(lengths)
             return visual + self.tokenizer(pieces, is_split_into_words=True, add_special_tokens=special).input_ids
-        widened = pieces[0] + "".join(marker * n + piece for n, piece in zip(lengths, pieces[1:], strict=True))
-        return self.tokenizer(widened, add_special_tokens=special).input_ids
+        expanded = pieces[0] + "".join(marker * n + piece for n, piece in zip(lengths, pieces[1:], strict=True))
+        return self.tokenizer(expanded, add_special_tokens=special).input_ids
 
     def _check_sharing(self) -> None:
-        """Describes a picture both ways. It is always the same one, so that every part of a run decides alike."""
+        """Answers two questions about a test image both ways, and stops sharing where prompts or probabilities differ.
+
+        The probabilities of the next tokens may differ by max(1e-3, eps of the dtype, 5 * rounding), in total variation.
+        Rounding is what the plain way differs by between a batch and single questions. The image and the questions are
+        always the same, so that every part of a run decides alike.
+        """
         self.checked = True
         picture = [Image.radial_gradient("L").resize((96, 64)).convert("RGB")]
         prompts = [Prompt("Describe this image.", 0), Prompt("Is this an image of a city?", 0)]
         plain = self._plain_inputs(prompts, [picture])
         try:
-            seen = self._share([picture], prompts)
-            rows = self.tokenizer.pad({"input_ids": [seen.ids[prompt] for prompt in prompts]}, return_tensors="pt")
+            encoded = self._encode_and_prefill([picture], prompts)
+            ids = [encoded.input_ids[prompt] for prompt in prompts]
+            rows = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
             if torch.equal(plain["input_ids"].cpu(), rows["input_ids"]):
-                together = self._words_to_come(plain)
-                alone = [row for p in prompts for row in self._words_to_come(self._plain_inputs([p], [picture]))]
-                distance = apart(together, self._words_to_come(self._shared_inputs(prompts, seen)))
-                rounding = apart(together, alone)
-                self.share = distance <= max(1e-3, torch.finfo(self.model.dtype).eps, 5 * rounding)
-                reason = f"the words to come are {distance:.2g} apart, and {rounding:.2g} by rounding"
+                batch = self._next_token_probs(plain)
+                single = [row for p in prompts for row in self._next_token_probs(self._plain_inputs([p], [picture]))]
+                distance = largest_distance(batch, self._next_token_probs(self._shared_inputs(prompts, encoded)))
+                rounding = largest_distance(batch, single)
+                self.share_images = distance <= max(1e-3, torch.finfo(self.model.dtype).eps, 5 * rounding)
+                reason = f"probabilities of the next tokens differ by {distance:.2g}, and by {rounding:.2g} from rounding"
             else:
-                self.share, reason = False, "the prompts differ"
+                self.share_images, reason = False, "the prompts differ"
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            self.share, reason = False, f"{type(error).__name__}: {error}"  # a family that wants more than features
-        if not self.share:
+            self.share_images, reason = False, f"{type(error).__name__}: {error}"  # a family that needs more than features
+        if not self.share_images:
             logger.warning(
-                "%s does not answer about encoded images as it does about pixels (%s): every question is processed alone.",
+                "%s answers differently with encoded images than with pixels (%s): every question is processed on its own.",
                 type(self.model).__name__,
                 reason,
             )
 
-    def _words_to_come(self, inputs: dict[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The first words of each answer, (T,), and how likely all words were there, (T, V)."""
-        length = {"max_new_tokens": min(8, self.generation.max_new_tokens), "return_dict_in_generate": True}
-        outputs = self.model.generate(**inputs, **length, output_logits=True)
-        said = outputs.sequences[:, inputs["input_ids"].shape[1] :]
-        return list(zip(said, torch.stack(outputs.logits, dim=1).float().softmax(-1), strict=True))
+    def _next_token_probs(self, inputs: dict[str, Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The first tokens of each answer, (T,), and the probabilities of all tokens at each step, (T, V)."""
+        options = {"max_new_tokens": min(8, self.generation.max_new_tokens), "return_dict_in_generate": True}
+        outputs = self.model.generate(**inputs, **options, output_logits=True)
+        tokens = outputs.sequences[:, inputs["input_ids"].shape[1] :]
+        return list(zip(tokens, torch.stack(outputs.logits, dim=1).float().softmax(-1), strict=True))
 
 
-def apart(some: Sequence[tuple[torch.Tensor, torch.Tensor]], others: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """How far apart two ways to answer are: total variation of the words to come, at most.
+def without_peft(model: Any) -> Any:
+    """The model inside a PEFT wrapper, whose layers hold the adapter; any other model as it is.
 
-    Words are compared for as long as both have said the same. Which ones are said would not do: two that are as good as
-    equally likely change places by rounding.
+    The wrapper hides which inputs the model takes. Prompt learning needs it, since it adds its tokens there.
+    """
+    if hasattr(model, "get_base_model") and not model.active_peft_config.is_prompt_learning:
+        return model.get_base_model()
+    return model
+
+
+def largest_distance(
+    some: Sequence[tuple[torch.Tensor, torch.Tensor]], others: Sequence[tuple[torch.Tensor, torch.Tensor]]
+) -> float:
+    """The largest total variation distance between two lists of `_next_token_probs`.
+
+    Steps are compared as long as both answers are the same. The tokens themselves are not compared, since two that are
+    nearly equally likely change places by rounding.
     """
     largest = 0.0
-    for (said, chances), (also_said, also_chances) in zip(some, others, strict=True):
-        steps = min(len(said), len(also_said))
-        same = int((said[:steps] == also_said[:steps]).int().cumprod(0).sum())
+    for (tokens, probs), (other_tokens, other_probs) in zip(some, others, strict=True):
+        steps = min(len(tokens), len(other_tokens))
+        same = int((tokens[:steps] == other_tokens[:steps]).int().cumprod(0).sum())
         compared = slice(0, min(same + 1, steps))
-        largest = max(largest, float((chances[compared] - also_chances[compared]).abs().sum(-1).max()) / 2)
+        largest = max(largest, float((probs[compared] - other_probs[compared]).abs().sum(-1).max()) / 2)
     return largest
 
 
 @dataclass(frozen=True)
-class Seen:
-    """The images of a chunk; their features, the ids of all prompts, and what was read of them, if that is shared."""
+class ImageFeatures:
+    """Features of the images of a chunk.
 
-    groups: Sequence[Sequence[Image.Image]]
-    encoded: "EncodedImages | None"
-    ids: dict[Prompt, list[int]]
-    begun: "Beginnings | None"
+    Attributes:
+        outputs: of `get_image_features`. `pooler_output` holds a (tokens, width) tensor for each image;
+            `deepstack_features`, where a model has them, is a list of such lists.
+        owners: the group of each image.
+        grids: further inputs with one row an image, which the decoder needs to place visual tokens.
+    """
+
+    outputs: Any
+    owners: list[int]
+    grids: dict[str, torch.Tensor]
+
+    def indices_of(self, group: int | None) -> list[int]:
+        """Indices of the images of a group."""
+        return [index for index, owner in enumerate(self.owners) if owner == group]
+
+    def select(self, indices: Sequence[int]) -> ModelOutput:
+        """Features of some images, in that order, in the class that the model returned."""
+        kept: dict[str, Any] = {"pooler_output": [self.outputs.pooler_output[index] for index in indices]}
+        stacks = getattr(self.outputs, "deepstack_features", None)
+        if stacks is not None:
+            kept["deepstack_features"] = [[stack[index] for index in indices] for stack in stacks]
+        names = {field.name for field in fields(self.outputs)}
+        return type(self.outputs)(**{name: value for name, value in kept.items() if name in names})
 
 
 @dataclass(frozen=True)
-class Beginnings:
-    """What the prompts about each group begin with, read into a cache: (G, P) ids and mask, padded on the left."""
+class PrefixCache:
+    """The common prefix of the prompts of each group, and the decoder's cache of it.
+
+    Attributes:
+        groups: the G groups, in the order of the rows.
+        lengths: length of each group's prefix, without padding.
+        input_ids: (G, P), padded on the left.
+        mask: (G, P), 0 where padded.
+        cache: keys and values of G rows.
+    """
 
     groups: list[int]
     lengths: dict[int, int]
@@ -329,44 +416,33 @@ class Beginnings:
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Features of the images of a chunk.
+    """The images of a chunk, ready for questions about them.
 
     Attributes:
-        outputs: of `get_image_features`: `pooler_output` holds one (tokens, width) per image; `deepstack_features`, where
-            a model has them, a list of such lists.
-        owners: the group of each image.
-        grids: further inputs, one row an image, that the decoder needs to place visual tokens.
+        groups: the images by group.
+        features: `None` where images are not shared; the questions are then processed with the images themselves.
+        input_ids: of each prompt.
+        prefix_cache: `None` where the prompts have no common prefix that holds all images.
     """
 
-    outputs: Any
-    owners: list[int]
-    grids: dict[str, torch.Tensor]
-
-    def of(self, group: int | None) -> list[int]:
-        return [index for index, owner in enumerate(self.owners) if owner == group]
-
-    def choose(self, chosen: Sequence[int]) -> ModelOutput:
-        """Features of the chosen images, in that order, in the class that the model made."""
-        kept: dict[str, Any] = {"pooler_output": [self.outputs.pooler_output[index] for index in chosen]}
-        stacks = getattr(self.outputs, "deepstack_features", None)
-        if stacks is not None:
-            kept["deepstack_features"] = [[stack[index] for index in chosen] for stack in stacks]
-        names = {field.name for field in fields(self.outputs)}
-        return type(self.outputs)(**{name: value for name, value in kept.items() if name in names})
+    groups: Sequence[Sequence[Image.Image]]
+    features: ImageFeatures | None = None
+    input_ids: dict[Prompt, list[int]] | None = None
+    prefix_cache: PrefixCache | None = None
 
 
-class FirstWord(LogitsProcessor):
-    """Notes P(yes) / (P(yes) + P(no)) of the first generated token, and changes nothing."""
+class YesProbability(LogitsProcessor):
+    """Records P(yes) / (P(yes) + P(no)) of the first generated token, and changes nothing."""
 
     def __init__(self, yes: Sequence[int], no: Sequence[int]) -> None:
         self.yes, self.no = yes, no
-        self.yes_probabilities: list[float | None] = []
+        self.probabilities: list[float | None] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if not self.yes_probabilities and not (self.yes and self.no):
-            self.yes_probabilities = [None] * len(scores)
-        elif not self.yes_probabilities:
+        if not self.probabilities and not (self.yes and self.no):
+            self.probabilities = [None] * len(scores)
+        elif not self.probabilities:
             logits = scores.float()
             margin = logits[:, self.yes].logsumexp(-1) - logits[:, self.no].logsumexp(-1)
-            self.yes_probabilities = margin.sigmoid().tolist()
+            self.probabilities = margin.sigmoid().tolist()
         return scores

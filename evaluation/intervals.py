@@ -1,7 +1,7 @@
-"""Figures with their 95 % bootstrap intervals: how far a value could be off by the luck of which samples were asked.
+"""Figures with 95 % bootstrap intervals, which show how much a value depends on the choice of the samples.
 
-Scores of the same samples are drawn with replacement, as often as there are samples, and the value is taken again; the
-interval holds the middle 95 % of such values. A seed makes it repeat.
+Samples are drawn with replacement, as many as there are, and the value is computed again. The interval holds the middle 95 %
+of these values. A seed makes it repeatable.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,14 +43,14 @@ def figure(scores: Sequence[float]) -> dict[str, Any]:
 
 
 def corpus_figure(statistic: Callable[[np.ndarray], float], n: int, seed: int = 0, draws: int = 1000) -> dict[str, Any]:
-    """As `figure`, of a value that is no mean over samples, such as BLEU or a mean over classes.
+    """As `figure`, for a value that is no mean over samples, such as BLEU or a mean over classes.
 
     Args:
         statistic: the value, given how often each of the n samples is drawn, (n,) whole numbers that sum to n. NaN if such
             a draw has no value; it is then left out.
     """
     if n < 1:
-        raise ValueError("There is no figure of no samples.")
+        raise ValueError("There are no samples to compute a figure from.")
     rng = np.random.default_rng(seed)
     values = [statistic(rng.multinomial(n, np.full(n, 1 / n))) for _ in range(draws)]
     low, high = np.nanquantile(values, QUANTILES)

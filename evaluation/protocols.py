@@ -52,9 +52,9 @@ class Protocol:
     thresholds: tuple[float, ...] = (0.5, 0.7)
     box_scale = 1000  # numbers of boxes in answers run from 0 to this over each side of the image
 
-    def default_split(self, info: BenchmarkInfo) -> str | None:
-        """The split that is asked if the user names none; `None` if there is none."""
-        return info.default_split
+    def default_split(self, info: BenchmarkInfo | None) -> str | None:
+        """The split that is asked if the user names none; `None` if there is none, or no such benchmark."""
+        return info.default_split if info else None
 
     def check(self, samples: Sequence[Sample]) -> None:
         """Raises OSError if these samples could not be scored, before hours are spent on asking them."""
@@ -101,9 +101,11 @@ class Protocol:
 
     def write_box(self, box: Box, size: tuple[int, int]) -> str:
         """A box in pixels as the prompt asks for it; four corners are written as the box around them."""
-        width, height = size
-        x1, y1, x2, y2 = bounds(box)
-        return f"[{1000 * x1 / width:.1f}, {1000 * y1 / height:.1f}, {1000 * x2 / width:.1f}, {1000 * y2 / height:.1f}]"
+        # What lies beyond the image cannot be written, as the corner of an oriented box may. The 0 takes the sign off 0.
+        scaled = [
+            min(max(1000 * value / side, 0.0), 1000.0) + 0.0 for value, side in zip(bounds(box), size * 2, strict=True)
+        ]
+        return f"[{', '.join(f'{value:.1f}' for value in scaled)}]"
 
     def ideal_answer(self, sample: Sample) -> str:
         """What a model would have to say to be right; of captions, the first."""
@@ -275,8 +277,8 @@ class GeoChat(Protocol):
     vqa_parsing = "without_spaces"
     box_scale = 100
 
-    def default_split(self, info: BenchmarkInfo) -> str | None:
-        return info.second_test_split or info.default_split
+    def default_split(self, info: BenchmarkInfo | None) -> str | None:
+        return (info.second_test_split if info else None) or super().default_split(info)
 
     def keeps(self, sample: Sample, benchmark: Benchmark) -> bool:
         return sample.group not in benchmark.numeric_types

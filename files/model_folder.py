@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-import warnings
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 MODEL_TYPES = ("mfrsvlm", "vhm")  # released folders have either
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 NAMED = 5  # tensors that a message names
 BASE_ADVICE = "Name it with base_model, or correct base_model_name_or_path in the adapter_config.json."
 
@@ -70,12 +71,16 @@ def classify(source: str | Path, revision: str | None = None) -> ModelFolder:
         inside = sorted(path.name for path in folder.glob("checkpoint-*"))
         advice = f"Name one of its checkpoints: {', '.join(inside)}." if inside else "Name a folder with a config.json."
         raise ModelFolderError(f"{source} is no model folder: it has no config.json and no adapter_config.json. {advice}")
-    kind = "other"
-    if config.get("model_type") in MODEL_TYPES:
-        kind = "whole" if "text_config" in config else "released"
     if folder.is_dir() and not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
         raise ModelFolderError(f"{source} has a config.json, but no weights (*.safetensors or *.bin). Copy it again.")
-    return ModelFolder(source, kind, config, is_checkpoint=is_checkpoint)
+    return ModelFolder(source, kind_of(config), config, is_checkpoint=is_checkpoint)
+
+
+def kind_of(config: dict[str, Any]) -> str:
+    """`"whole"`, `"released"` or `"other"`, of the content of a `config.json`."""
+    if config.get("model_type") not in MODEL_TYPES:
+        return "other"
+    return "whole" if "text_config" in config else "released"  # the authors have one flat config
 
 
 def load_model(
@@ -147,6 +152,8 @@ def _read_config(source: str, name: str, revision: str | None) -> dict[str, Any]
     folder = Path(source)
     if folder.is_dir():
         path = folder / name if (folder / name).is_file() else None
+    elif not HUB_ID.fullmatch(source):
+        path = None
     else:
         try:
             path = cached_file(
@@ -224,17 +231,25 @@ def _explain_base(folder: ModelFolder) -> Iterator[None]:
 
 def _merge_adapter(model: Any, folder: ModelFolder, base: str, revision: str | None) -> Any:
     try:
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
     except ImportError as error:
         raise ModelFolderError(f"{folder.source} is an adapter and needs PEFT: pip install 'mfrsvlm[training]'") from error
+    misfit = f"The adapter {folder.source} does not fit its base model {base}"
+    hub: dict[str, Any] = {"revision": revision} if revision else {}
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*missing adapter keys")  # PEFT goes on with random ones
-            return PeftModel.from_pretrained(model, folder.source, revision=revision or "main").merge_and_unload()
-    except (RuntimeError, ValueError, UserWarning) as error:
-        raise ModelFolderError(
-            f"The adapter {folder.source} does not fit its base model {base}: {' '.join(str(error).split())[:500]}"
-        ) from error
+        # Not `PeftModel.from_pretrained`, which only warns of missing tensors and says nothing of those it has no place for.
+        adapted = PeftModel(model, PeftConfig.from_pretrained(folder.source, **hub))
+        result = adapted.load_adapter(folder.source, "default", **hub)
+    except (RuntimeError, ValueError) as error:
+        raise ModelFolderError(f"{misfit}: {' '.join(str(error).split())[:500]}") from error
+    for problem, keys in {"missing": result.missing_keys, "without a place in it": result.unexpected_keys}.items():
+        if keys:
+            raise ModelFolderError(f"{misfit}: {len(keys)} tensors are {problem}, among them {sorted(keys)[:NAMED]}.")
+    merged = adapted.merge_and_unload()
+    for name, parameter in merged.named_parameters():  # PEFT has frozen all of them
+        parameter.requires_grad = name in trainable
+    return merged
 
 
 @contextlib.contextmanager

@@ -6,29 +6,33 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
+from ..files.writing import write_file
+
 
 class CardError(ValueError):
     """Results that cannot be written into a card. The message says which and why."""
 
 
 def update_card(folder: str | Path, summaries: Sequence[Any], model: str | None = None) -> list[EvalResult]:
-    """Writes what a model's runs on images measured into the `model-index` of its README.md.
+    """Writes the results of a model's runs on images into the `model-index` of its README.md.
 
-    Only runs of this model on images count. Values by group stay in the tables. The card's own results are replaced where
-    they are of the same benchmark, split and protocol, removed where they are of other weights, and kept where they do
-    not name their weights. The text below the front matter does not change.
+    Runs of other models, blind runs and the majority baseline are skipped. Values by group stay in the tables. Results of
+    the same benchmark, split and protocol are replaced. Results of other weights are removed; those that name no weights are
+    kept. The text below the front matter does not change.
 
     Args:
         folder: the model folder.
         summaries: what `mfrsvlm.evaluation.report.read_summaries` returns.
-        model: the model's name in the summaries, and in a card that has none yet; `None` for the folder's own, behind an
-            organisation or not.
+        model: the model's name in the summaries, and in a card that has none yet. `None`: the name of the folder, with or
+            without an organisation before it.
 
     Returns:
-        What was written.
+        The results that were written.
 
     Raises:
-        CardError: no card, no run of the model, a run on a part of a split, or two revisions. Nothing is written then.
+        CardError: no card, no run of the model, a run on a part of a split, or runs with different weights. The card is
+            then as it was.
+        OSError: the card cannot be written.
     """
     path = Path(folder) / "README.md"
     if not path.is_file():
@@ -38,39 +42,39 @@ def update_card(folder: str | Path, summaries: Sequence[Any], model: str | None 
     chosen = [s for s in on_images if (s.model == model if model else s.model.split("/")[-1] == own)]
     if not chosen:
         names = ", ".join(sorted({summary.model for summary in on_images})) or "no model"
-        raise CardError(f"No run on images is of {model or own}, but of {names}. Name the model that the card is of.")
+        raise CardError(f"There is no run of {model or own} on images, but of {names}. Name the model of the card.")
     for summary in chosen:
         if not summary.is_complete:
             raise CardError(f"A card holds results on whole splits. Leave out this run, or run it in full: {summary}")
-    if len({(summary.model, summary.revision) for summary in chosen}) > 1:
-        runs = "; ".join(f"{summary}, revision {summary.revision}" for summary in chosen)
-        raise CardError(f"A card holds the results of one model in one revision. Leave out some of: {runs}")
+    if len({(summary.model, summary.weights) for summary in chosen}) > 1:
+        runs = "; ".join(f"{summary}, weights {summary.weights}" for summary in chosen)
+        raise CardError(f"A card holds results of one model with one set of weights. Leave out some of: {runs}")
 
     written = [result for summary in chosen for result in card_results(summary)]
     replaced = {result.unique_identifier for result in written}
     card = ModelCard.load(path)
-    current = [result for result in card.data.eval_results or [] if weights_of(result) in (None, chosen[0].fingerprint)]
+    current = [result for result in card.data.eval_results or [] if weights_of(result) in (None, chosen[0].weights)]
     kept = [result for result in current if result.unique_identifier not in replaced]
     card.data.model_name = card.data.model_name or model or own
     card.data.eval_results = kept + written
-    card.save(path)
+    write_file(path, str(card))
     return written
 
 
 def weights_of(result: EvalResult) -> str | None:
-    """The fingerprint of the weights that a result of a card was measured with, if it says so."""
+    """The weights that a result of a card was measured with, if it names them."""
     return (result.metric_args or {}).get("weights")
 
 
 def card_results(summary: Any) -> list[EvalResult]:
-    """One result a figure.
+    """A result for each figure.
 
-    The protocol is written as the configuration of the data set: the Hub merges what has the same task type, data set, split
-    and configuration, and two protocols must not merge, nor ours with what others wrote.
+    The protocol is written as the configuration of the data set. The Hub merges results with the same task type, data set,
+    split and configuration, and results of two protocols must not be merged.
     """
     return [
         EvalResult(
-            task_type="image-text-to-text",  # however it is asked; `metric_name` says what for
+            task_type="image-text-to-text",  # of all tasks; `metric_name` names the task
             task_name="Image-Text-to-Text",
             dataset_type=summary.benchmark,
             dataset_name=f"{summary.benchmark}, protocol {summary.protocol}",
@@ -80,7 +84,7 @@ def card_results(summary: Any) -> list[EvalResult]:
             metric_name=f"{task} {column.figure}".replace("_", " "),
             metric_value=cell.value,
             metric_args={"low": cell.low, "high": cell.high, "confidence": 0.95, "n": cell.n}
-            | ({"weights": summary.fingerprint} if summary.fingerprint else {}),
+            | ({"weights": summary.weights} if summary.weights else {}),
         )
         for task, cells in summary.results.items()
         for column, cell in cells.items()

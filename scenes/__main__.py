@@ -4,19 +4,19 @@ python -m mfrsvlm.scenes OUT --split train --count 1000
 python -m mfrsvlm.scenes --contact-sheet scenes.jpg
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
+from ..arguments import ArgumentParser
 from .contact_sheet import contact_sheet
 from .dataset import DatasetPlan, write_dataset
 from .drawing import SPLITS
 from .questions import TASKS
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m mfrsvlm.scenes", description=__doc__.splitlines()[0])
+def main(arguments: list[str] | None = None) -> int:
+    parser = ArgumentParser(prog="mfrsvlm scenes", description=__doc__.splitlines()[0])
     parser.add_argument("out", nargs="?", type=Path, help="folder to write images and questions to; must not hold anything")
     parser.add_argument("--contact-sheet", type=Path, metavar="PATH", help="draw one labelled picture instead")
     parser.add_argument("--split", choices=SPLITS, default="train", help="splits share no scene (default: %(default)s)")
@@ -35,7 +35,7 @@ def main() -> int:
         "--tasks", nargs="*", default=list(TASKS), metavar="TASK", help=f"any of {', '.join(TASKS)} (default: each once)"
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if (args.out is None) == (args.contact_sheet is None):
         parser.error("give either the folder OUT or --contact-sheet PATH")
     try:

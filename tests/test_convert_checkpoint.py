@@ -675,6 +675,7 @@ class TestOutput:
         refused(main, capsys, source.command(), str(source.output))
         assert [path.name for path in source.output.iterdir()] == ["config.json"]
 
+    @pytest.mark.integration
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
     def test_killed_half_way(self, source: Source, number: int):
         """SIGKILL leaves no folder at the output, SIGTERM nothing at all."""
@@ -748,6 +749,7 @@ def test_memory_does_not_grow_with_the_checkpoint(source: Source, kind: str, dty
 
 
 class TestVerify:
+    @pytest.mark.integration
     def test_passes(self, source: Source, capsys):
         assert main(source.command("--verify")) == 0
         assert "verified: 268 tensors equal" in capsys.readouterr().out
@@ -806,5 +808,17 @@ class TestCard:
 def test_the_old_command_of_new_models_points_to_its_place(capsys):
     assert main(["assemble", "--language-model", "a"]) == 2
     assert capsys.readouterr().err.splitlines() == [
-        "error: this command converts. To make a new model from parts, run: python -m mfrsvlm.training.assemble --help"
+        "error: this command converts. To make a new model from parts, run: mfrsvlm assemble --help"
     ]
+
+
+def test_a_converted_folder_is_not_converted_again(converted: Path, tmp_path: Path, capsys):
+    command = [
+        "released",
+        str(converted),
+        "--vision-tower",
+        str(CHECKPOINT / "vision_tower"),
+        "--output",
+        str(tmp_path / "o"),
+    ]
+    refused(main, capsys, command, str(converted), "needs no conversion")

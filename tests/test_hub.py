@@ -19,7 +19,7 @@ from transformers import AutoImageProcessor
 
 
 # The fixture is made once a worker, so all tests belong on one.
-pytestmark = pytest.mark.xdist_group("hub")
+pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("hub")]
 
 AUTO_MAP = {
     "AutoConfig": "configuration_mfrsvlm.MFRSVLMConfig",

@@ -923,6 +923,7 @@ def calls(draw):
     return images, dict(draw(st.lists(any_setting, max_size=4))) if draw(st.booleans()) else {}
 
 
+@pytest.mark.integration
 @pytest.mark.filterwarnings("ignore")
 @settings(max_examples=1200, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(call=calls())

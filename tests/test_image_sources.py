@@ -132,6 +132,7 @@ def test_tiffs_by_type_bands_and_layout(dtype, compress, tmp_path):
     check_cells(cells)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 @needs_gdal
 def test_tiffs_by_colour_and_alpha(dtype, tmp_path):

@@ -331,6 +331,7 @@ def test_without_injection_only_the_global_view_is_left(injecting_model):
         assert largest_difference(injecting_model(**inputs).logits, plain(**without).logits) <= 1e-5
 
 
+@pytest.mark.integration
 def test_perturbing_any_parameter_changes_the_logits(model):
     inputs = tiny_inputs(model.config, [2])
     with torch.no_grad():

@@ -279,6 +279,7 @@ def large_tensors(smallest: int) -> int:
     return sum(size for size in seen.values() if size >= smallest)
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(not GENERATE_ENCODES_IMAGES, reason="this transformers encodes in the forward, which keeps nothing")
 @pytest.mark.parametrize("num_beams", [1, 4])
 def test_details_do_not_live_through_decoding(num_beams):

@@ -11,6 +11,8 @@ from external_data import external_data
 from measure_parity import BFLOAT16_BOUND, BOUNDS, table
 
 
+pytestmark = pytest.mark.integration
+
 REFERENCE = Path(__file__).parent / "reference"
 
 

@@ -771,6 +771,7 @@ def batches(draw):
     return images or None, prompts, overrides
 
 
+@pytest.mark.integration
 @pytest.mark.filterwarnings("ignore")
 @settings(max_examples=1000, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(batch=batches(), placement=st.sampled_from(PLACEMENTS), side=st.sampled_from(SIDES))

@@ -30,6 +30,9 @@ def run_on_two_ranks(case, folder):
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+pytestmark = pytest.mark.integration
+
+
 @pytest.fixture(params=["gated", "cross_attention"])
 def saved(request, tmp_path):
     model = tiny_model(**KINDS[request.param])

@@ -1,12 +1,10 @@
 """Makes a new, untrained model from a trained language model and a trained vision tower.
 
-    python -m mfrsvlm.training.assemble --language-model ID --vision-tower ID --output OUT [--projector FILE]
+    mfrsvlm assemble --language-model ID --vision-tower ID --output OUT [--projector FILE]
 
 The injectors start at random, and so does the projector if none is given. The output appears whole or not at all.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from ..configuration_mfrsvlm import MFRSVLMConfig
 from ..convert_checkpoint import (
     NOTHING,
     add_image_token,
-    add_output_arguments,
     exit_on_termination,
     load_model,
     make_image_processor,
@@ -42,6 +39,7 @@ from ..released_layout import (
     resolve_depths,
     resolve_window_sizes,
 )
+from .arguments import assemble_parser
 
 
 # What is new in a new model. Of a tower: its pooler, which is never read, and the norms that transformers puts after the
@@ -115,11 +113,11 @@ def assemble(
 
 
 def assembled_config(vision_config: Any, text_config: Any, options: dict[str, Any], dtype: str | None) -> MFRSVLMConfig:
-    """The config of a new model: what `options` leave open follows the sizes of its parts.
+    """The config of a new model. Fields that `options` do not set follow from the sizes of the parts.
 
-    Windows are as large as the global view and half of it; depths are a third, two thirds and all of a ViT's layers,
-    or the last three stages of a backbone; injection is before layers 4, 8, 12 and 16, as far as the decoder has them,
-    and before the last one of a decoder with fewer than four.
+    Windows have the size of the global view and half of it. Depths are a third, two thirds and all of a ViT's layers, or
+    the last three stages of a backbone. Injection is before layers 4, 8, 12 and 16, counted from one, as far as the decoder
+    has them, and before the last layer of a decoder with fewer than four.
     """
     fields = set(MFRSVLMConfig.__annotations__) - {"vision_config", "text_config", "image_token_id", "tie_word_embeddings"}
     unknown = sorted(set(options) - fields)
@@ -128,7 +126,7 @@ def assembled_config(vision_config: Any, text_config: Any, options: dict[str, An
     with explained("These parts and options make no model"):
         side, patch_size = (getattr(vision_config, name, None) for name in ("image_size", "patch_size"))
         if not hasattr(vision_config, "depths") and isinstance(side, int) and isinstance(patch_size, int):
-            # Some ViTs cut off what is no whole patch: SigLIP so400m reads 378 of its 384 pixels.
+            # Some ViTs drop the pixels beyond the last whole patch: SigLIP so400m reads 378 of 384.
             options = {"image_size": side - side % patch_size, **options}
         sizes: dict[str, Any] = {name: options[name] for name in ("image_size", "patch_size") if name in options}
         bare: dict[str, Any] = {"window_sizes": [], "injection_layers": [], "detail_feature_layers": []}
@@ -145,29 +143,15 @@ def assembled_config(vision_config: Any, text_config: Any, options: dict[str, An
 
 
 def load_part(model_class: Any, name: str, new: str = NOTHING, **kwargs: Any) -> Any:
-    """A trained part, whole: `transformers` fills what a checkpoint lacks with random numbers."""
+    """Loads a trained part, and raises if tensors are missing, which `transformers` fills with random numbers."""
     with explained(f"{name} cannot be loaded"):
         part, info = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
     refuse_missing(name, info["missing_keys"], new)
     return part
 
 
-def json_object(text: str) -> dict[str, Any]:
-    return {**json.loads(text)}
-
-
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m mfrsvlm.training.assemble", description=__doc__.splitlines()[0])
-    parser.add_argument("--language-model", required=True, help="folder or Hub id of a causal language model")
-    parser.add_argument("--vision-tower", required=True, help="folder or Hub id of a ViT or a hierarchical backbone")
-    parser.add_argument("--projector", type=Path, help="LLaVA mm_projector.bin")
-    parser.add_argument(
-        "--config", type=json_object, dest="overrides", metavar="JSON", help="fields of MFRSVLMConfig to set"
-    )
-    parser.add_argument("--image-placement", choices=["inline", "prefix"], default="inline")
-    parser.add_argument("--seed", type=int, default=0, help="of the untrained weights")
-    add_output_arguments(parser)
-    return run(assemble, vars(parser.parse_args(argv)))
+    return run(assemble, vars(assemble_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

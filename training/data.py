@@ -17,6 +17,7 @@ TRL's `prompt` and `completion`, each a list of messages, or a text that stands 
 `image` or `images` is a path or a list of paths; in a `datasets` object also an image. An empty field counts as absent.
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -300,8 +301,9 @@ class _Rows:
 
     def _describe(self, place: str, row: Any, error: Exception) -> str:
         """An error with its row, in one line."""
-        identity = row.get("id") if isinstance(row, Mapping) else None
-        shown = f" (id {shorten(identity)})" if not _is_empty(identity) else ""
+        shown = ""
+        with contextlib.suppress(Exception):  # a row that cannot be read is named by its place alone
+            shown = f" (id {shorten(row['id'])})" if not _is_empty(row["id"]) else ""
         text = " ".join(str(error).split())
         if not isinstance(error, (ValueError, OSError)):  # others say too little without their kind
             text = f"{type(error).__name__}: {text}"

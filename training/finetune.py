@@ -1,7 +1,8 @@
 """Fine-tunes MF-RSVLM: `python -m mfrsvlm.training.finetune CONFIG.yaml [--key value ...]`.
 
-The keys of the file, and of the command line, which goes first, are the fields of `ModelArguments`, `DataArguments` and
-`MFRSVLMTrainingArguments` (all that `transformers.TrainingArguments` has, and freezing and learning rates of the parts).
+The keys are the fields of `ModelArguments`, `DataArguments` and `MFRSVLMTrainingArguments`. The last has all fields of
+`transformers.TrainingArguments`, and freezes parts of the model or gives them their own learning rates. The command line
+overrides the file.
 """
 
 import difflib
@@ -30,10 +31,12 @@ from .trainer import UNFINISHED, MFRSVLMTrainer, MFRSVLMTrainingArguments, Setti
 logger = logging.getLogger("mfrsvlm.training.finetune")  # also where this file is the main program
 
 SHUFFLED_ROWS = 1000  # of a stream, at a time
+# Data that the command line names replace the data that the file names.
+OTHER_DATA = {"dataset_name": ("train_file", "image_root"), "train_file": ("dataset_name", "dataset_streaming")}
 # Linear layers of the decoder, and of nothing else: neither tower nor injectors.
 DECODER_LINEARS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
-# Trained whole beside the adapter, as in every stage of the published training: they are small or new. Of a list of
-# modules each one, since PEFT refuses the list.
+# Trained whole beside the adapter, as in every stage of the published training: they are small or new. PEFT rejects a
+# list of modules, so each of its modules is named.
 SAVED_WHOLE = {
     r"injectors\.\d+": "injectors",
     "multi_modal_projector": "projector",
@@ -132,11 +135,19 @@ class ConfigParser(HfArgumentParser):
         import yaml
 
         try:
-            values = yaml.safe_load(read_text(config)) or {}
+            text = read_text(config)
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
+        try:
+            values = yaml.safe_load(text) or {}
         except yaml.YAMLError as error:
             raise SettingsError(f"{config} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
             raise SettingsError(f"{config} holds a {type(values).__name__}, not keys and values.")
+        named = {word[2:].partition("=")[0] for word in overrides if word.startswith("--")}
+        for name, others in OTHER_DATA.items():
+            if name in named:
+                values = {key: value for key, value in values.items() if key not in others}
         # Through the command line, so that the type of every value is checked in one place. (YAML reads 2e-5 as text.)
         words = []
         for key, value in values.items():
@@ -150,17 +161,20 @@ class ConfigParser(HfArgumentParser):
         for word in overrides:
             if word.startswith("--"):
                 self.check_key(word[2:].partition("=")[0].replace("-", "_").removeprefix("no_"), "command line")
-        return self.parse_args_into_dataclasses([*words, *overrides])
+        try:
+            return self.parse_args_into_dataclasses([*words, *overrides])
+        except (ValueError, ImportError) as error:  # settings that contradict each other, or need another library
+            raise SettingsError(" ".join(str(error).split())) from error
 
 
 def check_output_dir(args: MFRSVLMTrainingArguments, overwrite: bool) -> str | None:
-    """Finds the checkpoint to go on from, and keeps the user's files from being overwritten.
+    """Finds the checkpoint to resume from, and protects files of the user.
 
     Returns:
         The checkpoint that `resume_from_checkpoint` means: a path, or `last` for the last one in `output_dir`.
 
     Raises:
-        SettingsError: there is no such checkpoint; or the folder holds files and neither resuming nor overwriting is asked.
+        SettingsError: there is no such checkpoint, or the folder holds files and is neither to be resumed nor overwritten.
     """
     folder = Path(args.output_dir)
     content = [path.name for path in folder.iterdir()] if folder.is_dir() else []
@@ -202,8 +216,9 @@ def add_lora(model: MFRSVLMForConditionalGeneration, options: ModelArguments, fr
         modules_to_save=whole or None,
     )
     model = get_peft_model(model, config)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else getattr(torch, options.dtype))
+    for tensor in model.state_dict(keep_vars=True).values():  # not of buffers that are computed, which stay float32
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if tensor.requires_grad else getattr(torch, options.dtype))
     return model
 
 
@@ -303,17 +318,21 @@ def load_splits(data: DataArguments, splits: list[str]) -> dict[str, Any]:
     return {name: loaded[split] for name, split in zip(("train", "eval"), splits, strict=False)}
 
 
-def is_finished(args: MFRSVLMTrainingArguments, checkpoint: str | None) -> bool:
-    """Whether `checkpoint` is the end of the training in `output_dir`, and its result is saved there."""
-    folder = Path(args.output_dir)
-    if checkpoint is None or Path(checkpoint).resolve().parent != folder.resolve():
+def is_at_its_end(args: MFRSVLMTrainingArguments, checkpoint: str | None) -> bool:
+    """Whether `checkpoint` has as many steps as the training has."""
+    if checkpoint is None:
         return False
     state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-    planned = args.max_steps
-    if planned <= 0:
-        planned = state.max_steps if state.num_train_epochs >= args.num_train_epochs else state.global_step + 1
-    saved = any(folder.glob("*.safetensors")) and (folder / "train_results.json").is_file()
-    return state.global_step >= planned and saved
+    if args.max_steps > 0:
+        return state.global_step >= args.max_steps
+    return state.global_step >= state.max_steps and state.num_train_epochs >= args.num_train_epochs
+
+
+def is_saved(args: MFRSVLMTrainingArguments, checkpoint: str | None) -> bool:
+    """Whether `output_dir` holds the result of the training that wrote `checkpoint`."""
+    folder = Path(args.output_dir)
+    is_own = checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve()
+    return is_own and any(folder.glob("*.safetensors")) and (folder / "train_results.json").is_file()
 
 
 def check_settings(options: ModelArguments, data: DataArguments, args: MFRSVLMTrainingArguments) -> None:
@@ -349,10 +368,9 @@ def finetune(options: ModelArguments, data: DataArguments, args: MFRSVLMTraining
     checkpoint = None
     if args.process_index == 0 or args.resume_from_checkpoint is not None:  # the first rank looks before any writes
         checkpoint = check_output_dir(args, data.overwrite_output_dir)
-    if is_finished(args, checkpoint):
-        logger.info(
-            f"Nothing to do: {checkpoint} is the end of this training. Raise num_train_epochs or max_steps to go on."
-        )
+    is_over = is_at_its_end(args, checkpoint)
+    if is_over and is_saved(args, checkpoint):
+        logger.info(f"Nothing to do: this training ended at {checkpoint}. To go on, raise num_train_epochs or max_steps.")
         return None
     check_start(options)
 
@@ -374,7 +392,11 @@ def finetune(options: ModelArguments, data: DataArguments, args: MFRSVLMTraining
         "datasets": data.card_datasets,
         "name": None if args.hub_model_id is None else args.hub_model_id.rpartition("/")[2],
     }
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    if is_over:  # the stock trainer would make a step more
+        logger.info(f"This training ended at {checkpoint}. Its result is saved without a further step.")
+        metrics = trainer.load_end(checkpoint)
+    else:
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     metrics["bad_rows"] = datasets["train"].num_bad_rows
     trainer.log_metrics("train", metrics)
     if "eval" in datasets:

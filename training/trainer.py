@@ -1,4 +1,4 @@
-"""The `Trainer` of transformers, and: parts of the model, batches of like samples, checkpoints that are whole or absent."""
+"""The `Trainer` of transformers with learning rates for parts, batches of similar samples, and whole checkpoints."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -49,7 +49,7 @@ def part_of(name: str) -> str:
 
 
 def freeze_parts(model: nn.Module, parts: Sequence[str]) -> None:
-    """Takes the parameters of the named parts out of training.
+    """Freezes the parameters of the named parts.
 
     Raises:
         SettingsError: nothing is left to train, or an adapter or a copy of PEFT would train in a frozen part.
@@ -67,10 +67,10 @@ def freeze_parts(model: nn.Module, parts: Sequence[str]) -> None:
 
 
 class ModalityLengthSampler(Sampler[int]):
-    """Random order whose groups hold samples of like length, and of one modality but for the remainder.
+    """Random order in groups of similar length. A group has images or has none; only the last groups are mixed.
 
-    The stock sampler draws from the global random state, so that an epoch that was interrupted would go on in another
-    order. This one depends on its seed and the epoch alone, and is the same on every rank.
+    The stock sampler draws from the global random state, so an interrupted epoch would be resumed in another order. This
+    order depends only on the seed and the epoch, and is the same on every rank.
 
     Args:
         lengths: of the samples; negative for those without an image.
@@ -129,11 +129,11 @@ class MFRSVLMTrainingArguments(TrainingArguments):
     muon: bool = field(default=False, metadata={"help": "Train matrices between hidden states by Muon, the rest by AdamW."})
     muon_factor: float = field(default=3.0, metadata={"help": "Learning rate of Muon over that of AdamW."})
     group_by_modality_length: bool = field(
-        default=True, metadata={"help": "Batches of like length, with images or without."}
+        default=True, metadata={"help": "Make batches of similar length, with images or without."}
     )
     # Off in the stock arguments, which then stands in the saved config. The loss is computed without a cache all the same.
     use_cache: bool = field(default=True, metadata={"help": "What the saved config says of the cache."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must be off: the collator needs all of a row."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must be off: the collator needs whole rows."})
 
     @property
     def frozen_parts(self) -> list[str]:
@@ -145,10 +145,10 @@ class MFRSVLMTrainingArguments(TrainingArguments):
 
 
 class ZeroGradients(TrainerCallback):
-    """Gives what a step does not use a gradient of zero in place of none.
+    """Sets the gradients of parameters that a step does not use to zero.
 
-    A step of text alone leaves the tower without gradients, and the optimizer would pass over it, momentum and all. On
-    several ranks the tower runs on a blank image and has gradients of zero. So both take the same steps.
+    A step with text only leaves the tower without gradients, and the optimizer would skip it together with its momentum.
+    On several ranks, the tower runs on a blank image and has gradients of zero. This callback makes both the same.
     """
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -162,10 +162,10 @@ class MFRSVLMTrainer(Trainer):
     """The stock `Trainer`, and:
 
     - a learning rate for each part, and Muon as an optimizer;
-    - batches of like length and of one modality, for a `ConversationDataset`;
+    - batches of similar length, with images or without, for a `ConversationDataset`;
     - the same steps on any number of ranks, see `ZeroGradients`;
-    - a checkpoint appears under its name only when it is whole, so that the last one can always be resumed from;
-    - the model card of this package, and the code of the model beside what is pushed during training.
+    - a checkpoint gets its name when it is whole, so that the last one can always be resumed;
+    - the model card of this package, and the code of the model in everything that is pushed during training.
     """
 
     args: MFRSVLMTrainingArguments
@@ -217,7 +217,19 @@ class MFRSVLMTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         # The stock Trainer switches the cache off in the outer config only, and the decoder reads its own.
-        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+        result = super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
+        loss = result[0] if isinstance(result, tuple) else result
+        if torch.is_grad_enabled() and not loss.requires_grad:  # text alone, where all that reads text is frozen
+            trained = next(parameter for parameter in model.parameters() if parameter.requires_grad)
+            loss = loss + 0 * trained.sum()
+        return (loss, *result[1:]) if isinstance(result, tuple) else loss
+
+    def load_end(self, checkpoint: str) -> dict[str, float]:
+        """Loads the weights and the state that a training ended with, and returns its metrics."""
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self._load_from_checkpoint(best or checkpoint)
+        return {"epoch": self.state.epoch or 0.0}
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._run_dir or super()._get_output_dir(trial)
@@ -240,7 +252,7 @@ class MFRSVLMTrainer(Trainer):
             error.add_note(
                 f"{name} could not be saved, {shutil.disk_usage(run_dir).free / 2**30:.1f} GiB are free in {run_dir}. What "
                 f"there is of it lies in {unfinished}; earlier checkpoints are whole, and resume_from_checkpoint=last "
-                "goes on from the last of them."
+                "resumes the last of them."
             )
             raise
         finally:

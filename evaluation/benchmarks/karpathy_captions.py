@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .reading import find, read_json, read_text, take, take_text
+from .reading import find, left_out, read_json, read_text, take, take_text
 from .sample import Benchmark, BenchmarkError, Sample
 
 
@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 # The JSON file has these; "trainval" is both, as the text files have it.
 PARTS = {"train": ("train",), "val": ("val",), "test": ("test",), "trainval": ("train", "val")}
 SPLITS = ("train", "val", "test")
+Captions = tuple[str, list[str]]  # the name of an image, and its captions
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,13 @@ class CaptionFiles:
     precomp: tuple[str, ...] = ()
     precomp_splits: Mapping[str, str] = field(default_factory=dict)
 
-    def load(self, name: str, root: Path, split: str, check_counts: bool) -> Benchmark:
+    def load(self, name: str, root: Path, split: str, check_counts: bool, broken_rows: str = "error") -> Benchmark:
         """One sample for each image of the split, with all its captions as references.
 
         The text files are read where the JSON file is absent.
+
+        Args:
+            broken_rows: "error", or "skip" to leave out images without a caption. They are counted in `left_out`.
 
         Raises:
             BenchmarkError: see `reading`; or a row of an unknown split, an image without a caption, or text files that do
@@ -47,20 +51,38 @@ class CaptionFiles:
         """
         texts = next((root / place for place in ("", *self.precomp) if any((root / place).glob("*_caps.txt"))), None)
         if texts is not None and not any((root / file).exists() for file in self.captions):
-            return Benchmark(name, split, root, self._read_texts(name, root, texts, split))
+            path, captions_of = self._read_texts(name, texts, split)
+            folder = next((place for place in self.images if (root / place).is_dir()), self.images[0])
+            return self._benchmark(name, root, split, captions_of, folder, path, broken_rows)
         path = find(root, self.captions, "file of captions")
         folder = find(root, self.images, "folder of images").name
-        samples = []
+        captions_of = []
         for number, row in enumerate(take(read_json(path, dict), "images", list, path, "0")):
             if take_split(row, path, number) not in PARTS[split]:
                 continue
             file = take_text(row, "filename", path, number)
             sentences = take(row, "sentences", list, path, number)
             captions = [take(sentence, "raw", str, path, f"{number} ({file})") for sentence in sentences]
-            samples.append(_sample(folder, file, captions, path))
-        return Benchmark(name, split, root, samples)
+            captions_of.append((file, captions))
+        return self._benchmark(name, root, split, captions_of, folder, path, broken_rows)
 
-    def _read_texts(self, name: str, root: Path, texts: Path, split: str) -> list[Sample]:
+    @staticmethod
+    def _benchmark(
+        name: str, root: Path, split: str, captions_of: list[Captions], folder: str, path: Path, broken_rows: str
+    ) -> Benchmark:
+        blank = {
+            number: file for number, (file, captions) in enumerate(captions_of, start=1) if not any(map(str.strip, captions))
+        }
+        left = left_out(blank, len(captions_of), path, "no caption", broken_rows) if broken_rows != "error" else {}
+        samples = [
+            Sample(file, (f"{folder}/{file}",), "captioning", "", references(captions, path, file))
+            for number, (file, captions) in enumerate(captions_of, start=1)
+            if not left or number not in blank
+        ]
+        return Benchmark(name, split, root, samples, left_out=left)
+
+    def _read_texts(self, name: str, texts: Path, split: str) -> tuple[Path, list[Captions]]:
+        """The file of the captions, and what it holds."""
         if split not in self.precomp_splits:
             raise BenchmarkError(
                 f"{name}: the text files in {texts} hold the splits {', '.join(self.precomp_splits)}, not {split!r}."
@@ -78,19 +100,12 @@ class CaptionFiles:
         each = len(captions) // len(files)
         if len(names) == len(captions) and names != [file for file in files for _ in range(each)]:
             raise BenchmarkError(f"{names_path}: the {each} captions of an image do not stand together.")
-        folder = next((place for place in self.images if (root / place).is_dir()), self.images[0])
-        return [
-            _sample(folder, file, captions[each * number : each * (number + 1)], path) for number, file in enumerate(files)
-        ]
+        return path, [(file, captions[each * number : each * (number + 1)]) for number, file in enumerate(files)]
 
 
 def _lines(path: Path) -> list[str]:
     """Lines of a text file, blank ones too: their number says to which image they belong."""
     return [line.strip() for line in read_text(path).removesuffix("\n").split("\n")]
-
-
-def _sample(folder: str, file: str, captions: list[str], path: Path) -> Sample:
-    return Sample(file, (f"{folder}/{file}",), "captioning", "", references(captions, path, file))
 
 
 def take_split(row: Any, path: Path, number: int | str) -> str:
@@ -104,7 +119,10 @@ def references(captions: list[str], path: Path, image: str) -> tuple[str, ...]:
     """The captions of one image. Blank ones, which some releases hold, are left out with a warning."""
     kept = tuple(caption.strip() for caption in captions if caption.strip())
     if not kept:
-        raise BenchmarkError(f"{path}: image {image} has no caption.")
+        raise BenchmarkError(
+            f"{path}: image {image} has no caption. Set broken_rows='skip' to leave such images out, where the benchmark "
+            "takes it; the summary then says how many."
+        )
     if len(kept) < len(captions):
         logger.warning(f"{path}: {len(captions) - len(kept)} of {len(captions)} captions of {image} are blank; left out.")
     return kept

@@ -210,7 +210,8 @@ def inside(box: tuple[float, ...], size: tuple[int, int], path: Path, number: in
             f"{path}, row {number}: box {list(box)} reaches out of its image, {size[0]} pixels wide and {size[1]} high. "
             f"{likely_scale(box, size)}"
         )
-    cut = tuple(min(max(value, 0.0), float(limit)) for value, limit in zip(box, limits, strict=True))
+    # A sum with 0 has no sign where it is 0: "-0.0" in an answer would not be read.
+    cut = tuple(min(max(value, 0.0), float(limit)) + 0.0 for value, limit in zip(box, limits, strict=True))
     if _has_area(box) and not _has_area(cut):
         raise BenchmarkError(
             f"{path}, row {number}: box {list(box)} lies outside of its image, {size[0]} pixels wide and {size[1]} high."

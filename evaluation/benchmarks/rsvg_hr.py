@@ -27,7 +27,7 @@ def load_rsvg_hr(name: str, root: Path, split: str, check_counts: bool, broken_r
             rows.append((number, f"{folder}/{image}", box, expression))
         else:
             broken[number] = line
-    left = left_out(broken, len(rows) + len(broken), path, "no box with x1 < x2 and y1 < y2", broken_rows)
+    left = left_out(broken, len(rows) + len(broken), path, "a box out of order", broken_rows)
     require_images(root, (image for _, image, _, _ in rows))
     sizes = {image: read_size(root / image) for image in {image for _, image, _, _ in rows}}
     samples = [
@@ -49,6 +49,5 @@ BENCHMARK = BenchmarkInfo(
     loader=load_rsvg_hr,
     splits={"train": 2151, "test": 499},
     tasks=("grounding",),
-    image_size=(1024, 1024),
     source="https://github.com/LANMNG/LQVG",
 )

@@ -12,7 +12,7 @@ Example:
 
 Limitations:
 - An upright box around an oriented one may overlap it by less than half. Compare only what was asked for in the same form.
-- A right box that comes after a wrong one is passed over, where one box is to be found.
+- A right box that comes after a wrong one is ignored, where one box is to be found.
 - Boxes are not cut at the edge of the image, which the metric does not know.
 - Four corners that make no convex outline are taken for the convex outline around them.
 
@@ -35,7 +35,7 @@ class VisualGrounding(CheckedMetric):
     A box is [x1, y1, x2, y2], any two opposite corners, or the four corners of an oriented box in any order. Sides have no
     extra pixel: [0, 0, 10, 10] has an area of 100. A box without an area overlaps nothing, a true one included.
 
-    Several boxes: where n boxes are to be found, the first n predicted ones count and all others are passed over, so that
+    Several boxes: where n boxes are to be found, the first n predicted ones count and all others are ignored, so that
     more boxes than asked for gain nothing. They are paired one to one with the true ones, the pair of the largest IoU first
     (of equal ones, that of the earlier true box, then of the earlier predicted one), then the largest among those left, and
     so on. A true box without a partner has an IoU of 0.

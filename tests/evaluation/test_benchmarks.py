@@ -111,7 +111,7 @@ def test_the_published_count_passes(name: str, root: Path, monkeypatch: pytest.M
     info = BENCHMARKS[name]
     monkeypatch.setitem(BENCHMARKS, name, replace(info, splits={info.default_split: COUNTS[name]}))
     monkeypatch.setattr("mfrsvlm.evaluation.benchmarks.dior_rsvg.OBJECTS", 3)
-    assert len(load_benchmark(name, root).samples) == COUNTS[name]
+    assert len(load_benchmark(name, root, check_sizes=not name.startswith("vrsbench")).samples) == COUNTS[name]
 
 
 @pytest.mark.parametrize("name", LISTED)
@@ -122,7 +122,9 @@ def test_missing_images_are_counted_and_named(name: str, root: Path) -> None:
     assert gone
     for image in gone:
         (root / image).unlink()
-    with pytest.raises(BenchmarkError, match=rf"{len(gone)} of {len(gone) + 1} images are missing under .*{gone[0]}"):
+    with pytest.raises(
+        BenchmarkError, match=rf"{len(gone)} of {len(gone) + 1} images are missing under .*{Path(gone[0]).stem}"
+    ):
         load(name, root)
 
 

@@ -736,15 +736,15 @@ def test_facts_of_captions_by_hand(said, true, facts, exact):
 
 def test_captions_of_scenes_against_their_plans():
     """The facts are those that the scene was drawn from; one wrong number costs the two facts that differ."""
-    for index in range(60):
-        scene = plan_scene(scene_seed("validation", index), 256, (8.0, 16.0))
-        settings = dict(BENCHMARKS["scenes"].metrics["captioning"][1].settings)
-        true = describe(scene)
-        counts = {kind: number for kind, number in scene.counts.items() if number}
-        found = compute("caption_facts", [true], [[true]], **settings)
-        expected = sorted([f"{scene.scene_class} scene", *(f"{number} {kind}" for kind, number in counts.items())])
-        assert found["parsed"] == [", ".join(expected)] and found["scores"] == [1.0]
-        if counts:
-            wrong = re.sub(r"\d+", lambda match: str(int(match[0]) + 7), true, count=1)
-            size = len(counts) + 1
-            assert compute("caption_facts", [wrong], [[true]], **settings)["scores"] == [pytest.approx((size - 1) / size)]
+    settings = dict(BENCHMARKS["scenes"].metrics["captioning"][1].settings)
+    scenes = [plan_scene(scene_seed("validation", index), 256, (8.0, 16.0)) for index in range(60)]
+    scenes = [scene for scene in scenes if any(scene.counts.values())]
+    true, facts = [describe(scene) for scene in scenes], []
+    for scene in scenes:
+        counts = [f"{number} {kind}" for kind, number in scene.counts.items() if number]
+        facts.append(sorted([f"{scene.scene_class} scene", *counts]))
+    found = compute("caption_facts", true, [[text] for text in true], **settings)
+    assert found["parsed"] == [", ".join(group) for group in facts] and set(found["scores"]) == {1.0}
+    wrong = [re.sub(r"\d+", lambda match: str(int(match[0]) + 7), text, count=1) for text in true]
+    found = compute("caption_facts", wrong, [[text] for text in true], **settings)
+    assert found["scores"] == pytest.approx([(len(group) - 1) / len(group) for group in facts])

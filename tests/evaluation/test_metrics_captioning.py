@@ -141,6 +141,7 @@ def slow_cider(said, references, sigma=6.0):
 SAID, REFERENCES = captions(0, 1200)
 
 
+@pytest.mark.integration
 def test_coco_without_java_against_loops():
     found = compute(SAID, REFERENCES, "coco_without_java")
     said, references = [slow_words(text) for text in SAID], [[slow_words(text) for text in group] for group in REFERENCES]
@@ -157,6 +158,7 @@ def test_coco_without_java_against_loops():
     assert found["bleu_4"]["value"] == pytest.approx(expected) and len(long) > 800
 
 
+@pytest.mark.integration
 def test_coco_without_java_is_what_the_library_makes_of_these_words():
     found = compute(SAID, REFERENCES, "coco_without_java")
     true = {i: [" ".join(slow_words(text)) for text in group] for i, group in enumerate(REFERENCES)}
@@ -193,6 +195,7 @@ def slow_meteor(words, reference, stem):
     return fmean * (1 - 0.5 * (chunks / len(pairs)) ** 3)
 
 
+@pytest.mark.integration
 def test_upstream_against_the_corpus_functions_and_loops():
     found = compute(SAID, REFERENCES, "upstream")
     assert found["parsed"] == [" ".join(text.split()) for text in SAID]
@@ -226,6 +229,7 @@ def test_upstream_against_the_corpus_functions_and_loops():
     assert found["cider"]["value"] == pytest.approx(cider.mean())
 
 
+@pytest.mark.integration
 def test_synonyms_come_from_wordnet():
     found = [lemma.name() for meaning in METEORS_WORDNET.synsets("plane") for lemma in meaning.lemmas()]
     assert "airplane" in found and "ship" not in found and METEORS_WORDNET.synsets("xyzzy") == []
@@ -235,6 +239,7 @@ def test_synonyms_come_from_wordnet():
     assert same > 0.9 > other > 0
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("variant", ["coco_without_java", "upstream"])
 def test_intervals_are_those_of_drawing_captions(variant):
     """The same draws, but with every caption as often as it was drawn, and all computed anew."""

@@ -8,9 +8,9 @@ from tiny_benchmarks import MAKERS
 
 from mfrsvlm.evaluation.answering import Answer
 from mfrsvlm.evaluation.benchmarks import BENCHMARKS, Benchmark, Sample, load_benchmark
-from mfrsvlm.evaluation.chance import guesses
+from mfrsvlm.evaluation.evaluate import score
+from mfrsvlm.evaluation.majority import majority_answers
 from mfrsvlm.evaluation.protocols import PROTOCOLS, read_angled_boxes, turned
-from mfrsvlm.evaluation.run import score
 
 
 WITHOUT_JAVA = [name for name, protocol in PROTOCOLS.items() if protocol.captions == "coco_without_java"]
@@ -205,7 +205,7 @@ def test_oriented_boxes_survive_their_wording(angle, width, height):
 def test_chance_is_the_most_frequent_answer_of_each_template(load):
     benchmark = load("scenes")
     protocol = PROTOCOLS["strict-without-java"]()
-    said = guesses(benchmark, benchmark.samples, protocol)
+    said = majority_answers(benchmark, benchmark.samples, protocol)
     by_template = {}
     for sample, guess in zip(benchmark.samples, said, strict=True):
         if sample.task not in ("grounding", "captioning"):
@@ -225,7 +225,7 @@ def test_chance_counts_answers_that_are_read_alike_together():
     counts = [0, 0, 0, 3, 3, 5, 7, 8]
     samples = [Sample(str(i), ("a",), "vqa", "How many?", (str(n),), "count") for i, n in enumerate(counts)]
     benchmark, protocol = rsvqa(samples), PROTOCOLS["strict"]()
-    said = guesses(benchmark, samples, protocol)
+    said = majority_answers(benchmark, samples, protocol)
     assert set(said) == {"3"}
     assert sum(score(protocol, benchmark, samples, [Answer(text) for text in said])[2]) == 5
 

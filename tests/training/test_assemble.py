@@ -34,6 +34,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestAssemble:
+    @pytest.mark.integration
     @pytest.mark.parametrize(
         "language_model, tower, options",
         [
@@ -98,6 +99,7 @@ class TestAssemble:
         assert model(**inputs).logits.isfinite().all()
         assert "Untrained" in (output / "README.md").read_text()
 
+    @pytest.mark.integration
     @pytest.mark.parametrize(
         "language_model, tower", [*((name, "clip") for name in DECODERS), *(("llama", name) for name in TOWERS)]
     )

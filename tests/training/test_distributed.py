@@ -76,7 +76,7 @@ def test_ddp_by_accelerate_launch_gives_the_losses_of_one_process(start, tmp_pat
 @pytest.mark.parametrize("data", ["train", "mixed"])
 def test_fsdp2_gives_the_losses_of_one_process(start, tmp_path, data):
     """By `fully_shard` itself: accelerate ignores FSDP on the CPU without a word."""
-    worker = Path(__file__).with_name("training_worker.py")
+    worker = Path(__file__).parents[1] / "training_worker.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(worker)]
     run([*command, str(start), data, str(tmp_path / "losses.pt")])
     seen, expected = torch.load(tmp_path / "losses.pt"), torch.tensor(losses_of(start, data, rank=0, world_size=1))

@@ -135,6 +135,7 @@ def test_every_parameter_is_in_exactly_one_part(overrides):
         part_of("other.weight")
 
 
+@pytest.mark.integration
 def test_frozen_parts_stay_and_others_move_at_their_own_rate(start, tmp_path):
     rates = {"injectors_learning_rate": 0.0, "projector_learning_rate": 5e-3}
     config = write_config(
@@ -174,6 +175,7 @@ def whole_run(start, tmp_path_factory):
     return main([str(config)]), folder / "run"
 
 
+@pytest.mark.integration
 def test_loss_falls_and_is_logged(whole_run):
     trainer, folder = whole_run
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -183,6 +185,7 @@ def test_loss_falls_and_is_logged(whole_run):
     assert json.loads((folder / "train_results.json").read_text())["bad_rows"] == 0
 
 
+@pytest.mark.integration
 def test_result_loads_in_one_line_without_the_package(whole_run, start, tmp_path):
     trainer, folder = whole_run
     assert {path.name for path in folder.glob("*.py")} == CODE
@@ -199,6 +202,7 @@ def test_result_loads_in_one_line_without_the_package(whole_run, start, tmp_path
         assert changed <= {"use_cache", "text_config", "vision_config", *noted}, name
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("step", [3, 6, 9])
 def test_resumed_run_ends_with_the_same_bits(whole_run, start, step, tmp_path):
     """Within the first epoch, between two, and within the second."""
@@ -211,6 +215,7 @@ def test_resumed_run_ends_with_the_same_bits(whole_run, start, step, tmp_path):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.integration
 def test_adapter_resumes_with_the_same_bits(start, tmp_path):
     """Dropout draws random numbers, so their state has to come back as well."""
     options = {"lora": True, "lora_r": 4, "num_train_epochs": 1, "gradient_checkpointing": True}
@@ -221,6 +226,7 @@ def test_adapter_resumes_with_the_same_bits(start, tmp_path):
     assert same(first, again)
 
 
+@pytest.mark.integration
 def test_stage_of_captions(start, tmp_path):
     data = start[1]
     rows = [row for row in json.loads((data / "train.json").read_text()) if "image" in row]
@@ -234,6 +240,7 @@ def test_stage_of_captions(start, tmp_path):
         main([str(write_config(start, tmp_path, template="plain", output_dir=str(tmp_path / "other")))])
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("labels", ["answers only", "a copy of the ids"])
 @pytest.mark.parametrize("trainer_class", [Trainer, MFRSVLMTrainer])
 def test_the_trainers_loss_is_the_models(start, tmp_path, labels, trainer_class):
@@ -276,6 +283,7 @@ def test_the_trainers_loss_is_the_models(start, tmp_path, labels, trainer_class)
 # Adapters
 
 
+@pytest.mark.integration
 def test_adapter_trains_the_decoder_and_loads_and_merges(start, tmp_path):
     from peft import PeftModel
 
@@ -304,6 +312,7 @@ def test_adapter_trains_the_decoder_and_loads_and_merges(start, tmp_path):
     assert torch.allclose(logits_of(loaded, trainer.processing_class, image), expected, atol=1e-4)
 
 
+@pytest.mark.integration
 def test_adapter_of_a_model_with_a_backbone(start, tmp_path):
     """Its projections of stages are trained whole, one by one, and so are the places of its visual tokens."""
     from peft import PeftModel
@@ -320,6 +329,7 @@ def test_adapter_of_a_model_with_a_backbone(start, tmp_path):
         assert torch.allclose(found, expected, atol=1e-4)
 
 
+@pytest.mark.integration
 def test_adapter_can_be_merged_at_the_end(start, tmp_path):
     config = write_config(start, tmp_path, lora=True, lora_merge=True, max_steps=2, lora_dropout=0.0)
     trainer = main([str(config)])
@@ -333,6 +343,7 @@ def test_adapter_can_be_merged_at_the_end(start, tmp_path):
     )
 
 
+@pytest.mark.integration
 def test_adapter_and_freezing_that_disagree_are_refused(start, tmp_path):
     with pytest.raises(ValueError, match=r"decoder is to be frozen, but the adapter would train .*lora_A"):
         main([str(write_config(start, tmp_path, lora=True, freeze_decoder=True))])
@@ -367,6 +378,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.integration
 def test_run_killed_while_saving_goes_on_from_the_last_whole_checkpoint(whole_run, start, tmp_path):
     config = write_config(start, tmp_path, eval_file=str(start[1] / "train.json"), eval_strategy="epoch", save_total_limit=1)
     result = subprocess.run([sys.executable, "-c", KILLED, str(config)], capture_output=True, text=True, timeout=600)
@@ -381,6 +393,7 @@ def test_run_killed_while_saving_goes_on_from_the_last_whole_checkpoint(whole_ru
     assert sorted(path.name for path in run.iterdir() if path.is_dir()) == ["checkpoint-12"]
 
 
+@pytest.mark.integration
 def test_full_disk_is_an_error_that_names_the_folder_and_spares_the_last_checkpoint(start, tmp_path, monkeypatch):
     """A limit on the size of files stands for the disk: it holds the weights, but not the optimizer's state."""
     config = write_config(start, tmp_path)
@@ -407,6 +420,7 @@ def test_full_disk_is_an_error_that_names_the_folder_and_spares_the_last_checkpo
     assert not (run / "_unfinished").exists()
 
 
+@pytest.mark.integration
 def test_best_checkpoint_is_known_by_its_final_name(start, tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True}
     trainer = main([str(write_config(start, tmp_path, eval_file=str(start[1] / "train.json"), **options))])
@@ -415,6 +429,7 @@ def test_best_checkpoint_is_known_by_its_final_name(start, tmp_path):
     assert json.loads((best / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
 
 
+@pytest.mark.integration
 def test_output_folder_is_not_overwritten_unasked(start, tmp_path):
     config = write_config(start, tmp_path, max_steps=1, save_strategy="no")
     (tmp_path / "run").mkdir()
@@ -453,6 +468,16 @@ def test_unknown_keys_name_the_closest(tmp_path):
     path.write_text("learning_rate: 2e-5")
     with pytest.raises(ValueError, match=r"command line: unknown key 'freeze_decode'. Did you mean 'freeze_decoder'"):
         ConfigParser().read(path, ["--freeze_decode", "true"])
+
+
+def test_data_of_the_command_line_replace_those_of_the_file(tmp_path):
+    base = ["--output_dir", str(tmp_path), "--bf16", "false"]
+    _, data, _ = ConfigParser().read(CONFIGS / "lora.yaml", [*base, "--dataset_name=a/b"])
+    assert (data.train_file, data.image_root, data.dataset_name) == (None, None, "a/b")
+    path = tmp_path / "config.yaml"
+    path.write_text(f"output_dir: {tmp_path}\ndataset_name: a/b\ndataset_streaming: true")
+    _, data, _ = ConfigParser().read(path, ["--train_file", "a.json"])
+    assert (data.train_file, data.dataset_name, data.dataset_streaming) == ("a.json", None, False)
 
 
 def test_values_are_checked_and_the_command_line_goes_first(tmp_path):

@@ -23,6 +23,7 @@ from mfrsvlm.training.finetune import DECODER_LINEARS
 from mfrsvlm.training.trainer import PARTS, part_of
 
 
+pytestmark = pytest.mark.integration
 EXAMPLE = Path(mfrsvlm.__file__).parent / "examples" / "finetune_with_trl.py"
 
 

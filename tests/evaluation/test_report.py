@@ -1,4 +1,4 @@
-"""The report: every number as it was measured, nothing half taken for whole, published rows never without their source."""
+"""The report: all numbers as measured, no part of a split as a result, no published row without its source."""
 
 import csv
 import json
@@ -12,18 +12,17 @@ from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
 
 from mfrsvlm.configuration_mfrsvlm import MFRSVLMConfig
+from mfrsvlm.evaluation.__main__ import main
 from mfrsvlm.evaluation.answering import fingerprint, load
+from mfrsvlm.evaluation.plots import plot_shares, write_plots
 from mfrsvlm.evaluation.report import (
     PUBLISHED,
     ReportError,
-    add_arguments,
     as_latex,
     as_markdown,
-    draw,
     make_tables,
     read_published,
     read_summaries,
-    report,
     write_report,
 )
 from mfrsvlm.model_card.card import write_model_card
@@ -65,10 +64,10 @@ def run(tmp_path):
         model = {"name": "org/tiny", "architecture": "A", "dtype": "float32", "parameters": 1}
         model |= fields.pop("model", {})
         summary = {
-            "format": 1,
+            "format": 2,
             "benchmark": "rsvqa-lr",
             "split": "test",
-            "protocol": "ours",
+            "protocol": "strict",
             "mode": "image",
             "model": model,
             "seed": 0,
@@ -79,6 +78,7 @@ def run(tmp_path):
                 "published": 200,
                 "images": 100,
                 "empty_answers": 0,
+                "truncated_answers": 0,
                 "missing_images": 0,
             },
             "results": results or {"vqa": VQA},
@@ -133,10 +133,10 @@ def test_missing_truncated_and_foreign_summaries_are_named(run, tmp_path):
     path = folder / "summary.json"
     text = path.read_text()
     path.write_text(text[:200])
-    with pytest.raises(ReportError, match=r"run/summary\.json is not whole JSON .* cut off"):
+    with pytest.raises(ReportError, match=r"so run it again: .*run/summary\.json is not JSON"):
         read_summaries([folder])
-    path.write_text(text.replace('"format": 1', '"format": 2'))
-    with pytest.raises(ReportError, match="format 2, but only format 1"):
+    path.write_text(text.replace('"format": 2', '"format": 1'))
+    with pytest.raises(ReportError, match="has format 1, not 2"):
         read_summaries([folder])
     path.write_text("[]")
     with pytest.raises(ReportError, match="format 'list'"):
@@ -158,7 +158,7 @@ def test_a_missing_field_is_named(run, field):
 
 def test_a_run_is_given_once(run):
     first, second = run("one"), run("two")
-    with pytest.raises(ReportError, match=r"given twice.*org/tiny on rsvqa-lr, test, protocol ours, image, .*one; .*two"):
+    with pytest.raises(ReportError, match=r"given twice.*org/tiny on rsvqa-lr, test, protocol strict, image, .*one; .*two"):
         read_summaries([first, second])
     others = [run("blind", mode="blind"), run("split", split="validation"), run("protocol", protocol="geochat")]
     others += [run("model", model={"name": "org/other"}), run("revision", model={"revision": "0123456789"})]
@@ -181,13 +181,13 @@ def test_what_is_no_figure_is_named(run, wrong, message):
 
 def test_weights_without_a_revision_are_told_apart_by_their_fingerprint(run):
     folders = [run(name, model={"fingerprint": name * 8}) for name in ("a", "b")]
-    assert [summary.revision for summary in read_summaries(folders)] == ["aaaaaaaa", "bbbbbbbb"]
+    assert [summary.weights for summary in read_summaries(folders)] == ["aaaaaaaa", "bbbbbbbb"]
     weights = "\nWeights: org/tiny@aaaaaaa aaaaaaaa in float32, org/tiny@bbbbbbb bbbbbbbb in float32.\n"
     assert weights in as_markdown(make_tables(read_summaries(folders)))
 
 
 def test_an_unknown_mode_is_named(run):
-    with pytest.raises(ReportError, match="mode 'deaf', not one of image, blind, chance"):
+    with pytest.raises(ReportError, match="mode 'deaf', not one of image, blind, majority"):
         read_summaries([run(mode="deaf")])
 
 
@@ -196,7 +196,7 @@ def test_an_unknown_mode_is_named(run):
 
 def test_a_row_shows_values_in_per_cent_with_intervals(run):
     markdown = as_markdown(make_tables(read_summaries([run()])))
-    assert "## rsvqa-lr, test, protocol ours: vqa" in markdown
+    assert "## rsvqa-lr, test, protocol strict: vqa" in markdown
     assert rows(markdown)[0] == ["model", "mode", "n", "accuracy", "presence", "comparison"]
     assert rows(markdown)[2] == [
         "org/tiny",
@@ -221,25 +221,27 @@ def test_units_of_what_is_no_share(run):
 
 def test_only_whole_runs_on_images_look_like_results(run):
     folders = [
-        run("chance", mode="chance", model={"name": "chance"}),
+        run("majority", mode="majority", model={"name": "majority"}),
         run("limited", limit=50, model={"name": "org/big"}),
         run("blind", mode="blind"),
         run("whole"),
         run("holes", counts={"missing_images": 3}, model={"name": "org/holes"}),
         run("subset", counts={"in_split": 40}, model={"name": "org/subset"}),
+        run("skipped", counts={"published": None, "left_out": {"broken rows": 2}}, model={"name": "org/skipped"}),
     ]
     table = rows(as_markdown(make_tables(read_summaries(folders))))[2:]
     assert [row[:2] for row in table] == [
         ["*org/big*", "*image, limit 50*"],
         ["*org/holes*", "*image, 3 images missing*"],
+        ["*org/skipped*", "*image, 2 broken rows left out*"],
         ["*org/subset*", "*image, 40 of 200 samples*"],
         ["org/tiny", "image"],
         ["*org/tiny*", "*blind*"],
-        ["*chance*", "*chance*"],
+        ["*majority*", "*majority*"],
     ]
-    assert [all(text.startswith("*") for text in row) for row in table] == [True, True, True, False, True, True]
+    assert [all(text.startswith("*") for text in row) for row in table] == [True, True, True, True, False, True, True]
     latex = as_latex(make_tables(read_summaries(folders)))
-    assert latex.count(r"\textit{91.2 [89.9, 92.4]}") == 5
+    assert latex.count(r"\textit{91.2 [89.9, 92.4]}") == 6
 
 
 def test_a_task_without_figures_is_an_empty_row(run):
@@ -254,9 +256,9 @@ def test_a_table_holds_one_benchmark_split_protocol_and_task(run):
     )
     titles = [table.title for table in tables]
     assert titles == [
-        "rsvqa-lr, test, protocol ours: vqa",
-        "rsvqa-lr, test, protocol ours: captioning",
-        "rsvqa-lr, validation, protocol ours: vqa",
+        "rsvqa-lr, test, protocol strict: vqa",
+        "rsvqa-lr, test, protocol strict: captioning",
+        "rsvqa-lr, validation, protocol strict: vqa",
         "rsvqa-lr, test, protocol geochat: vqa",
     ]
 
@@ -268,7 +270,7 @@ def test_classes_and_many_types_stay_in_the_csv(run, tmp_path):
         "vqa": {"accuracy": figure(0.5), "per_type": many},
     }
     summaries = read_summaries([run(results=results)])
-    write_report(summaries, tmp_path / "out", published=None, plots=False)
+    write_report(summaries, tmp_path / "out", published=None)
     markdown = (tmp_path / "out/results.md").read_text()
     assert {tuple(row) for row in rows(markdown) if row[0] == "model"} == {("model", "mode", "n", "accuracy")}
     assert "The 30 values of per_class are in results.csv." in markdown
@@ -287,7 +289,7 @@ def test_revisions_are_told_apart_only_where_there_are_several(run):
 
 def test_every_value_of_every_run_is_in_the_csv(run, published, tmp_path):
     folders = [run("a"), run("b", mode="blind", results={"vqa": {"accuracy": figure(1 / 3)}}), run("c", protocol="geochat")]
-    write_report(read_summaries(folders), tmp_path / "out", published(PUBLISHED_ROW), plots=False)
+    write_report(read_summaries(folders), tmp_path / "out", published(PUBLISHED_ROW))
     found = lines(tmp_path / "out/results.csv")
     measured = {
         (line["protocol"], line["mode"], line["figure"], line["group"]): tuple(
@@ -316,7 +318,7 @@ def test_every_value_of_every_run_is_in_the_csv(run, published, tmp_path):
 
 def test_latex_is_escaped_and_balanced(run, published, tmp_path):
     folder = run(model={"name": "org/my_model & 100%"})
-    write_report(read_summaries([folder]), tmp_path / "out", published(PUBLISHED_ROW), plots=False)
+    write_report(read_summaries([folder]), tmp_path / "out", published(PUBLISHED_ROW), latex=True)
     latex = (tmp_path / "out/results.tex").read_text()
     assert r"org/my\_model \& 100\%" in latex
     assert r"Other\_7B\textsuperscript{1} & published &  & 90.7 & 91.09 & -" in latex
@@ -357,12 +359,12 @@ def test_published_rows_stand_apart_with_source_and_note(run, published):
         {"note": None},
     ],
 )
-def test_a_published_row_without_source_or_note_is_refused(published, change):
-    with pytest.raises(ReportError, match=r"row 2 \(Other_7B on rsvqa-lr\) has (no whole source|an empty (url|note))"):
+def test_a_published_row_without_source_or_note_is_rejected(published, change):
+    with pytest.raises(ReportError, match=r"row 2 \(Other_7B on rsvqa-lr\) (needs a source|has an empty (url|note))"):
         read_published(published(PUBLISHED_ROW, PUBLISHED_ROW | change))
 
 
-def test_a_published_share_in_per_cent_is_refused(published):
+def test_a_published_share_in_per_cent_is_rejected(published):
     with pytest.raises(ReportError, match=r"accuracy is 90\.7, but a share lies from 0 to 1"):
         read_published(published(PUBLISHED_ROW | {"figures": {"accuracy": 90.7}}))
 
@@ -393,12 +395,12 @@ def test_the_plot_shows_every_share(run, tmp_path):
     folders = [
         run("a", results=results),
         run("b", mode="blind"),
-        run("c", mode="chance"),
+        run("c", mode="majority"),
         run("d", limit=5, model={"name": "x"}),
     ]
     tables = make_tables(read_summaries(folders))
     shares = [table for table in tables if table.task != "captioning"]
-    drawn = draw(shares)
+    drawn = plot_shares(shares)
     assert [axis.get_title(loc="left") for axis in drawn.axes] == ["vqa", "counting"]
     assert [label.get_text() for label in drawn.axes[1].get_yticklabels()] == ["exact"]
     marks = [mark for mark in drawn.axes[0].collections if mark.get_offsets().shape[1] and len(mark.get_paths()) == 1]
@@ -407,23 +409,24 @@ def test_the_plot_shows_every_share(run, tmp_path):
         values = [100 * summary.results["vqa"][column].value for column in shares[0].columns]
         assert np.allclose(np.asarray(mark.get_offsets())[:, 0], values)
         assert np.allclose(mark.get_facecolor()[0, :3], 1) != summary.is_complete
-    write_report(read_summaries(folders), tmp_path / "out", published=None)
-    write_report(read_summaries(folders), tmp_path / "again", published=None)
-    path = tmp_path / "out/plot-rsvqa-lr-test-ours.png"
+    for name in ("out", "again"):
+        (tmp_path / name).mkdir()
+        write_plots(tables, tmp_path / name)
+    path = tmp_path / "out/plot-rsvqa-lr-test-strict.png"
     assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
     with Image.open(path) as image:
         assert image.width == 880 and image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_no_plot_of_what_has_no_share(run, tmp_path):
-    write_report(read_summaries([run(results={"counting": {"mae": figure(2.0)}})]), tmp_path / "out", published=None)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["results.csv", "results.md", "results.tex"]
+    write_plots(make_tables(read_summaries([run("a", results={"counting": {"mae": figure(2.0)}})])), tmp_path)
+    assert not list(tmp_path.glob("*.png"))
 
 
-def test_without_matplotlib_the_tables_are_there(run, tmp_path, monkeypatch):
+def test_without_matplotlib_the_tables_are_there(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ReportError, match=r"pip install matplotlib, or say --no-plots"):
-        write_report(read_summaries([run()]), tmp_path / "out", published=None)
+    assert main(["report", str(run()), "--output", str(tmp_path / "out")]) == 2
+    assert "pip install matplotlib, or use --no-plots" in capsys.readouterr().err
     assert (tmp_path / "out" / "results.md").exists()
 
 
@@ -444,8 +447,8 @@ def test_the_card_round_trips(run, card):
                 task_type="image-text-to-text",
                 task_name="Image-Text-to-Text",
                 dataset_type="rsvqa-lr",
-                dataset_name="rsvqa-lr, protocol ours",
-                dataset_config="ours",
+                dataset_name="rsvqa-lr, protocol strict",
+                dataset_config="strict",
                 dataset_split="test",
                 metric_type="accuracy",
                 metric_name="vqa accuracy",
@@ -480,7 +483,7 @@ def test_results_of_other_weights_do_not_stay_in_the_card(run, card):
 
 
 def test_the_card_of_the_small_model_speaks_of_its_weights():
-    folder = Path(__file__).parents[1] / "demo" / "model"
+    folder = Path(__file__).parents[2] / "demo" / "model"
     results = ModelCard.load(folder / "README.md").data.eval_results or []
     weights = fingerprint(load(str(folder))[0])
     assert {result.metric_args["weights"] for result in results} <= {weights}, "evaluate it again, see docs/evaluation.md"
@@ -508,10 +511,10 @@ def test_results_of_others_and_of_other_benchmarks_are_kept(run, card):
     assert kept in data.eval_results
     found = [(r.dataset_type, r.dataset_config, r.metric_type, r.metric_value) for r in data.eval_results]
     assert sorted(found, key=str) == [
-        ("aid", "ours", "accuracy", 0.9123),
+        ("aid", "strict", "accuracy", 0.9123),
         ("rsvqa-lr", "geochat", "accuracy", 0.9123),
-        ("rsvqa-lr", "ours", "accuracy", 0.25),
-        ("rsvqa-lr", "ours", "average_accuracy", 0.5),
+        ("rsvqa-lr", "strict", "accuracy", 0.25),
+        ("rsvqa-lr", "strict", "average_accuracy", 0.5),
         ("rsvqa-lr", None, "accuracy", 0.5),
     ]
 
@@ -524,20 +527,20 @@ def test_results_of_others_and_of_other_benchmarks_are_kept(run, card):
         ({"counts": {"in_split": 40}}, "40 of 200 samples"),
     ],
 )
-def test_a_run_on_a_part_is_refused_by_name(run, card, change, named):
+def test_a_run_on_a_part_is_rejected_by_name(run, card, change, named):
     before = (card / "README.md").read_bytes()
-    with pytest.raises(CardError, match=rf"whole splits.*org/tiny on aid, test, protocol ours, image, {named}"):
+    with pytest.raises(CardError, match=rf"whole splits.*org/tiny on aid, test, protocol strict, image, {named}"):
         update_card(card, read_summaries([run("whole"), run("part", benchmark="aid", **change)]))
     assert (card / "README.md").read_bytes() == before
 
 
 def test_a_card_gets_the_results_of_its_own_model(run, card, tmp_path):
     other = run("other", model={"name": "org/big"})
-    with pytest.raises(CardError, match=r"No run on images is of tiny, but of org/big\."):
+    with pytest.raises(CardError, match=r"no run of tiny on images, but of org/big\."):
         update_card(card, read_summaries([other, run("blind", mode="blind")]))
     assert update_card(card, read_summaries([other]), model="org/big")
     revisions = [run("a", model={"revision": "a"}), run("b", model={"revision": "b"}, benchmark="aid")]
-    with pytest.raises(CardError, match="one model in one revision"):
+    with pytest.raises(CardError, match="one model with one set of weights"):
         update_card(card, read_summaries(revisions))
     with pytest.raises(CardError, match=r"holds no README\.md"):
         update_card(tmp_path, read_summaries([other]))
@@ -547,17 +550,13 @@ def test_a_card_gets_the_results_of_its_own_model(run, card, tmp_path):
 
 
 def test_the_command_prints_and_writes(run, card, published, tmp_path, capsys):
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
     folder = str(run())
-    report(parser.parse_args([folder, "--published", str(published(PUBLISHED_ROW))]))
+    assert main(["report", folder, "--published", str(published(PUBLISHED_ROW))]) == 0
     printed = capsys.readouterr().out
     assert "91.2 [89.9, 92.4]" in printed and "Other_7B [1]" in printed
     output = tmp_path / "out"
-    report(parser.parse_args([folder, "--output", str(output), "--card", str(card), "--no-plots"]))
-    assert sorted(path.name for path in output.iterdir()) == ["results.csv", "results.md", "results.tex"]
+    assert main(["report", folder, "--output", str(output), "--card", str(card), "--no-plots"]) == 0
+    assert sorted(path.name for path in output.iterdir()) == ["results.csv", "results.md"]
     printed = capsys.readouterr().out
     assert printed.startswith((output / "results.md").read_text())
     assert printed.endswith("README.md: 1 figures written\n")

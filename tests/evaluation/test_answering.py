@@ -1,7 +1,8 @@
-"""Sharing images and beginnings of prompts changes no answer, whatever the model."""
+"""Sharing images and prefixes of prompts changes no answer, whatever the model, and nothing of the model."""
 
 import functools
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tiny_training import tiny_folder
 from transformers import GenerationConfig
 
 from mfrsvlm.configuration_mfrsvlm import GENERATE_ENCODES_IMAGES
-from mfrsvlm.evaluation.answering import Answerer, FirstWord, Prompt, fingerprint, load
+from mfrsvlm.evaluation.answering import Answerer, Prompt, YesProbability, fingerprint, load
 
 
 def padded_on_the_right(folder):
@@ -50,13 +51,13 @@ GROUPS = [[picture(0)], [picture(1), picture(2, (60, 40))], [picture(3, (28, 84)
 def test_shared_answers_are_those_of_one_question_at_a_time(loaded):
     model, processor = loaded
     prompts = [Prompt(text, group) for group in range(len(GROUPS)) for text in QUESTIONS]
-    shared, alone = Answerer(model, processor, 6), Answerer(model, processor, 6, share=False)
+    shared, alone = Answerer(model, processor, 6), Answerer(model, processor, 6, share_images=False)
     for answerer in (shared, alone):  # any two tokens will do: this tokenizer begins yes and no alike
-        answerer.first_words = [5, 6], [7, 8]
-    seen = shared.look(GROUPS, prompts)
-    assert shared.share
-    together = [answer for batch in (prompts[:5], prompts[5:]) for answer in shared.answer(batch, seen)]
-    single = [alone.answer([prompt], alone.look(GROUPS, [prompt]))[0] for prompt in prompts]
+        answerer.first_tokens = [5, 6], [7, 8]
+    encoded = shared.encode_images(GROUPS, prompts)
+    assert shared.share_images
+    together = [answer for batch in (prompts[:5], prompts[5:]) for answer in shared.answer(batch, encoded)]
+    single = [alone.answer([prompt], alone.encode_images(GROUPS, [prompt]))[0] for prompt in prompts]
     assert [answer.text for answer in together] == [answer.text for answer in single]
     expected = [answer.yes_probability for answer in single]
     assert [answer.yes_probability for answer in together] == pytest.approx(expected, abs=1e-4)
@@ -67,42 +68,42 @@ def test_every_image_is_encoded_once(loaded, monkeypatch):
     model, processor = loaded
     answerer = Answerer(model, processor, 3)
     answerer.checked = True  # what checking encodes is not counted
-    encoded = []
+    counts = []
     encode = type(model.model).get_image_features
 
     @functools.wraps(encode)  # its parameters are looked at
     def counted(*args, **kwargs):
         outputs = encode(*args, **kwargs)
-        encoded.append(len(outputs.pooler_output))
+        counts.append(len(outputs.pooler_output))
         return outputs
 
     monkeypatch.setattr(type(model.model), "get_image_features", counted)
     prompts = [Prompt(text, group) for group in range(len(GROUPS)) for text in QUESTIONS]
-    seen = answerer.look(GROUPS, prompts)
+    encoded = answerer.encode_images(GROUPS, prompts)
     for prompt in prompts:
-        answerer.answer([prompt], seen)
-    assert encoded == [4]
+        answerer.answer([prompt], encoded)
+    assert counts == [4]
 
 
 def test_questions_without_an_image(loaded):
     model, processor = loaded
     answerer = Answerer(model, processor, 4)
     prompts = [Prompt(text) for text in QUESTIONS]
-    together = answerer.answer(prompts, answerer.look([], prompts))
-    alone = [answerer.answer([prompt], answerer.look([], [prompt]))[0] for prompt in prompts]
+    together = answerer.answer(prompts, answerer.encode_images([], prompts))
+    alone = [answerer.answer([prompt], answerer.encode_images([], [prompt]))[0] for prompt in prompts]
     assert [a.text for a in together] == [a.text for a in alone]
 
 
-def test_a_model_that_answers_otherwise_is_not_shared_with(tmp_path, monkeypatch, caplog):
+def test_images_are_not_shared_where_prompts_differ(tmp_path, monkeypatch, caplog):
     model, processor = load(str(tiny_folder(tmp_path / "model")), dtype="float32")
-    honest = Answerer(model, processor, 4, share=False)
+    honest = Answerer(model, processor, 4, share_images=False)
     prompts = [Prompt(QUESTIONS[0], 0)]
-    expected = honest.answer(prompts, honest.look(GROUPS[:1], prompts))
+    expected = honest.answer(prompts, honest.encode_images(GROUPS[:1], prompts))
     answerer = Answerer(model, processor, 4)
     token_ids = answerer._token_ids
     monkeypatch.setattr(answerer, "_token_ids", lambda *args: token_ids(*args)[:-1])
-    assert answerer.answer(prompts, answerer.look(GROUPS[:1], prompts)) == expected
-    assert not answerer.share and "the prompts differ" in caplog.text
+    assert answerer.answer(prompts, answerer.encode_images(GROUPS[:1], prompts)) == expected
+    assert not answerer.share_images and "the prompts differ" in caplog.text
 
 
 def wrong_features(answerer, honest):
@@ -122,17 +123,18 @@ def other_family(answerer, honest):
 
 
 @pytest.mark.parametrize(
-    ("broken", "reason"), [(wrong_features, "the words to come are"), (other_family, "misses an argument")]
+    ("broken", "reason"),
+    [(wrong_features, "probabilities of the next tokens differ by"), (other_family, "misses an argument")],
 )
 def test_features_that_do_not_stand_for_the_pixels_are_not_used(tmp_path, monkeypatch, caplog, broken, reason):
     model, processor = load(str(tiny_folder(tmp_path / "model")), dtype="float32")
     prompts = [Prompt(QUESTIONS[0], 0)]
-    honest = Answerer(model, processor, 4, share=False)
-    expected = honest.answer(prompts, honest.look(GROUPS[:1], prompts))
+    honest = Answerer(model, processor, 4, share_images=False)
+    expected = honest.answer(prompts, honest.encode_images(GROUPS[:1], prompts))
     answerer = Answerer(model, processor, 4)
     monkeypatch.setattr(answerer, "_encode", broken(answerer, answerer._encode))
-    assert answerer.answer(prompts, answerer.look(GROUPS[:1], prompts)) == expected
-    assert not answerer.share and reason in caplog.text
+    assert answerer.answer(prompts, answerer.encode_images(GROUPS[:1], prompts)) == expected
+    assert not answerer.share_images and reason in caplog.text
 
 
 @pytest.mark.parametrize("name", sorted(FOLDERS.keys() & {"inline", "prefix", "cross-attention", "llava"}))
@@ -140,8 +142,8 @@ def test_rounding_does_not_keep_from_sharing(name, tmp_path):
     """In half precision, two ways to compute the same are never quite the same."""
     model, processor = load(str(FOLDERS[name](tmp_path / "model")), dtype="bfloat16")
     answerer = Answerer(model, processor, 8)
-    answerer.look(GROUPS, [Prompt(QUESTIONS[0], 0)])
-    assert answerer.checked and answerer.share
+    answerer.encode_images(GROUPS, [Prompt(QUESTIONS[0], 0)])
+    assert answerer.checked and answerer.share_images
 
 
 def test_whether_to_share_does_not_depend_on_what_is_asked_first(tmp_path, monkeypatch):
@@ -150,8 +152,8 @@ def test_whether_to_share_does_not_depend_on_what_is_asked_first(tmp_path, monke
     compared = []
     for group in range(2):
         answerer = Answerer(model, processor, 4)
-        monkeypatch.setattr(answerer, "_words_to_come", lambda inputs: compared.append(inputs) or [])
-        answerer.look([GROUPS[group]], [Prompt(QUESTIONS[group], 0)])
+        monkeypatch.setattr(answerer, "_next_token_probs", lambda inputs: compared.append(inputs) or [])
+        answerer.encode_images([GROUPS[group]], [Prompt(QUESTIONS[group], 0)])
     half = len(compared) // 2
     for first, second in zip(compared[:half], compared[half:], strict=True):
         assert torch.equal(first["input_ids"], second["input_ids"])
@@ -163,7 +165,7 @@ def test_generation_is_greedy_whatever_the_model_asks_for(tmp_path):
     model, processor = load(str(tiny_folder(tmp_path / "model")), dtype="float32")
     prompts = [Prompt(text, 0) for text in QUESTIONS]
     plain = Answerer(model, processor, 6)
-    expected = plain.answer(prompts, plain.look(GROUPS[:1], prompts))
+    expected = plain.answer(prompts, plain.encode_images(GROUPS[:1], prompts))
     first = processor.tokenizer(expected[0].text, add_special_tokens=False).input_ids[0]
     for settings in (
         {"do_sample": True, "temperature": 5.0, "top_k": 3},
@@ -172,30 +174,30 @@ def test_generation_is_greedy_whatever_the_model_asks_for(tmp_path):
     ):
         model.generation_config = GenerationConfig(**settings, bos_token_id=1, eos_token_id=2)
         swayed = Answerer(model, processor, 6)
-        assert swayed.answer(prompts, swayed.look(GROUPS[:1], prompts)) == expected
+        assert swayed.answer(prompts, swayed.encode_images(GROUPS[:1], prompts)) == expected
 
 
-def test_answers_that_were_cut_off_are_told_apart(tmp_path):
+def test_truncated_answers_are_reported(tmp_path):
     model, processor = load(str(tiny_folder(tmp_path / "model")), dtype="float32")
     prompts = [Prompt(text, 0) for text in QUESTIONS]
     honest = Answerer(model, processor, 6)
-    assert all(answer.cut_off for answer in honest.answer(prompts, honest.look(GROUPS[:1], prompts)))
+    assert all(answer.truncated for answer in honest.answer(prompts, honest.encode_images(GROUPS[:1], prompts)))
     inputs = honest._plain_inputs(prompts[:1], GROUPS[:1])
-    words = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :].tolist()
+    words = model.generate(**inputs, generation_config=honest.generation)[0, inputs["input_ids"].shape[1] :].tolist()
     for end, length in ((words[-1], 6), (words[2], 6), (words[5], 5)):
         model.generation_config.eos_token_id = [2, end]
         answerer = Answerer(model, processor, length)
-        [answer] = answerer.answer(prompts[:1], answerer.look(GROUPS[:1], prompts[:1]))
-        assert answer.cut_off == (end not in words[:length])
+        [answer] = answerer.answer(prompts[:1], answerer.encode_images(GROUPS[:1], prompts[:1]))
+        assert answer.truncated == (end not in words[:length])
 
 
 def test_probability_of_yes():
-    first = FirstWord([1], [2])
+    first = YesProbability([1], [2])
     logits = torch.tensor([[0.0, 2.0, 1.0], [0.0, -1.0, 1.0]])
     assert first(None, logits) is logits
-    assert first.yes_probabilities == pytest.approx([1 / (1 + np.exp(-1.0)), 1 / (1 + np.exp(2.0))])
+    assert first.probabilities == pytest.approx([1 / (1 + np.exp(-1.0)), 1 / (1 + np.exp(2.0))])
     first(None, logits.flip(0))  # only the first word counts
-    assert first.yes_probabilities[0] > 0.5
+    assert first.probabilities[0] > 0.5
 
 
 def test_fingerprint_changes_with_the_weights(tmp_path):
@@ -213,8 +215,83 @@ def test_fingerprint_changes_with_the_weights(tmp_path):
     assert fingerprint(model) not in (before, changed)
 
 
-def test_a_model_without_a_chat_template_is_refused(tmp_path):
+def test_a_model_without_a_chat_template_is_rejected(tmp_path):
     folder = tiny_folder(tmp_path / "model")
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match="no chat template"):
         load(str(folder))
+
+
+def state_of(model, processor):
+    return (
+        [module.training for module in model.modules()],
+        model.generation_config.to_dict(),
+        model.config.to_dict(),
+        (processor.tokenizer.padding_side, processor.tokenizer.pad_token),
+        model.device,
+    )
+
+
+@pytest.mark.parametrize("share_images", [True, False])
+def test_model_and_processor_stay_as_they_were(tmp_path, share_images):
+    model, processor = load(str(tiny_folder(tmp_path / "model")), dtype="float32")
+    model.train()
+    model.model.vision_tower.eval()  # as with a frozen tower
+    model.config.use_cache = False  # as with gradient checkpointing
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.3, eos_token_id=2, bos_token_id=1)
+    processor.tokenizer.padding_side = "right"
+    processor.tokenizer.pad_token = None
+    before, generation = state_of(model, processor), model.generation_config
+    answerer = Answerer(model, processor, 4, share_images)
+    prompts = [Prompt(text, 0) for text in QUESTIONS]
+    first = answerer.answer(prompts, answerer.encode_images(GROUPS[:1], prompts))
+    assert state_of(model, processor) == before and model.generation_config is generation
+    assert first == answerer.answer(prompts, answerer.encode_images(GROUPS[:1], prompts))  # no dropout
+    with pytest.raises(AttributeError):
+        answerer.answer([None], answerer.encode_images(GROUPS[:1], prompts))
+    assert state_of(model, processor) == before
+    with answerer._greedy():
+        inputs = answerer._plain_inputs(prompts[:1], GROUPS[:1])
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()  # no tensor of inference mode is left behind
+
+
+def test_a_model_with_an_adapter_shares_images(tmp_path):
+    peft = pytest.importorskip("peft")
+    model, processor = load(str(tiny_folder(tmp_path / "model")), dtype="float32")
+    prompts = [Prompt(text, 0) for text in QUESTIONS]
+    base = Answerer(model, processor, 6, share_images=False)
+    before = base.answer(prompts, base.encode_images(GROUPS[:1], prompts))
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
+    answerer = Answerer(adapted, processor, 6)
+    together = answerer.answer(prompts, answerer.encode_images(GROUPS[:1], prompts))
+    assert answerer.share_images and [a.text for a in together] != [a.text for a in before]
+    inputs = Answerer(adapted, processor, 6, share_images=False)._plain_inputs(prompts[:1], GROUPS[:1])
+    tokens = adapted.generate(**inputs, generation_config=answerer.generation)[0, inputs["input_ids"].shape[1] :]
+    assert together[0].text == processor.decode(tokens, skip_special_tokens=True).strip()
+
+
+def test_no_argument_is_deprecated(loaded):
+    """transformers 5.24 renames the cache of forward and generate."""
+    model, processor = loaded
+    answerer = Answerer(model, processor, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        prompts = [Prompt(text, 0) for text in QUESTIONS]
+        answerer.answer(prompts, answerer.encode_images(GROUPS[:1], prompts))
+
+
+def test_fingerprint_of_quantized_weights():
+    layer = torch.nn.Linear(8, 8)
+    found = set()
+    for change in (0.0, 0.5):
+        with torch.no_grad():
+            layer.weight[0, 0] += change
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            quantized = torch.ao.quantization.quantize_dynamic(torch.nn.Sequential(layer), {torch.nn.Linear})
+        found.add(fingerprint(quantized))
+        float8 = torch.nn.Module()
+        float8.register_buffer("weight", layer.weight.detach().to(torch.float8_e4m3fn))
+        found.add(fingerprint(float8))
+    assert len(found) == 4

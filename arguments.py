@@ -1,0 +1,70 @@
+"""Command-line options: a parser that suggests the option that was meant, and the options of the converter.
+
+Nothing here imports torch or transformers, so `--help` answers at once.
+"""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """`argparse.ArgumentParser` whose error about an unknown option names the closest one.
+
+    Options cannot be abbreviated: an abbreviation is an error like any other misspelling.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "allow_abbrev": False})
+
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        # Looked for first: else a misspelt option that is required would be reported as missing. What follows a subcommand
+        # is for its own parser.
+        if not any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in self._actions):
+            for word in words[: words.index("--") if "--" in words else None]:
+                if word.startswith("--") and word.partition("=")[0] not in self._option_string_actions:
+                    self.reject_option(word.partition("=")[0])
+        namespace, unknown = super().parse_known_args(words, namespace)
+        for word in unknown:
+            if word.startswith("-"):
+                self.reject_option(word.partition("=")[0])
+        return namespace, unknown
+
+    def reject_option(self, option: str) -> NoReturn:
+        close = difflib.get_close_matches(option, self._option_string_actions, n=1)
+        self.error(f"unknown option {option}." + (f" Did you mean {close[0]}?" if close else ""))
+
+    def error(self, message: str) -> NoReturn:
+        """One line instead of the whole usage."""
+        self.exit(2, f"error: {message} (`{self.prog} --help` lists all options)\n")
+
+
+def converter_parser() -> ArgumentParser:
+    """The options of `convert_checkpoint`."""
+    parser = ArgumentParser(
+        prog="mfrsvlm convert",
+        description="Converts a released checkpoint, in the layout of the authors, to a Hub folder.",
+        epilog="A new model from parts is made by `mfrsvlm assemble`.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    released = commands.add_parser("released", help="convert a checkpoint in the authors' layout")
+    released.add_argument("source", type=Path, help="folder with config.json, shards and tokenizer")
+    tower = "folder or Hub id; shards hold none, and openai/clip-vit-large-patch14-336 is not what they were trained with"
+    released.add_argument("--vision-tower", required=True, help=tower)
+    released.add_argument("--verify", action="store_true", help="compare the result with the source in a clean process")
+    add_output_arguments(released)
+    return parser
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that writes a model folder."""
+    parser.add_argument("--output", required=True, type=Path, help="folder to make")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the written weights")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing model folder")

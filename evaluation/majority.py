@@ -1,0 +1,52 @@
+"""The majority baseline: to each kind of question, the answer that is right most often. It sees no image and asks no model.
+
+It counts the references of the questions that are asked, so no constant answer to a kind of question scores higher. A kind
+is a task, group and template (the question without its nouns, where the benchmark has templates). Boxes and captions have no
+such optimum: the baseline gives a typical one.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from .benchmarks import Benchmark, Sample
+from .protocols import Protocol, bounds
+
+
+def majority_answers(benchmark: Benchmark, samples: Sequence[Sample], protocol: Protocol) -> list[str]:
+    """One answer for each sample, in the form that the protocol asks for.
+
+    References that the protocol parses alike count together, such as counts of one class. A box is the median box of its
+    kind, relative to the image. A caption is the most frequent one.
+    """
+    kinds: dict[tuple[str, str, str], list[Sample]] = defaultdict(list)
+    for sample in samples:
+        kinds[_kind(sample)].append(sample)
+    boxes, answers = {}, {}
+    for kind, members in kinds.items():
+        if kind[0] == "grounding":
+            relative = [np.array(bounds(box)) / (sample.image_size * 2) for sample in members for box in sample.boxes]
+            boxes[kind] = np.median(relative, axis=0)
+        else:
+            ideal = [protocol.ideal_answer(sample) for sample in members]
+            parsed = ideal if kind[0] == "captioning" else protocol.score(benchmark, kind[0], members, ideal)[1]
+            most = _most_frequent(parsed)
+            answers[kind] = _most_frequent([text for text, one in zip(ideal, parsed, strict=True) if one == most])
+    return [
+        protocol.write_box(tuple(boxes[kind] * (sample.image_size * 2)), sample.image_size)
+        if (kind := _kind(sample))[0] == "grounding"
+        else answers[kind]
+        for sample in samples
+    ]
+
+
+def _most_frequent(texts: Sequence[str]) -> str:
+    """The first in order, where several are equally frequent."""
+    counts = Counter(texts)
+    return max(sorted(counts), key=counts.__getitem__)
+
+
+def _kind(sample: Sample) -> tuple[str, str, str]:
+    # The group of a classification is its answer.
+    return sample.task, "" if sample.task == "classification" else sample.group, sample.template

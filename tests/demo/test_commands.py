@@ -1,0 +1,97 @@
+"""`mfrsvlm demo` and `mfrsvlm ask`: answers, boxes, pictures, mistakes."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mfrsvlm.demo import MODEL, SCENE, ask
+from mfrsvlm.demo.__main__ import main
+from mfrsvlm.demo.picture import draw_answers
+from mfrsvlm.scenes import draw, plan_scene, scene_seed
+
+
+BOX = "Give the bounding box of the building."
+
+
+def test_image_that_comes_along_is_a_scene_of_the_demo():
+    with Image.open(SCENE) as image:
+        assert image.tobytes() == draw(plan_scene(scene_seed("demo", 6))).tobytes()
+
+
+def test_demo_prints_answers_beside_the_truth(tmp_path, capsys):
+    assert main(["--scene", "6", "--picture", str(tmp_path / "answers.png")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("Q: ") == printed.count("(true: ") == 8
+    assert "A: 9   (true: 9)" in printed and "yellow is the model's" in printed
+    with Image.open(tmp_path / "answers.png") as picture:
+        assert picture.size == (1072, 512)
+
+
+def test_demo_takes_an_image_and_questions(tmp_path, capsys):
+    Image.new("RGB", (300, 200), (90, 120, 80)).save(tmp_path / "field.png")
+    picture = tmp_path / "answers.png"
+    assert (
+        main([str(tmp_path / "field.png"), "--question", "Is there a ship in this scene?", "--picture", str(picture)]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert "A: " in printed and "true" not in printed and "300 x 200" in printed
+    assert main([str(tmp_path / "missing.png")]) == 1
+    assert "missing.png" in capsys.readouterr().err
+
+
+def test_ask_prints_answers_and_boxes(capsys):
+    assert ask.main([SCENE, "How many aircraft are there?", BOX, "--model", MODEL]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "Q: How many aircraft are there?",
+        "A: 9",
+        f"Q: {BOX}",
+        "A: [749, 082, 776, 110]",
+        "   box in pixels: 383, 42, 397, 56",
+    ]
+
+
+def test_ask_prints_json_and_draws(tmp_path, capsys):
+    picture = tmp_path / "answers.jpg"
+    assert ask.main([SCENE, BOX, "--model", MODEL, "--json", "--picture", str(picture)]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (answer,) = found.pop("answers")
+    assert found == {"model": MODEL, "image": SCENE, "width": 512, "height": 512}
+    (box,) = answer.pop("boxes")
+    assert answer == {"question": BOX, "text": "[749, 082, 776, 110]"}
+    np.testing.assert_allclose(box, np.array([749, 82, 776, 110]) * 512 / 1000, rtol=1e-5)
+    assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("image", "model", "message"),
+    [
+        ("lost.png", MODEL, "error: cannot open image 'lost.png'"),
+        (SCENE, "no/such-model", "error: no/such-model is no folder, and no model of that name was found"),
+        (SCENE, "{tmp_path}", "is no model folder"),
+    ],
+)
+def test_ask_names_what_is_missing(image, model, message, tmp_path, capsys):
+    assert ask.main([image, "Why?", "--model", model.format(tmp_path=tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.integration
+def test_console_command(tmp_path):
+    command = [sys.executable, "-m", "mfrsvlm.cli", "ask", SCENE, "How many aircraft are there?", "--model", MODEL, "--json"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["answers"] == [{"question": "How many aircraft are there?", "text": "9", "boxes": []}]
+
+
+def test_picture_shows_boxes_in_their_place():
+    picture = np.asarray(
+        draw_answers(Image.new("RGB", (256, 256)), [("Where?", "There.")], [("yellow", [64, 64, 128, 128])])
+    )
+    yellow = (picture == (255, 255, 0)).all(-1)
+    rows, columns = np.nonzero(yellow)
+    assert (columns.min(), rows.min(), columns.max(), rows.max()) == (125, 125, 259, 259)

@@ -1,0 +1,99 @@
+"""Every example runs as it stands; where that takes long, with smaller numbers."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hub_server import HubServer
+from PIL import Image
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+MODEL = EXAMPLES.parent / "demo" / "model"
+
+
+def load_example(name: str):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_example_is_listed():
+    page = (EXAMPLES / "README.md").read_text()
+    files = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")}
+    assert all(f"({name})" in page for name in files)
+
+
+@pytest.mark.integration
+def test_quickstart_notebook(tmp_path, monkeypatch):
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)  # committed without: nothing can go stale
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    printed = "".join(
+        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []) if "text" in output
+    )
+    assert "What is the class of this scene? -> harbor" in printed
+    assert "How many aircraft are there? -> 9" in printed
+    assert "ship -> yes" in printed and "tank -> no" in printed
+    assert "counting exact: " in printed
+
+
+@pytest.mark.integration
+def test_finetune_lora(tmp_path):
+    shares = load_example("finetune_lora").main(tmp_path / "run", scenes=8, steps=2, new_scenes=2)
+    assert set(shares) == {"before", "after"} and all(0 <= share <= 1 for share in shares.values())
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.integration
+def test_evaluate_model(capsys):
+    summaries = load_example("evaluate_model").main(str(MODEL), 8, "strict-without-java")
+    assert set(summaries) == {"image", "blind"}
+    assert "with images" in capsys.readouterr().out
+
+
+@pytest.mark.integration
+def test_push_to_hub(tmp_path):
+    with HubServer() as hub:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+        environment |= {
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HOME": str(tmp_path / "huggingface"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "HF_TOKEN": "hf_none",
+            "NO_PROXY": "127.0.0.1",
+        }
+        command = [sys.executable, str(EXAMPLES / "push_to_hub.py"), str(MODEL), "reader/derived"]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        files = hub.files("reader/derived")
+        assert not hub.unsupported
+    code = {path.name for path in EXAMPLES.parent.glob("*_mfrsvlm.py")}
+    assert {"config.json", "model.safetensors", "processor_config.json", "chat_template.jinja", "README.md", *code} <= set(
+        files
+    )
+    assert files["README.md"].decode() == (MODEL / "README.md").read_text()
+    assert files["modeling_mfrsvlm.py"] == (EXAMPLES.parent / "modeling_mfrsvlm.py").read_bytes()
+
+
+@pytest.mark.integration
+def test_gradio_page():
+    gradio = pytest.importorskip("gradio")
+    page = load_example("gradio_app").make_page(str(MODEL))
+    (ask,) = {function.fn for function in page.fns.values() if function.name == "ask"}
+    image = Image.open(EXAMPLES.parent / "demo" / "scene.png")
+    text, (shown, boxes) = ask(image, "Give the bounding box of the building.")
+    assert text == "[749, 082, 776, 110]" and shown is image
+    assert boxes == [((383, 42, 397, 56), "box 1")]
+    with pytest.raises(gradio.Error, match="Choose an image"):
+        ask(None, "Why?")
