@@ -101,7 +101,7 @@ def scene_seed(split: str, index: int) -> int:
 
 
 def plan_scene(seed: int, size: int = 512, object_pixels: tuple[float, float] = (8.0, 16.0), crowding: int = 1) -> Scene:
-    """Draws the truth of a scene by lot.
+    """Samples the truth of a scene.
 
     Two to four kinds are present. Half of them occur once, so that there is something to point at; the others occur two
     to nine times. Apart from ships, which need water, kinds and counts do not depend on the class.
