@@ -278,11 +278,10 @@ def convert_released(
         ConversionError: the checkpoint is incomplete, damaged or of an unsupported variant, or `output` exists.
     """
     # Here, since modules of the root import no room when they are loaded.
-    from .files.model_folder import kind_of
     from .model_card.card import write_model_card
 
     content = read_json(source / "config.json")
-    if kind_of(content) == "whole":
+    if content.get("model_type") == "mfrsvlm" and "text_config" in content:  # the released config is flat
         raise ConversionError(f"{source} is a model folder of this package already: it needs no conversion.")
     refuse_variants(source, content)
     tokenizer = read_tokenizer(source)
