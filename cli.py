@@ -36,6 +36,7 @@ class Command:
 COMMANDS = {
     "demo": Command("show the small model at work on a synthetic scene", "demo.__main__"),
     "ask": Command("ask any model about one image", "demo.ask", extra="training"),
+    "info": Command("show what a model sees of a raster", "geospatial.__main__", extra="geospatial"),
     "convert": Command(
         "convert a released checkpoint to a Hub folder", "convert_checkpoint", parser="arguments:converter_parser"
     ),

@@ -1,15 +1,28 @@
-"""Asks a model about one image: `mfrsvlm ask IMAGE QUESTION ... --model FOLDER_OR_HUB_ID`."""
+"""Asks a model about one image: `mfrsvlm ask IMAGE QUESTION ... --model FOLDER_OR_HUB_ID`.
+
+Georeferenced rasters are read by `geospatial`, if rasterio is installed, and all other images as the processor reads them.
+"""
 
 import json
+import os
 import sys
+import warnings
 from dataclasses import asdict
+from importlib.util import find_spec
+from typing import Any
+from urllib.parse import urlsplit
 
 from ..arguments import DTYPES, ArgumentParser
+from ..geospatial.errors import RasterError, RasterWarning
+from ..geospatial.options import add_raster_options, print_notes, raster_options
+
+
+RASTER_ENDINGS = (".tif", ".tiff", ".jp2", ".vrt")
 
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="mfrsvlm ask", description="Asks a model about one image and prints answers and boxes.")
-    parser.add_argument("image", help="image file or address")
+    parser.add_argument("image", help="image file or address, or raster")
     parser.add_argument("questions", nargs="+", metavar="question", help="one or more questions, each in quotes")
     parser.add_argument("--model", required=True, help="model folder or Hub id")
     parser.add_argument("--json", action="store_true", help="print one JSON object; boxes are x1, y1, x2, y2 in pixels")
@@ -18,6 +31,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights (default: as saved)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add_raster_options(parser)
     return parser
 
 
@@ -26,13 +40,12 @@ def main(arguments: list[str] | None = None) -> int:
     # Imported here: `--help` and wrong options need none of it.
     from transformers.utils import logging
 
-    from ..image_sources_mfrsvlm import open_image
     from .answering import answer, load
     from .picture import draw_answers
 
     logging.disable_progress_bar()
     try:
-        image = open_image(args.image)
+        image, record = open_image_or_raster(args.image, raster_options(args))
         model, processor = load(args.model, args.dtype, args.device, args.trust_remote_code)
         answers = answer(model, processor, image, args.questions, args.max_new_tokens)
         if args.picture is not None:
@@ -41,17 +54,45 @@ def main(arguments: list[str] | None = None) -> int:
             draw_answers(image.convert("RGB"), lines, boxes).save(args.picture)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, RasterError) else 1
     if args.json:
         sizes = {"width": image.width, "height": image.height}
         rows = [asdict(reply) for reply in answers]
-        print(json.dumps({"model": args.model, "image": args.image, **sizes, "answers": rows}))
+        raster = {"raster": record.as_dict()} if record else {}
+        print(json.dumps({"model": args.model, "image": args.image, **sizes, **raster, "answers": rows}))
         return 0
     for reply in answers:
         print(f"Q: {reply.question}\nA: {reply.text}")
         for box in reply.boxes:
             print("   box in pixels: " + ", ".join(f"{value:.0f}" for value in box))
     return 0
+
+
+def open_image_or_raster(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    """The image, and the record of how it was read if it is a raster, else `None`.
+
+    Args:
+        name: file, address, or any name that GDAL opens.
+        options: keyword arguments of `Raster.open`. With any, the file is read as a raster, georeferenced or not.
+    """
+    from ..image_sources_mfrsvlm import open_image
+
+    if options or (find_spec("rasterio") is not None and may_be_raster(name)):
+        from ..geospatial.raster import Raster, is_georeferenced
+
+        if options or is_georeferenced(name):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RasterWarning)  # printed instead
+                with Raster.open(name, **options) as raster:
+                    view = raster.read()
+            print_notes(raster.notes)
+            return view.image, view.record
+    return open_image(name), None
+
+
+def may_be_raster(name: str) -> bool:
+    """A file, or a name that only GDAL knows. An address is one if it ends as rasters do: others are fetched just once."""
+    return os.path.isfile(name) or name.startswith("/vsi") or urlsplit(name).path.lower().endswith(RASTER_ENDINGS)
 
 
 if __name__ == "__main__":

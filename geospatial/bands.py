@@ -33,11 +33,13 @@ class Naming:
         labels: what the file says.
         names: one per band.
         origin: such as "colour interpretation"; `None` if no band has a name.
+        hint: why the sensor's preset named no band.
     """
 
     labels: tuple[Label, ...]
     names: tuple[str | None, ...]
     origin: str | None
+    hint: str = ""
 
     @property
     def shown(self) -> list[int]:
@@ -79,17 +81,18 @@ def name_bands(labels: Sequence[Label], sensor: Sensor | None, sensor_is_given: 
     names: list[str | None] = [None] * len(labels)
     used = []
     for origin, found in sources.items():
-        clashes = any(
-            name and names[place] not in (None, name) or name in names and names.index(name) != place
-            for place, name in zip(places, found, strict=True)
-        )
-        new = [(place, name) for place, name in zip(places, found, strict=True) if name and names[place] is None]
+        pairs = [(place, name) for place, name in zip(places, found, strict=True) if name]
+        clashes = any(names[place] != name and (names[place] or name in names) for place, name in pairs)
+        new = [(place, name) for place, name in pairs if names[place] is None]
         if clashes or not new or len({name for _, name in new}) < len(new):
             continue
         used.append(origin)
         for place, name in new:
             names[place] = name
-    return Naming(tuple(labels), tuple(names), " and ".join(used) or None)
+    hint = ""
+    if sensor and not preset:
+        hint = f" The preset {sensor.name} knows files of {' or '.join(map(str, sorted(sensor.layouts)))} bands."
+    return Naming(tuple(labels), tuple(names), " and ".join(used) or None, hint)
 
 
 def _name_of_colour(label: Label) -> str | None:
@@ -116,7 +119,7 @@ def select_bands(naming: Naming, bands: str | int | Sequence[int | str] | None, 
             raise RasterError(f"{shown}: {len(positions)} bands were given, and it takes {count}.")
         return Selection(tuple(positions), tuple(naming.names[i] for i in positions), "bands given", composite)
     places = naming.shown
-    if composite == "sar" and len(places) == 1 or composite == "true_color" and len(places) == 1:
+    if composite in ("true_color", "sar") and len(places) == 1:
         return Selection((places[0],), (naming.names[places[0]],), "the only band", composite)
     found = [next((name for name in names if name in naming.names), None) for names in wanted]
     if all(found):
@@ -129,7 +132,8 @@ def select_bands(naming: Naming, bands: str | int | Sequence[int | str] | None, 
     known = [name or naming.labels[i].description or "unnamed" for i, name in enumerate(naming.names) if i in places]
     missing = [" or ".join(names) for names, name in zip(wanted, found, strict=True) if name is None]
     raise RasterError(
-        f"{shown} has {len(places)} bands ({_summary(known)}), and nothing says which is {', '.join(missing)}. {ADVICE}"
+        f"{shown} has {len(places)} bands ({_summary(known)}), and nothing says which is {', '.join(missing)}."
+        f"{naming.hint} {ADVICE}"
     )
 
 

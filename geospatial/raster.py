@@ -1,0 +1,365 @@
+"""A raster of any kind that GDAL opens, read by window and overview as the image that the model sees."""
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import rasterio
+from PIL import Image
+from rasterio.enums import MaskFlags, Resampling
+from rasterio.env import getenv, hasenv
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.io import DatasetReader
+from rasterio.vrt import WarpedVRT
+
+from .bands import name_bands, select_bands
+from .composites import COMPOSITES, find_composite
+from .errors import NoValidPixelError, RasterError, RasterWarning
+from .grid import Grid
+from .sensors import find_sensor, reflectance_of
+from .sources import find_bands, open_dataset, reason
+from .stretch import PERCENTILES, REFLECTANCE, Stretch, limits_of, parse_stretch
+from .view import ReadRecord, View
+
+
+MAX_SIDE = 2048  # of an image: three times the canvas of the default geometry
+SAMPLE_SIDE = 2048  # statistics take every pixel of scenes up to here
+PATCHES, PATCH_SIDE = 16, 64  # and of larger ones without overviews, 16 x 16 patches of 64 x 64 pixels
+MANY_PIXELS = 50_000_000  # from here on, a read without overviews takes long
+GDAL_OPTIONS = {
+    "GDAL_CACHEMAX": 64,  # MB; GDAL's own default is a share of the machine's memory
+    "GDAL_HTTP_CONNECTTIMEOUT": 10,  # s
+    "GDAL_HTTP_TIMEOUT": 60,
+}
+
+
+class Raster:
+    """A raster whose bands are known and whose stretch is one for the whole scene. Made by `Raster.open`.
+
+    Close it, or use it in a `with` statement. Pixels are those of the raster with north up: files that store their rows
+    from the south are turned.
+
+    Attributes:
+        name: for messages and records.
+        grid: size, transform, CRS, ground control points.
+        selection: the bands that are shown, and what the choice rests on.
+        notes: assumptions and advice; each was also issued as a `RasterWarning`.
+    """
+
+    @classmethod
+    def open(
+        cls,
+        source: Any,
+        bands: str | int | Sequence[int | str] | None = None,
+        sensor: str | None = None,
+        composite: str | None = None,
+        stretch: str | Sequence[float] | Stretch | None = None,
+        nodata: float | None = None,
+    ) -> "Raster":
+        """Opens a raster and decides which bands are shown.
+
+        Args:
+            source: path, any name that GDAL opens (`/vsizip/...`, `https://...`, a subdataset), rasterio dataset, xarray
+                DataArray, `{band: path}` with one file per band, or STAC item (as a dict or of pystac).
+            bands: numbers from one, or names, of the bands for red, green and blue, or of one band for grey. `None`: by
+                colour interpretation, else by description, else by sensor; three unnamed bands are taken as red, green and
+                blue, with a warning.
+            sensor: key in `sensors.SENSORS`; `None` looks at the file's name.
+            composite: key in `composites.COMPOSITES`; `None` shows true colours.
+            stretch: `"none"` (8 bits as they are), `"percentile"` (2 to 98) or `"percentile:1,99"`, `"physical"`
+                (reflectance 0 to 0.3) or `"physical:0,0.5"`, `"LOW,HIGH"` in the numbers of the file, or the `Stretch` of
+                another raster. `None`, `"auto"`: none for 8 bits, percentile for others.
+            nodata: value that stands for no data, against what the file says.
+
+        Raises:
+            RasterError: it cannot be opened, or shown, or nothing says which bands are which. The message is one line.
+            TypeError: the source is none of the above.
+        """
+        composite = find_composite(composite)
+        request = stretch if isinstance(stretch, Stretch) else parse_stretch(stretch)
+        stack = ExitStack()
+        try:
+            with gdal():
+                return cls(source, bands, sensor, composite, request, nodata, stack)
+        except BaseException:
+            stack.close()
+            raise
+
+    def __init__(
+        self,
+        source: Any,
+        bands: Any,
+        sensor: str | None,
+        composite: str,
+        request: Any,
+        nodata: float | None,
+        stack: ExitStack,
+    ) -> None:
+        self._stack, self._request = stack, request
+        self.notes: list[str] = []
+        found = find_bands(source, nodata, stack)
+        self.name = found.shown
+        preset = find_sensor(sensor, found.file_name)
+        self.sensor = preset.name if preset else None
+        self.naming = name_bands([band.label for band in found.bands], preset, sensor is not None)
+        self.selection = select_bands(self.naming, bands, composite, self.name)
+        if self.selection.note:
+            self.note(self.selection.note)
+        chosen = [found.bands[position] for position in self.selection.positions]
+        opened: dict[str, DatasetReader] = {}
+        datasets = []
+        for band in chosen:
+            if isinstance(band.location, str):
+                if band.location not in opened:
+                    marker = band.nodata if nodata is None else nodata
+                    opened[band.location] = open_dataset(band.location, marker, stack)
+                datasets.append(opened[band.location])
+                scale, offset = datasets[-1].scales[band.index - 1], datasets[-1].offsets[band.index - 1]
+                if band.scale is None and (scale, offset) != (1.0, 0.0):
+                    band.scale, band.offset = scale, offset
+            else:
+                datasets.append(band.location)
+        finest = max(datasets, key=lambda dataset: dataset.width * dataset.height)
+        self.grid = Grid.of(finest)
+        self._bands = [(self._aligned(dataset, finest), band.index) for dataset, band in zip(datasets, chosen, strict=True)]
+        self.driver = finest.driver
+        self.overviews: list[int] = finest.overviews(self._bands[datasets.index(finest)][1])
+        self.dtypes = tuple(dataset.dtypes[band.index - 1] for dataset, band in zip(datasets, chosen, strict=True))
+        preset_scale = reflectance_of(preset, found.file_name, found.tags) if preset else None
+        self._scales = [
+            preset_scale if band.scale is None and band.offset is None else (band.scale or 1.0, band.offset or 0.0)
+            for band in chosen
+        ]
+        self._unit = self._find_unit()
+        if COMPOSITES[composite].scaled and preset and preset.scale and None in self._scales:
+            self.note(f"{self.name} does not say how its numbers become reflectance; {composite} is made of them as stored.")
+
+    def _aligned(self, dataset: DatasetReader, finest: DatasetReader) -> DatasetReader | WarpedVRT:
+        """A dataset on the grid of the finest one."""
+        size, other = (finest.width, finest.height), (dataset.width, dataset.height)
+        if size == other and (dataset.transform, dataset.crs) == (finest.transform, finest.crs):
+            return dataset
+        if dataset.crs is None or finest.crs is None:
+            raise RasterError(
+                f"{self.name}: bands of {other[0]} x {other[1]} and {size[0]} x {size[1]} pixels cannot be laid over each "
+                "other, since a file has no CRS. Pass bands of one size, or add it: gdal_edit.py -a_srs EPSG:... FILE."
+            )
+        grid = {"crs": finest.crs, "transform": finest.transform, "width": finest.width, "height": finest.height}
+        return self._stack.enter_context(
+            WarpedVRT(dataset, **grid, resampling=Resampling.cubic, add_alpha=dataset.nodata is None)
+        )
+
+    def note(self, text: str, stacklevel: int = 4) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+            warnings.warn(text, RasterWarning, stacklevel=stacklevel)
+
+    @property
+    def width(self) -> int:
+        return self.grid.width
+
+    @property
+    def height(self) -> int:
+        return self.grid.height
+
+    @cached_property
+    def stretch(self) -> Stretch:
+        """The limits of each channel, from the whole scene.
+
+        Raises:
+            RasterError: it has no valid pixel.
+        """
+        request, composite = self._request, COMPOSITES[self.selection.composite]
+        if isinstance(request, Stretch):
+            return request
+        channels = 1 if composite.formula or len(self._bands) == 1 else 3
+        limits: tuple[float, float] | None = request.values
+        if request.kind == "none" or (request.kind == "auto" and self._unit == "stored" and set(self.dtypes) == {"uint8"}):
+            kind, limits = "none", (0.0, 255.0)
+        elif request.kind == "auto" and composite.limits:
+            kind, limits = "limits", composite.limits
+        elif request.kind == "physical":
+            kind, limits = "physical", limits or REFLECTANCE
+        elif request.kind == "limits":
+            kind = "limits"
+        else:
+            percentiles = limits or PERCENTILES
+            with gdal():
+                values, valid = self._sample()
+            low, high = limits_of(values, valid, percentiles, self.name)
+            return Stretch("percentile:{:g},{:g}".format(*percentiles), low, high, self._unit)
+        return Stretch(kind, (limits[0],) * channels, (limits[1],) * channels, self._unit)
+
+    def _find_unit(self) -> str:
+        """Unit of the numbers that are stretched. Rejects what the bands do not allow."""
+        request, composite = self._request, COMPOSITES[self.selection.composite]
+        kind = request.kind
+        if kind == "none" and (composite.formula or set(self.dtypes) != {"uint8"}):
+            held = self.selection.composite if composite.formula else ", ".join(sorted(set(self.dtypes)))
+            raise RasterError(f"{self.name}: stretch none shows 8 bits as they are, and this is {held}.")
+        wants_reflectance = request.unit == "reflectance" if isinstance(request, Stretch) else kind == "physical"
+        if composite.formula:
+            if wants_reflectance:
+                raise RasterError(f"{self.selection.composite} is no reflectance: give it another --stretch (stretch=).")
+            unit = "index" if composite.limits else "dB"
+        else:
+            unit = "reflectance" if wants_reflectance else "stored"
+        if wants_reflectance and None in self._scales:
+            raise RasterError(
+                f"{self.name}: nothing says how its numbers become reflectance. Give --sensor (sensor=) or limits such as "
+                "--stretch 0,3000; Sentinel-2 from processing baseline 04.00 on needs 1000,4000."
+            )
+        channels = 1 if composite.formula or len(self._bands) == 1 else 3
+        if isinstance(request, Stretch) and (len(request.low), request.unit) != (channels, unit):
+            raise RasterError(
+                f"{self.name}: the stretch is for {len(request.low)} channels in {request.unit}, the picture has {channels} "
+                f"in {unit}."
+            )
+        return unit
+
+    def read(self, window: tuple[int, int, int, int] | None = None, max_side: int = MAX_SIDE) -> View:
+        """Reads a window as an image, by the overview that fits, with cubic resampling.
+
+        Args:
+            window: column, row, width, height in pixels of the raster, north up; `None` is all of it.
+            max_side: longest side of the image, pixels. A larger window is reduced to it; nothing is enlarged.
+
+        Raises:
+            RasterError: the window lies outside, cannot be read, or holds no valid pixel.
+        """
+        window = (0, 0, self.width, self.height) if window is None else tuple(int(edge) for edge in window)
+        column, row, width, height = window
+        inside = 0 <= column < column + width <= self.width and 0 <= row < row + height <= self.height
+        if not inside:
+            raise RasterError(f"{self.name}: window {window} leaves its {self.width} x {self.height} pixels.")
+        factor = min(1.0, max_side / max(width, height))
+        size = (max(1, round(width * factor)), max(1, round(height * factor)))
+        if factor < 1 and width * height > MANY_PIXELS and not self.overviews:
+            self.note(
+                f"{self.name} has no overviews, so {width} x {height} pixels are read for {size[0]} x {size[1]}. "
+                "Build them once: gdaladdo -r average FILE.",
+                stacklevel=3,
+            )
+        stretch = self.stretch
+        with gdal():
+            values, valid = self._channels(window, size, Resampling.cubic)
+        shown = valid.any(axis=0)
+        if not shown.any():
+            raise NoValidPixelError(
+                f"{self.name} has no valid pixel in window {window}: all are nodata, masked or not finite."
+            )
+        pixels = stretch.apply(values)
+        pixels[:, ~shown] = 0
+        pixels = np.ascontiguousarray(np.broadcast_to(pixels, (3, *shown.shape)).transpose(1, 2, 0))  # (H, W, 3)
+        return View(Image.fromarray(pixels), shown, self._record(window, size, stretch, 1 - float(shown.mean())))
+
+    def _record(
+        self, window: tuple[int, int, int, int], size: tuple[int, int], stretch: Stretch, nodata_share: float
+    ) -> ReadRecord:
+        transform = self.grid.transform_of(window, size)
+        resolution = transform and (float(np.hypot(transform.a, transform.d)), float(np.hypot(transform.b, transform.e)))
+        return ReadRecord(
+            source=self.name,
+            bands=tuple(position + 1 for position in self.selection.positions),
+            names=self.selection.names,
+            bands_from=self.selection.origin,
+            composite=self.selection.composite,
+            stretch=stretch,
+            nodata_share=nodata_share,
+            crs=self.grid.crs.to_string() if self.grid.crs else None,
+            georeferencing=self.grid.georeferencing,
+            transform=transform and tuple(transform)[:6],
+            resolution=resolution,
+            unit=self.grid.unit,
+            window=window,
+            size=size,
+            notes=tuple(self.notes),
+        )
+
+    def _sample(self) -> tuple[np.ndarray, np.ndarray]:
+        """Values and validity, (channels, n), for the statistics of the scene."""
+        longest = max(self.width, self.height)
+        if longest <= SAMPLE_SIDE or self.overviews:
+            size = tuple(max(1, round(edge * min(1, SAMPLE_SIDE / longest))) for edge in (self.width, self.height))
+            parts = [self._channels((0, 0, self.width, self.height), size, Resampling.nearest)]
+        else:
+            width, height = min(PATCH_SIDE, self.width), min(PATCH_SIDE, self.height)
+            columns = np.unique(np.linspace(0, self.width - width, PATCHES).astype(int)).tolist()
+            rows = np.unique(np.linspace(0, self.height - height, PATCHES).astype(int)).tolist()
+            windows = [(column, row, width, height) for row in rows for column in columns]
+            parts = [self._channels(window, (width, height), Resampling.nearest) for window in windows]
+        values, valid = zip(*parts, strict=True)
+        return tuple(np.concatenate([part.reshape(len(part), -1) for part in group], axis=1) for group in (values, valid))
+
+    def _channels(
+        self, window: tuple[int, int, int, int], size: tuple[int, int], resampling: Resampling
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What the composite shows of a window: values, float32, and validity, both (channels, height, width)."""
+        composite = COMPOSITES[self.selection.composite]
+        values, valid = self._read(window, size, resampling)
+        if (composite.scaled or self._unit == "reflectance") and None not in self._scales:
+            for channel, (scale, offset) in enumerate(self._scales):
+                values[channel] = values[channel] * scale + offset
+        if composite.formula:
+            values, valid = composite.formula(*values)[None], valid.all(axis=0)[None]
+        return values, valid & ~np.isnan(values)
+
+    def _read(
+        self, window: tuple[int, int, int, int], size: tuple[int, int], resampling: Resampling
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The bands of a window: values, float32, and validity, both (bands, height, width)."""
+        place, shape = self.grid.in_file(window), (size[1], size[0])
+        values = np.empty((len(self._bands), *shape), np.float32)
+        valid = np.empty(values.shape, bool)
+        try:
+            for channel, (dataset, index) in enumerate(self._bands):
+                stored = dataset.read(index, window=place, out_shape=shape, resampling=resampling)
+                values[channel] = self.grid.turn(stored)
+                valid[channel] = self.grid.turn(validity(dataset, index, stored, place))
+        except (RasterioError, OSError) as error:
+            raise RasterError(f"{self.name} cannot be read, it may be damaged or cut short: {reason(error)}.") from error
+        return values, valid
+
+    def close(self) -> None:
+        """Closes the files that `open` opened. A dataset that was passed in stays open."""
+        self._stack.close()
+
+    def __enter__(self) -> "Raster":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def validity(dataset: DatasetReader, index: int, stored: np.ndarray, window: Any) -> np.ndarray:
+    """Where the values read from a window, (height, width), are data: by nodata, mask band or alpha, and finite."""
+    flags = dataset.mask_flag_enums[index - 1]
+    finite = np.isfinite(stored) if stored.dtype.kind == "f" else np.ones(stored.shape, bool)
+    if flags == [MaskFlags.all_valid]:
+        return finite
+    if flags == [MaskFlags.nodata]:  # a resampled value is nodata only where no pixel under it is valid
+        marker = dataset.nodatavals[index - 1]
+        return finite if np.isnan(marker) else finite & (stored != marker)
+    return finite & (dataset.read_masks(index, window=window, out_shape=stored.shape) > 0)
+
+
+@contextmanager
+def gdal() -> Iterator[None]:
+    """Bounds GDAL's memory and waiting, without overriding what the user has set."""
+    given: Mapping[str, Any] = {**os.environ, **(getenv() if hasenv() else {})}
+    with warnings.catch_warnings(), rasterio.Env(**{key: value for key, value in GDAL_OPTIONS.items() if key not in given}):
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)  # the record says so
+        yield
+
+
+def is_georeferenced(name: str) -> bool:
+    """Whether GDAL opens it and knows where it lies."""
+    try:
+        with gdal(), rasterio.open(name) as dataset:
+            return dataset.crs is not None or bool(dataset.gcps[0]) or dataset.rpcs is not None
+    except RasterioError:
+        return False
