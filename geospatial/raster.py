@@ -293,6 +293,8 @@ class Raster:
             windows = [(column, row, width, height) for row in rows for column in columns]
             parts = [self._channels(window, (width, height), Resampling.nearest) for window in windows]
         values, valid = zip(*parts, strict=True)
+        if len(parts) == 1:
+            return parts[0]
         return tuple(np.concatenate([part.reshape(len(part), -1) for part in group], axis=1) for group in (values, valid))
 
     def _channels(
@@ -306,7 +308,8 @@ class Raster:
                 values[channel] = values[channel] * scale + offset
         if composite.formula:
             values, valid = composite.formula(*values)[None], valid.all(axis=0)[None]
-        return values, valid & ~np.isnan(values)
+        valid &= ~np.isnan(values)
+        return values, valid
 
     def _read(
         self, window: tuple[int, int, int, int], size: tuple[int, int], resampling: Resampling
@@ -318,6 +321,10 @@ class Raster:
         try:
             for channel, (dataset, index) in enumerate(self._bands):
                 stored = dataset.read(index, window=place, out_shape=shape, resampling=resampling)
+                if resampling == Resampling.cubic and window[2] > size[0] and np.isnan(stored).any():
+                    # GDAL's cubic kernel passes NaN on, declared as nodata or not. Its average leaves them out.
+                    means = dataset.read(index, window=place, out_shape=shape, resampling=Resampling.average)
+                    stored = np.where(np.isnan(stored), means, stored)
                 values[channel] = self.grid.turn(stored)
                 valid[channel] = self.grid.turn(validity(dataset, index, stored, place))
         except (RasterioError, OSError) as error:

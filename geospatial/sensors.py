@@ -49,7 +49,7 @@ SENSORS = {
     for sensor in (
         Sensor(
             name="sentinel-2",
-            product=re.compile(r"(^|_)S2[ABC]_(MSIL(1C|2A)_|\d)|(^|[/\\])T\d{2}[A-Z]{3}_\d{8}T\d{6}_", re.IGNORECASE),
+            product=re.compile(r"(^|[/\\_:])S2[ABC]_(MSIL(1C|2A)_|\d)|(^|[/\\:])T\d{2}[A-Z]{3}_\d{8}T\d{6}_", re.IGNORECASE),
             bands=SENTINEL_2_BANDS,
             layouts={
                 13: tuple(SENTINEL_2_BANDS.values()),
@@ -59,7 +59,7 @@ SENSORS = {
         ),
         Sensor(
             name="landsat-8-9",
-            product=re.compile(r"(^|[/\\])L[CO]0[89]_(L1|L2)", re.IGNORECASE),
+            product=re.compile(r"(^|[/\\:])L[CO]0[89]_(L1|L2)", re.IGNORECASE),
             bands=LANDSAT_BANDS,
             layouts={7: tuple(LANDSAT_BANDS.values())[:7], 11: tuple(LANDSAT_BANDS.values())},
             scale=2.75e-5,  # surface reflectance of collection 2
@@ -67,7 +67,7 @@ SENSORS = {
         ),
         Sensor(
             name="naip",
-            product=re.compile(r"(^|[/\\])m_\d{7}_(ne|nw|se|sw)_\d{1,2}_", re.IGNORECASE),
+            product=re.compile(r"(^|[/\\:])m_\d{7}_(ne|nw|se|sw)_\d{1,2}_", re.IGNORECASE),
             bands={},
             layouts={3: RGB, 4: (*RGB, "nir")},
         ),

@@ -108,7 +108,7 @@ def vrt_options(dataset: DatasetReader, name: str, nodata: float | None) -> list
         options.append(f"a_nodata={int(nodata) if nodata == nodata // 1 else float(nodata)}")
     elif {"float32", "float64"} & set(dataset.dtypes) and Path(name).is_file() and "?" not in name:
         if all(flags == [MaskFlags.all_valid] for flags in dataset.mask_flag_enums):
-            options.append("a_nodata=nan")  # else one NaN spreads over the whole kernel
+            options.append("a_nodata=nan")  # else an average with one NaN is NaN
     if dataset.count and dataset.colorinterp[0] == ColorInterp.palette:
         options.append("expand=rgb")
     return options

@@ -38,12 +38,16 @@ class Stretch:
 
     def apply(self, values: np.ndarray) -> np.ndarray:
         """Numbers (channels, height, width) to uint8 of that shape. What is not finite becomes the nearer limit, NaN 0."""
-        low, high = (np.asarray(limits, dtype=np.float32)[:, None, None] for limits in (self.low, self.high))
         if self.kind == "none":
             return values.astype(np.uint8)
-        with np.errstate(invalid="ignore"):
-            scaled = np.clip((values.astype(np.float32) - low) / (high - low), 0, 1)
-        return np.rint(np.nan_to_num(scaled, nan=0.0) * 255).astype(np.uint8)
+        pixels = np.empty(values.shape, np.uint8)
+        for plane, channel, low, high in zip(pixels, values, self.low, self.high, strict=True):  # one at a time: memory
+            scaled = channel.astype(np.float32)
+            np.nan_to_num(scaled, copy=False, nan=low)
+            scaled -= low
+            scaled *= 255 / (high - low)
+            plane[...] = np.rint(np.clip(scaled, 0, 255, out=scaled), out=scaled)
+        return pixels
 
 
 def parse_stretch(stretch: str | Sequence[float] | None) -> Request:

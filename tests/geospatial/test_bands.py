@@ -19,6 +19,7 @@ def labelled(interpretations="", descriptions=""):
     return [Label(colour or "undefined", name.strip() or None) for colour, name in pairs]
 
 
+COLOURS, OTHER = "colour interpretation", "undefined"
 UNNAMED = "gray undefined undefined undefined"
 
 
@@ -45,7 +46,7 @@ UNNAMED = "gray undefined undefined undefined"
         (labelled(UNNAMED), {"bands": 4}, (3,), "bands given"),
         (labelled("red green blue"), {"bands": ("blue", 2, "red")}, (2, 1, 0), "bands given"),
         (labelled(UNNAMED), {"sensor": "naip", "composite": "false_color"}, (3, 0, 1), "sensor"),
-        (labelled("red green blue undefined"), {"sensor": "naip", "composite": "ndvi"}, (3, 0), "colour interpretation and sensor"),
+        (labelled(f"red green blue {OTHER}"), {"sensor": "naip", "composite": "ndvi"}, (3, 0), f"{COLOURS} and sensor"),
         (labelled("", "," * 12), {"sensor": "sentinel-2", "composite": "swir"}, (12, 8, 3), "sensor"),
         (labelled("", "VH,VV"), {"composite": "sar"}, (1,), "descriptions"),
     ],

@@ -6,10 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-
-rasterio = pytest.importorskip("rasterio")
-
+import rasterio
 import rasterio.shutil
 from rasterio.enums import ColorInterp
 from rasterio.transform import Affine
