@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_rasters import pixels, unnamed, write
 
 from mfrsvlm.demo import MODEL, SCENE, ask
 from mfrsvlm.demo.__main__ import main
@@ -95,3 +96,27 @@ def test_picture_shows_boxes_in_their_place():
     yellow = (picture == (255, 255, 0)).all(-1)
     rows, columns = np.nonzero(yellow)
     assert (columns.min(), rows.min(), columns.max(), rows.max()) == (125, 125, 259, 259)
+
+
+def test_ask_reads_georeferenced_rasters(tmp_path, capsys):
+    """The answers about a scene of 16 bits with a collar are those about its PNG."""
+    question = "How many aircraft are there?"
+    scene = np.asarray(Image.open(SCENE).convert("RGB")).transpose(2, 0, 1)
+    path = write(tmp_path / "scene.tif", np.maximum(scene.astype(np.uint16) * 257, 1), nodata=0)
+    assert ask.main([path, question, BOX, "--model", MODEL, "--stretch", "0,65535", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [answer["text"] for answer in found["answers"]] == ["9", "[749, 082, 776, 110]"]
+    assert found["raster"]["crs"] == "EPSG:32631" and found["raster"]["stretch"]["high"] == [65535] * 3
+
+
+def test_ask_rejects_a_raster_whose_bands_nothing_names(tmp_path, capsys):
+    path = unnamed(tmp_path / "four.tif", pixels(bands=4))
+    assert ask.main([path, "Why?", "--model", MODEL]) == 2
+    error = capsys.readouterr().err
+    assert "--bands" in error and "--sensor" in error and error.count("\n") == 1
+
+
+def test_ask_reads_plain_images_as_before(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ask, "find_spec", lambda name: None)  # without rasterio
+    assert ask.main([SCENE, "How many aircraft are there?", "--model", MODEL]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "A: 9"
