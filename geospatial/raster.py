@@ -28,7 +28,7 @@ from .view import ReadRecord, View
 
 MAX_SIDE = 2048  # of an image: three times the canvas of the default geometry
 SAMPLE_SIDE = 2048  # statistics take every pixel of scenes up to here
-PATCHES, PATCH_SIDE = 16, 64  # and of larger ones without overviews, 16 x 16 patches of 64 x 64 pixels
+PATCHES, PATCH_SIDE = 16, 64  # and of larger ones without an overview that small, 16 x 16 patches of 64 x 64 pixels
 MANY_PIXELS = 50_000_000  # from here on, a read without overviews takes long
 GDAL_OPTIONS = {
     "GDAL_CACHEMAX": 64,  # MB; GDAL's own default is a share of the machine's memory
@@ -283,8 +283,10 @@ class Raster:
     def _sample(self) -> tuple[np.ndarray, np.ndarray]:
         """Values and validity, (channels, n), for the statistics of the scene."""
         longest = max(self.width, self.height)
-        if longest <= SAMPLE_SIDE or self.overviews:
-            size = tuple(max(1, round(edge * min(1, SAMPLE_SIDE / longest))) for edge in (self.width, self.height))
+        # An overview is read pixel by pixel: GDAL takes many seconds to pick the nearest pixels of a larger one.
+        level = next((level for level in (1, *self.overviews) if longest / level <= SAMPLE_SIDE), None)
+        if level is not None:
+            size = (-(-self.width // level), -(-self.height // level))
             parts = [self._channels((0, 0, self.width, self.height), size, Resampling.nearest)]
         else:
             width, height = min(PATCH_SIDE, self.width), min(PATCH_SIDE, self.height)
@@ -351,7 +353,7 @@ def validity(dataset: DatasetReader, index: int, stored: np.ndarray, window: Any
     if flags == [MaskFlags.nodata]:  # a resampled value is nodata only where no pixel under it is valid
         marker = dataset.nodatavals[index - 1]
         return finite if np.isnan(marker) else finite & (stored != marker)
-    return finite & (dataset.read_masks(index, window=window, out_shape=stored.shape) > 0)
+    return finite & (dataset.read_masks(index, window=window, out_shape=stored.shape, resampling=Resampling.average) > 0)
 
 
 @contextmanager
