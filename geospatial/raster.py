@@ -320,15 +320,22 @@ class Raster:
         place, shape = self.grid.in_file(window), (size[1], size[0])
         values = np.empty((len(self._bands), *shape), np.float32)
         valid = np.empty(values.shape, bool)
+        # Bands of one file together: their samples often lie side by side, and would be decoded again for every band.
+        files: dict[tuple[int, str], list[int]] = {}
+        for channel, (dataset, index) in enumerate(self._bands):
+            files.setdefault((id(dataset), dataset.dtypes[index - 1]), []).append(channel)
         try:
-            for channel, (dataset, index) in enumerate(self._bands):
-                stored = dataset.read(index, window=place, out_shape=shape, resampling=resampling)
+            for channels in files.values():
+                dataset, indexes = self._bands[channels[0]][0], [self._bands[channel][1] for channel in channels]
+                stored = dataset.read(indexes, window=place, out_shape=(len(indexes), *shape), resampling=resampling)
                 if resampling == Resampling.cubic and window[2] > size[0] and np.isnan(stored).any():
                     # GDAL's cubic kernel passes NaN on, declared as nodata or not. Its average leaves them out.
-                    means = dataset.read(index, window=place, out_shape=shape, resampling=Resampling.average)
+                    average = Resampling.average
+                    means = dataset.read(indexes, window=place, out_shape=stored.shape, resampling=average)
                     stored = np.where(np.isnan(stored), means, stored)
-                values[channel] = self.grid.turn(stored)
-                valid[channel] = self.grid.turn(validity(dataset, index, stored, place))
+                for channel, index, plane in zip(channels, indexes, stored, strict=True):
+                    values[channel] = self.grid.turn(plane)
+                    valid[channel] = self.grid.turn(validity(dataset, index, plane, place))
         except (RasterioError, OSError) as error:
             raise RasterError(f"{self.name} cannot be read, it may be damaged or cut short: {reason(error)}.") from error
         return values, valid

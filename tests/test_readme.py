@@ -37,6 +37,11 @@ def test_usage(monkeypatch, tmp_path, capsys):
     assert printed[1].startswith("[[383.4") and printed[2:] == ["yes", "9"]
 
 
+def test_rasters(monkeypatch, tmp_path, capsys):
+    assert run_page("docs/rasters.md", monkeypatch, tmp_path) == 1
+    assert capsys.readouterr().out.splitlines() == ["colour interpretation none 0.0", "9"]
+
+
 def test_architecture(monkeypatch, tmp_path, capsys):
     """The figure and the table show the numbers that the example prints."""
     assert run_page("docs/architecture.md", monkeypatch, tmp_path) == 1
