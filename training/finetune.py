@@ -433,7 +433,7 @@ def run(arguments: list[str] | None = None) -> int:
     """The command: an exit status, and what the user can correct on stderr in one line."""
     try:
         main(arguments)
-    except (SettingsError, ModelFolderError, BadRow, FileNotFoundError) as error:
+    except (SettingsError, ModelFolderError, BadRow, FileNotFoundError, IsADirectoryError, PermissionError) as error:
         print(f"error: {error}", file=sys.stderr)
     except ImportError as error:
         print(f"error: {error}. Install what training needs: pip install 'mfrsvlm[training]'", file=sys.stderr)
