@@ -126,6 +126,8 @@ def locate(source: Any, folder: str | os.PathLike[str] | None, allow_outside: bo
             raise ValueError(f"it leaves {str(folder)!r}, and only files in there may be opened here")
     if os.path.isfile(path):
         return path
+    if os.path.isdir(path):  # whose name may also be base64
+        raise ValueError("it is a folder: name one of its files")
     if path != text:
         raise ValueError(f"there is no file {shown(path)}")
     try:

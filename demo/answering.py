@@ -32,10 +32,18 @@ def load(name: str, dtype: str = "auto", device: str | None = None, trust_remote
         dtype: of the weights.
         device: where the model goes; an accelerator by default, if there is one.
         trust_remote_code: run code that comes with the model. An MF-RSVLM runs the code of this package without it.
+
+    Raises:
+        ValueError: there is no such device here.
     """
     if device is None:
         accelerator = torch.accelerator.current_accelerator()
         device = "cpu" if accelerator is None else str(accelerator)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # an unknown name, or a device that this machine or this torch lacks
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={device!r} cannot be used here: {reason}. Name another, such as cpu.") from error
     model, processor = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
     return model.to(device), processor
 

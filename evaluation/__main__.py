@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..arguments import ArgumentParser
+from ..arguments import DTYPES, ArgumentParser
 from .settings import EvaluationSettings
 
 
@@ -52,7 +52,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--images-per-chunk", type=int, default=defaults.images_per_chunk, help="images whose features are kept together"
     )
-    how.add_argument("--dtype", default="auto", help="float32, bfloat16, ...; default: as saved")
+    how.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights; default: as saved")
     how.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     how.add_argument("--no-sharing", action="store_true", help="encode an image again for every question")
     how.add_argument("--allow-count-mismatch", action="store_true", help="accept a split of another size than published")

@@ -21,7 +21,7 @@ from .settings import EvaluationSettings
 class EvaluationCallback(TrainerCallback):
     """Evaluates benchmarks whenever the trainer evaluates, or every so many steps, and logs the figures.
 
-        trainer.add_callback(EvaluationCallback(trainer, ["scenes/val"], settings=EvaluationSettings(limit=200)))
+        trainer.add_callback(EvaluationCallback(trainer, ["scenes/validation"], settings=EvaluationSettings(limit=200)))
 
     Figures go through `trainer.log` as `eval_<benchmark>_<figure>`, such as `eval_rsvqa-lr_accuracy`. A benchmark with
     several tasks has the task in the name, such as `eval_scenes_counting_exact`. Two splits of one benchmark have the split

@@ -51,7 +51,7 @@ def evaluate(
         model: any `image-text-to-text` model of transformers on its device: just trained, quantized, merged or with an
             active LoRA adapter.
         processor: its processor, with a chat template.
-        benchmarks: from `load_benchmark`, or names of those that need no files, such as "scenes" or "scenes/val".
+        benchmarks: from `load_benchmark`, or names of those that need no files, such as "scenes" or "scenes/validation".
         protocol: a key of `PROTOCOLS`, or a protocol of your own.
         settings: see `EvaluationSettings`.
 

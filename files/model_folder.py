@@ -57,6 +57,8 @@ def classify(source: str | Path, revision: str | None = None) -> ModelFolder:
         ModelFolderError: it holds no model, or its weights are missing.
     """
     source = str(source)
+    if Path(source).is_file():  # and no Hub id, which would be looked for
+        raise ModelFolderError(f"{source} is a file. Name the folder of the model.")
     adapter = _read_config(source, "adapter_config.json", revision)
     config = _read_config(source, "config.json", revision)
     folder = Path(source)

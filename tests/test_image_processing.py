@@ -594,6 +594,13 @@ def test_missing_file_says_so():
         tiny()("missing.png")
 
 
+def test_a_folder_whose_name_is_base64_is_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="'demo': it is a folder"):
+        tiny()("demo")
+
+
 # Size
 
 

@@ -36,7 +36,13 @@ def assemble_parser() -> ArgumentParser:
 
 
 def json_object(text: str) -> dict[str, Any]:
-    return {**json.loads(text)}
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text} is no JSON object, such as {{"routing": "token"}}')
+    return value
 
 
 class AllKeys(argparse.Action):

@@ -329,7 +329,7 @@ class ConversationDataset(_Rows, Dataset):
             `{"messages": messages}`.
 
     Raises:
-        BadRow: a row is bad and `on_bad_row="fail"`, or no row is good. Names the file and the row.
+        BadRow: a row is bad and `on_bad_row="fail"`, no row is good, or the file is no list of rows. Names file and row.
         TypeError: the rows have no length. Use `ConversationStream` for those.
     """
 
@@ -344,7 +344,10 @@ class ConversationDataset(_Rows, Dataset):
         self._set_up(rows, image_root, on_bad_row, encode, allow_outside_images)
         self.lines: list[int] | None = None
         if isinstance(rows, (str, os.PathLike)):
-            numbers, rows = zip(*reading.read_rows(rows), strict=True)
+            try:
+                numbers, rows = zip(*reading.read_rows(rows), strict=True)
+            except ValueError as error:  # the whole file: no JSON, no list, no rows
+                raise BadRow(str(error)) from error
             self.lines = list(numbers) if self.name.lower().endswith(".jsonl") else None
         elif not hasattr(rows, "__len__"):
             raise TypeError(f"{self.name} has no length: use ConversationStream, or load it without streaming.")
@@ -405,7 +408,7 @@ class ConversationDataset(_Rows, Dataset):
             row = None
         message = self._describe(self.where(index), row, error)
         if self.on_bad_row == "fail":
-            raise BadRow(f"{message} To leave such rows out, set on_bad_row='skip'.") from error
+            raise BadRow(f"{message.removesuffix('.')}. To leave such rows out, set on_bad_row='skip'.") from error
         if not self.bad[index]:
             self.bad[index] = True
             logger.warning(f"Skipped {message}")
@@ -470,7 +473,7 @@ class ConversationStream(_Rows, IterableDataset):
             except Exception as error:  # whatever it is, it belongs to this row
                 message = self._describe(f"row {number - 1}", row, error)
                 if self.on_bad_row == "fail":
-                    raise BadRow(f"{message} To leave such rows out, set on_bad_row='skip'.") from error
+                    raise BadRow(f"{message.removesuffix('.')}. To leave such rows out, set on_bad_row='skip'.") from error
                 self._num_bad += 1
                 logger.warning(f"Skipped {message}")
                 continue

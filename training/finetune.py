@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,8 @@ class ConfigParser(HfArgumentParser):
         try:
             return self.parse_args_into_dataclasses([*words, *overrides])
         except (ValueError, ImportError) as error:  # settings that contradict each other, or need another library
-            raise SettingsError(" ".join(str(error).split())) from error
+            hint = "" if find_spec("accelerate") else ". Install what training needs: pip install 'mfrsvlm[training]'"
+            raise SettingsError(" ".join(str(error).split()) + hint) from error
 
 
 def check_output_dir(args: MFRSVLMTrainingArguments, overwrite: bool) -> str | None:
@@ -433,7 +435,7 @@ def run(arguments: list[str] | None = None) -> int:
     """The command: an exit status, and what the user can correct on stderr in one line."""
     try:
         main(arguments)
-    except (SettingsError, ModelFolderError, BadRow, FileNotFoundError) as error:
+    except (SettingsError, ModelFolderError, BadRow, FileNotFoundError, IsADirectoryError, PermissionError) as error:
         print(f"error: {error}", file=sys.stderr)
     except ImportError as error:
         print(f"error: {error}. Install what training needs: pip install 'mfrsvlm[training]'", file=sys.stderr)

@@ -129,7 +129,10 @@ def _read(
     if annotations is not None and annotations not in READERS:
         raise BenchmarkError(f"{name}: annotations={annotations!r} is none of {', '.join(READERS)}.")
     if annotations is None and len(there) != 1:
-        found = f"annotations of several kinds: {', '.join(there)}. Say which with annotations={there[0]!r}" if there else (
+        found = (
+            f"annotations of several kinds: {', '.join(there)}. Say which with annotations={there[0]!r}, or leave only one "
+            "kind there"
+        ) if there else (
             f"no annotations: looked for those of {', '.join(READERS)}. See docs/benchmarks.md for the layout"
         )  # fmt: skip
         raise BenchmarkError(f"{root} holds {found}.")

@@ -53,6 +53,12 @@ def command(*line):
     return main(["run", *map(str, line)])
 
 
+def test_unknown_dtype_is_named_before_the_model_is_loaded(capsys):
+    with pytest.raises(SystemExit):
+        command("--model", DEMO, "--benchmark", "scenes", "--dtype", "float33")
+    assert "invalid choice: 'float33'" in capsys.readouterr().err
+
+
 def test_one_benchmark_by_its_own_options(model, data, tmp_path, capsys):
     line = ["--model", model, "--benchmark", "rsvqa-lr", "--data", data["rsvqa-lr"], "--split", "test", *PROTOCOL]
     assert command(*line, "--allow-count-mismatch", "--output", tmp_path) == 0

@@ -65,6 +65,8 @@ def test_kinds(whole, adapter, tmp_path):
 def test_what_is_no_model_folder_is_said_with_what_to_do(copy, tmp_path):
     with pytest.raises(ModelFolderError, match=r"no/such is no folder, and no model of that name"):
         classify("no/such")
+    with pytest.raises(ModelFolderError, match=r"config\.json is a file\. Name the folder"):
+        classify(copy / "config.json")  # and does not look for it on the Hub
     (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
     with pytest.raises(ModelFolderError, match=r"has no config\.json.*checkpoint-3"):
         classify(tmp_path / "run")

@@ -123,6 +123,36 @@ def test_other_models_and_the_released_layout_are_rejected_in_a_line(starts, dat
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {tmp_path / 'none'} is no folder")
 
 
+def test_a_missing_extra_is_said_with_what_to_install(starts, data, tmp_path, capsys, monkeypatch):
+    def parse(parser, words):
+        raise ImportError("The Trainer requires accelerate:\nrun pip")
+
+    monkeypatch.setattr("mfrsvlm.training.finetune.find_spec", lambda name: None)
+    monkeypatch.setattr("mfrsvlm.training.finetune.ConfigParser.parse_args_into_dataclasses", parse)
+    assert run([write_config(starts["whole"], data, tmp_path)]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        line
+        == "error: The Trainer requires accelerate: run pip. Install what training needs: pip install 'mfrsvlm[training]'"
+    )
+
+
+def test_files_that_are_no_settings_and_no_rows_are_rejected_in_a_line(starts, data, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("# A page\n")
+    good = write_config(starts["whole"], data, tmp_path)
+    for arguments in (
+        [str(data)],
+        [str(tmp_path / "none.yaml")],
+        [good, "--train_file", str(data)],
+        [good, "--train_file", str(page)],
+        [good, "--train_file", str(tmp_path / "none.json")],
+    ):
+        assert run(arguments) == 1
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("error: ") and arguments[-1] in line
+
+
 def test_a_finished_training_is_not_trained_again(starts, data, tmp_path, caplog, monkeypatch):
     config = write_config(starts["whole"], data, tmp_path, learning_rate=1e-3)
     main([config])
