@@ -25,7 +25,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else list(args)
-        # Looked for first: else a misspelt option that is required would be reported as missing. What follows a subcommand
+        # Looked for first: else a misspelled option that is required would be reported as missing. What follows a subcommand
         # is for its own parser.
         if not any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in self._actions):
             for word in words[: words.index("--") if "--" in words else None]:

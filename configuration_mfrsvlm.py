@@ -85,7 +85,7 @@ def window_table(
         patch_size: side of the pixel square that one visual token stands for.
         canvas_scale: side of the canvas in global views; the canvas has `canvas_scale * image_size` pixels a side.
         window_sizes: sides of the windows, pixels, one scale each, in the order in which they are packed.
-        window_overlap: share of a window that its neighbour covers again, in [0, 1). The stride is the rest, rounded
+        window_overlap: share of a window that its neighbor covers again, in [0, 1). The stride is the rest, rounded
             down to whole tokens and at least one token (0.5 gives the strides of the published model).
 
     Raises:
@@ -150,7 +150,7 @@ class MFRSVLMConfig(PreTrainedConfig):
             after the projector. For backbones: unlike the tokens of a ViT, their features hardly say it.
         canvas_scale: side of the canvas in global views.
         window_sizes: sides of the sliding windows, pixels, one scale each. Empty: no windows, global view only.
-        window_overlap: share of a window that its neighbour covers again.
+        window_overlap: share of a window that its neighbor covers again.
         window_encoding: `"native"`: windows are encoded at their own size, with interpolated positions; `"resize"`:
             resized to `image_size` first, and their features pooled (the published model).
         window_weighting: how overlapping windows are blended: `"hann"` is the symmetric Hann window of the published
@@ -293,7 +293,7 @@ class MFRSVLMConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Raises `ValueError` naming both sides of every conflict.
 
-        Called by `@strict` after initialisation, which wraps it in a `StrictDataclassClassValidationError`.
+        Called by `@strict` after initialization, which wraps it in a `StrictDataclassClassValidationError`.
         """
         encoder = self.vision_config
         needed = ("stage_names",) if self.is_hierarchical else ("num_hidden_layers", "hidden_size", "patch_size")

@@ -164,7 +164,7 @@ def make_image_processor(
 ) -> MFRSVLMImageProcessor:
     """Image processor of the config's sizes, with the mean, std and resampling of the tower's own file, and `fields`."""
     path = tower / "preprocessor_config.json"
-    content = read_json(path)  # without it, nothing says how images are normalised
+    content = read_json(path)  # without it, nothing says how images are normalized
     missing = [field for field in ("image_mean", "image_std") if field not in content]
     if missing:
         raise ConversionError(f"{path} lacks {missing}.")

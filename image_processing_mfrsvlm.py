@@ -32,11 +32,11 @@ def cut_windows(
     """Cuts a canvas (C, side, side) into the windows of all scales, packed scale by scale, windows in row-major order.
 
     Args:
-        canvas: the normalised canvas.
+        canvas: the normalized canvas.
         windows: geometry of the scales.
         packing: `"windows_first"` packs each scale as (n, C, size, size). `"channels_first"` packs it as
             (C, n, size, size), which the model reads as n windows all the same: each then shows successive planes of this
-            list, mostly places in one colour. The published weights were trained so and need it.
+            list, mostly places in one color. The published weights were trained so and need it.
         out: 1-D array to write into.
 
     Returns:
@@ -84,7 +84,7 @@ class MFRSVLMImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[ca
     canvas_source: `"image"`: the canvas is resized from the original pixels; `"global_view"`: upsampled bilinearly from
         the global view, as the published model was trained, so that it holds no more detail than that.
     window_sizes: sides of the windows, pixels. Empty: no windows.
-    window_overlap: share of a window that its neighbour covers again.
+    window_overlap: share of a window that its neighbor covers again.
     window_packing: `"windows_first"`, or `"channels_first"` for the published weights, see `cut_windows`.
     max_aspect_ratio: longest side over shortest side beyond which an image is refused.
     max_image_pixels: pixels of the image, after padding to a square, beyond which it is refused.
@@ -106,8 +106,8 @@ class MFRSVLMImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[ca
 class MFRSVLMImageProcessor(PilBackend):
     """Makes the global view and the sliding windows of every image.
 
-    Each image is dropped its alpha, padded to a square in the mean colour (`do_pad`), resized, centre-cropped, scaled
-    and normalised. Output, for N images: `pixel_values` (N, L), one row an image. A row is the global view (C, crop, crop),
+    Each image is dropped its alpha, padded to a square in the mean color (`do_pad`), resized, center-cropped, scaled
+    and normalized. Output, for N images: `pixel_values` (N, L), one row an image. A row is the global view (C, crop, crop),
     then scale by scale the windows (n, C, size, size), flattened, see `packed_lengths` and `cut_windows`. With the default
     geometry it takes 30 MB in float32.
 
@@ -248,7 +248,7 @@ class MFRSVLMImageProcessor(PilBackend):
         length, *packed = packed_lengths(side, windows, channels)
         rows = torch.empty(len(images), length + sum(packed), dtype=PIXEL_DTYPES[given.pixel_dtype])
 
-        def normalised(values: np.ndarray) -> np.ndarray:
+        def normalized(values: np.ndarray) -> np.ndarray:
             if given.do_rescale:
                 values = self.rescale(values, given.rescale_factor)
             if given.do_normalize:
@@ -256,10 +256,10 @@ class MFRSVLMImageProcessor(PilBackend):
             return values.astype(np.float32)
 
         # What becomes of each of the 256 values, channel by channel. Looked up, a pixel costs no arithmetic.
-        table = normalised(np.broadcast_to(np.arange(256, dtype=np.uint8), (channels, 1, 256)))[:, 0]
+        table = normalized(np.broadcast_to(np.arange(256, dtype=np.uint8), (channels, 1, 256)))[:, 0]
 
         def view(planes: list[Image.Image], scale: int) -> np.ndarray:
-            """The normalised image at `scale` times the size of the global view, (C, height, width)."""
+            """The normalized image at `scale` times the size of the global view, (C, height, width)."""
             if given.do_resize:
                 target = scaled_size(planes[0], given.size, scale)
                 planes = [plane.resize(target, resample=given.resample) for plane in planes]
@@ -268,7 +268,7 @@ class MFRSVLMImageProcessor(PilBackend):
                 planes = [plane.crop((left, top, left + scale * side, top + scale * side)) for plane in planes]
             pixels = np.concatenate([np.atleast_3d(plane) for plane in planes], axis=2)
             if pixels.dtype != np.uint8:  # bicubic interpolation overshoots, and 8 bits would be clipped
-                return normalised(pixels.clip(0, 1).transpose(2, 0, 1))
+                return normalized(pixels.clip(0, 1).transpose(2, 0, 1))
             result = np.empty((channels, *pixels.shape[:2]), np.float32)
             for channel in range(channels):
                 np.take(table[channel], pixels[..., channel], out=result[channel], mode="clip")
@@ -337,7 +337,7 @@ def scaled_size(image: Image.Image, size: SizeDict, scale: int) -> tuple[int, in
 
 
 def pad_to_square(planes: list[Image.Image], image_mean: Any) -> list[Image.Image]:
-    """Centres an image on a square of the mean colour; an odd remainder goes to the bottom and the right."""
+    """Centers an image on a square of the mean color; an odd remainder goes to the bottom and the right."""
     (width, height), side = planes[0].size, max(planes[0].size)
     if height == width:
         return planes
@@ -345,8 +345,8 @@ def pad_to_square(planes: list[Image.Image], image_mean: Any) -> list[Image.Imag
     mean = np.broadcast_to(np.asarray(image_mean, dtype=np.float64), (len(planes) * bands,)).reshape(len(planes), bands)
     if planes[0].mode != "F":
         mean = np.clip(mean * 255, 0, 255).astype(np.uint8)  # truncated, as the published model was trained
-    for plane, colour in zip(planes, mean.tolist(), strict=True):
-        squares.append(Image.new(plane.mode, (side, side), tuple(colour) if bands > 1 else colour[0]))
+    for plane, color in zip(planes, mean.tolist(), strict=True):
+        squares.append(Image.new(plane.mode, (side, side), tuple(color) if bands > 1 else color[0]))
         squares[-1].paste(plane, ((side - width) // 2, (side - height) // 2))
     return squares
 

@@ -1,6 +1,6 @@
 """The door that images come in by: from whatever names an image to an upright image whose samples are those of its source.
 
-Pillow reads some files in another way than they say: it keeps the high byte of 16-bit colours, or the first of two bands.
+Pillow reads some files in another way than they say: it keeps the high byte of 16-bit colors, or the first of two bands.
 The header of a source is therefore asked before it is decoded, and what would get lost is refused. What a value means is
 read from its type or declared by the caller, never guessed from other values.
 """
@@ -27,13 +27,13 @@ from transformers.image_utils import ChannelDimension
 # Modes that hold 8 bits a channel and convert to RGB, and modes of one channel whose range the caller must state.
 EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"}
 DEEP_MODES = {"I", "I;16", "I;16B", "I;16L", "F"}
-# File formats with 8 bits a sample and no bands but colours and alpha. The headers of others are asked.
+# File formats with 8 bits a sample and no bands but colors and alpha. The headers of others are asked.
 EIGHT_BIT_FORMATS = {"BMP", "GIF", "JPEG", "MPO", "TGA", "WEBP"}
 HEADER_BYTES = 2**20  # a JPEG 2000 file has its size marker by then, behind its metadata
 TAGS = (254, 258, 262, 266, 277, 284, 338, 339)  # of a TIFF
 SUBFILE_TYPE, BITS, PHOTOMETRIC, FILL_ORDER, SAMPLES, PLANAR, EXTRA_SAMPLES, SAMPLE_FORMAT = TAGS
-COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}  # bands that a photometric interpretation names
-GREY, RGB = 1, 2  # photometric interpretations; 0 is grey from white to black
+COLORS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}  # bands that a photometric interpretation names
+GRAY, RGB = 1, 2  # photometric interpretations; 0 is gray from white to black
 DEPENDENT_PAGE = 0b101  # bits of the subfile type: a smaller copy, or a mask, of another page (GeoTIFFs hold both)
 SOURCE_KEYS = ("bytes", "image", "base64", "image_url", "url", "path")  # of `datasets` images and parts of a chat
 FETCH_SECONDS = 30
@@ -56,7 +56,7 @@ def open_image(source: Any, folder: str | os.PathLike[str] | None = None, allow_
 
     Raises:
         ValueError: the image cannot be opened or decoded, lies outside of the folder, has several frames, more than 8 bits
-            in colour, or other bands than colours and alpha.
+            in color, or other bands than colors and alpha.
         TypeError: the source is none of the above.
     """
     image = open_source(source, folder, allow_outside)
@@ -145,7 +145,7 @@ def shown(source: Any) -> str:
 def check_source(image: Image.Image) -> None:
     """Refuses a PIL image of which Pillow gives other samples than its source has, or one of several frames.
 
-    The header is asked before anything is decoded: Pillow keeps the high byte of 16-bit colours and calls them RGB.
+    The header is asked before anything is decoded: Pillow keeps the high byte of 16-bit colors and calls them RGB.
     """
     with damage("its header"):
         frames = count_frames(image)
@@ -193,7 +193,7 @@ def count_frames(image: Image.Image) -> int:
 
 
 def lost_samples(image: Image.Image) -> str | None:
-    """What of the source Pillow would drop or change; `None` if every sample of its colours survives."""
+    """What of the source Pillow would drop or change; `None` if every sample of its colors survives."""
     if image.format is None or image.format in EIGHT_BIT_FORMATS:
         return None
     if image.format == "TIFF":
@@ -204,15 +204,15 @@ def lost_samples(image: Image.Image) -> str | None:
         kinds, extra = tags.get(SAMPLE_FORMAT, [1]), tags.get(EXTRA_SAMPLES, [])  # kinds: 1 unsigned, 2 signed, 3 float
         if len(set(kinds)) > 1 or (kinds[0] != 1 if bits <= 8 else bits == 32 and kinds[0] == 1):
             return f"its samples of {bits} bits are signed, mixed, or too large"
-        if bits > 8 and photometric != GREY:
-            return f"it holds {bits} bits a sample in colour"
+        if bits > 8 and photometric != GRAY:
+            return f"it holds {bits} bits a sample in color"
         if tags.get(PLANAR) == [2] and (bits < 8 or photometric == 0 or tags.get(FILL_ORDER, [1]) != [1]):
             return "its bands lie apart, and Pillow does not unpack such samples"
-        if count > COLOURS.get(photometric, 0) and photometric != RGB and extra != [2]:  # 2: alpha
+        if count > COLORS.get(photometric, 0) and photometric != RGB and extra != [2]:  # 2: alpha
             return f"it has {count} bands, other bands than red, green and blue"
-        return "its colours are multiplied by alpha" if 1 in extra else None
+        return "its colors are multiplied by alpha" if 1 in extra else None
     if image.format == "PNG" and image.mode not in ("RGB", "RGBA"):
-        return None  # 16 bits of grey have a mode of their own
+        return None  # 16 bits of gray have a mode of their own
     if image.format not in ("PNG", "JPEG2000"):
         return (
             f"nothing here tells the depth of a {image.format} file: pass image.convert('RGB') if it holds 8 bits a sample"
@@ -220,11 +220,11 @@ def lost_samples(image: Image.Image) -> str | None:
     with source_file(image) as file:
         head = file.read(HEADER_BYTES)
     if image.format == "PNG":
-        return "it holds 16 bits a sample in colour" if head[24] == 16 else None
+        return "it holds 16 bits a sample in color" if head[24] == 16 else None
     start = head.index(b"\xff\x4f\xff\x51") + 40  # behind the size marker: count of components, then three bytes for each
     count = int.from_bytes(head[start : start + 2], "big")
     if count == 2 or set(head[start + 2 : start + 2 + 3 * count]) != {7, 1}:  # 8 bits unsigned, no subsampling
-        return f"its {count} bands are not colours of 8 bits"
+        return f"its {count} bands are not colors of 8 bits"
     return None
 
 
@@ -246,7 +246,7 @@ def damage(what: str) -> Iterator[None]:
 
 
 def read_planes(image: Any, given: SimpleNamespace) -> list[Image.Image]:
-    """Checks one image. Returns one image in RGB, or one in grey for every channel (8 bits, or floats in [0, 1])."""
+    """Checks one image. Returns one image in RGB, or one in gray for every channel (8 bits, or floats in [0, 1])."""
     to_rgb = bool(given.do_convert_rgb) and given.num_channels == 3
     limits = (given.do_pad, given.max_aspect_ratio, given.max_image_pixels)
     if isinstance(image, Image.Image):
@@ -272,7 +272,7 @@ def read_planes(image: Any, given: SimpleNamespace) -> list[Image.Image]:
     else:
         array = to_array(image, given.input_data_format, given.num_channels)
         check_extent(array.shape[1], array.shape[2], *limits)
-    array = to_eight_bits(array, given.value_range, quantise=bool(given.do_rescale))
+    array = to_eight_bits(array, given.value_range, quantize=bool(given.do_rescale))
     if to_rgb and len(array) in (1, 4):
         array = np.repeat(array, 3, axis=0) if len(array) == 1 else array[:3]
     if len(array) != given.num_channels:
@@ -327,8 +327,8 @@ def to_array(image: Any, input_data_format: str | ChannelDimension | None, num_c
     return image
 
 
-def to_eight_bits(image: np.ndarray, value_range: Sequence[float] | None, quantise: bool) -> np.ndarray:
-    """Checks the values of an array and brings them to uint8, or floats to [0, 1] unless `quantise`.
+def to_eight_bits(image: np.ndarray, value_range: Sequence[float] | None, quantize: bool) -> np.ndarray:
+    """Checks the values of an array and brings them to uint8, or floats to [0, 1] unless `quantize`.
 
     What a value means is read from its type or declared, never from the other values: a dark tile must not be read in
     another way than the bright one beside it.
@@ -346,7 +346,7 @@ def to_eight_bits(image: np.ndarray, value_range: Sequence[float] | None, quanti
         wide -= black
         wide *= 1 / (white - black)
         np.clip(wide, 0, 1, out=wide)
-        return np.rint(wide * 255).astype(np.uint8) if quantise else wide.astype(np.float32)
+        return np.rint(wide * 255).astype(np.uint8) if quantize else wide.astype(np.float32)
     if image.dtype == np.uint8:
         return image
     if not is_float and image.itemsize < 8:
@@ -358,7 +358,7 @@ def to_eight_bits(image: np.ndarray, value_range: Sequence[float] | None, quanti
             "what they mean with value_range=(black, white)."
         )
     image = image.astype(np.float32 if is_float else np.uint8)
-    return np.rint(image * 255).astype(np.uint8) if is_float and quantise else image
+    return np.rint(image * 255).astype(np.uint8) if is_float and quantize else image
 
 
 __all__ = ["image_size", "open_image"]

@@ -204,7 +204,7 @@ class MFRSVLMPreTrainedModel(PreTrainedModel):
 
 
 class MFRSVLMModel(MFRSVLMPreTrainedModel):
-    """Vision tower, projector, window encoder and decoder with injection, without a language modelling head."""
+    """Vision tower, projector, window encoder and decoder with injection, without a language modeling head."""
 
     def __init__(self, config: MFRSVLMConfig) -> None:
         super().__init__(config)
@@ -313,7 +313,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             layer.register_forward_pre_hook(hook, with_kwargs=True)
 
     def train(self, mode: bool = True) -> "MFRSVLMModel":
-        """As usual, but batch normalisation stays in evaluation mode: windows of a few images are no statistic."""
+        """As usual, but batch normalization stays in evaluation mode: windows of a few images are no statistic."""
         super().train(mode)
         if mode:
             self._freeze_unread_parameters()  # again: loading gives every parameter a gradient
@@ -404,7 +404,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
         """Encodes N images: their global views and, for a model with injection, their windows.
 
         Args:
-            pixel_values: (N, L), one row an image: the normalised global view and the windows of every scale, as the
+            pixel_values: (N, L), one row an image: the normalized global view and the windows of every scale, as the
                 processor packs them.
             window_chunk_size: windows an encoder pass; defaults to the config's.
 
@@ -600,7 +600,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
 
 
 class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
-    """MF-RSVLM with a language modelling head: answers questions about overhead images."""
+    """MF-RSVLM with a language modeling head: answers questions about overhead images."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}

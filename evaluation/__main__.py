@@ -76,7 +76,7 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    # Here and not above: `--help` and misspelt options should not wait for torch.
+    # Here and not above: `--help` and misspelled options should not wait for torch.
     from . import evaluate, evaluate_majority, load_benchmark
     from .answering import load
     from .benchmarks import BENCHMARKS

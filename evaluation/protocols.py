@@ -234,7 +234,7 @@ class RSEvalKit(Protocol):
     multiple choice was the first of A to E anywhere, so that "Answer: B" was A. A fault that stays, because it is the
     definition: "a" is contained in "baseball field".
 
-    Otherwise than published: the lists on presence and colour are scored by the rule above, where the kit looks for yes and
+    Otherwise than published: the lists on presence and color are scored by the rule above, where the kit looks for yes and
     no, or for the reference, within the answer; counts by that rule too, where it has their mean absolute error.
     """
 
@@ -268,7 +268,7 @@ class GeoChat(Protocol):
     """GeoChat's: one word or phrase, exact match without spaces and full stops.
 
     It leaves out RSVQA's counts and areas, and takes the second test set of RSVQA-HR, as published. Boxes are
-    `{<x1><y1><x2><y2>|<degrees>}`, 0 to 100 over the image's sides. They are turned about their centre where the reference
+    `{<x1><y1><x2><y2>|<degrees>}`, 0 to 100 over the image's sides. They are turned about their center where the reference
     is oriented, clockwise, as y points down.
     """
 
@@ -345,7 +345,7 @@ def read_angled_boxes(text: str, size: tuple[int, int]) -> list[Box]:
 
 
 def turned(box: Box, degrees: float) -> Box:
-    """The four corners of an upright box turned about its centre, clockwise on an image, whose y points down."""
+    """The four corners of an upright box turned about its center, clockwise on an image, whose y points down."""
     x1, y1, x2, y2 = box
     x, y, sine, cosine = (x1 + x2) / 2, (y1 + y2) / 2, math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
     corners = ((x1 - x, y1 - y), (x2 - x, y1 - y), (x2 - x, y2 - y), (x1 - x, y2 - y))

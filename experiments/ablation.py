@@ -54,7 +54,7 @@ from ..training.train_demo_model import CONFIG, PROTOCOL, DemoModelConfig
 
 TASKS = ("classification", "presence", "count", "comparison", "position", "grounding")
 # Two more measures of boxes, which say more than accuracy while most boxes miss: mean IoU, and the share of boxes whose
-# centre is at most the length of the longest object away from the true one.
+# center is at most the length of the longest object away from the true one.
 MEASURES = (*TASKS, "mean IoU", "pointing")
 MIX = {"classification": 1, "presence": 2, "count": 3, "comparison": 2, "position": 2, "grounding": 3}
 
@@ -263,12 +263,12 @@ def scores_of(predictions: Iterable[dict[str, Any]]) -> dict[str, list[float]]:
         scores[task_of(row["task"], row["group"])].append(row["score"])
         if row["task"] == "grounding":
             scores["mean IoU"] += matched_ious(row["parsed"], row["boxes"])
-            scores["pointing"].append(float(centre_distance(row["parsed"], row["boxes"][0]) <= OBJECT_PIXELS[1]))
+            scores["pointing"].append(float(center_distance(row["parsed"], row["boxes"][0]) <= OBJECT_PIXELS[1]))
     return {name: values for name, values in scores.items() if values}
 
 
-def centre_distance(boxes: Sequence[Sequence[float]], true: Sequence[float]) -> float:
-    """Distance between the centres of the first of the boxes and the true one; infinite without a box."""
+def center_distance(boxes: Sequence[Sequence[float]], true: Sequence[float]) -> float:
+    """Distance between the centers of the first of the boxes and the true one; infinite without a box."""
     if not boxes:
         return math.inf
     (x, y), (true_x, true_y) = (((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for b in (boxes[0], true))

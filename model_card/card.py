@@ -19,7 +19,7 @@ def read_part(part: str | Path) -> dict[str, Any]:
 
     Returns:
         `base_model`: the ids to name as a base: the part's own, or those that the card of a folder names; and the fields of
-        its licence as far as the card states them.
+        its license as far as the card states them.
     """
     is_folder = Path(part).is_dir()
     try:
@@ -50,8 +50,8 @@ def write_model_card(
         origin: how the weights came to be: `"converted"`, `"assembled"` or `"trained"`.
         name: heading of the card; "MF-RSVLM" if `None`.
         evidence: Markdown on what the weights were trained on and how well they do, for the top of the card.
-        parts: what the weights were made from: a name for each, and its folder or Hub id. Base models and licence come from
-            their cards. The licence is left out unless all of them state the same one; the card lists them all.
+        parts: what the weights were made from: a name for each, and its folder or Hub id. Base models and license come from
+            their cards. The license is left out unless all of them state the same one; the card lists them all.
         **details: further fields of `ModelCardData` (`datasets`, `license`, `eval_results`, ...); they win over the parts'.
     """
     facts = {part: read_part(source) for part, source in (parts or {}).items() if source}

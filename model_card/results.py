@@ -24,7 +24,7 @@ def update_card(folder: str | Path, summaries: Sequence[Any], model: str | None 
         folder: the model folder.
         summaries: what `mfrsvlm.evaluation.report.read_summaries` returns.
         model: the model's name in the summaries, and in a card that has none yet. `None`: the name of the folder, with or
-            without an organisation before it.
+            without an organization before it.
 
     Returns:
         The results that were written.

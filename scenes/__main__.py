@@ -18,7 +18,7 @@ from .questions import TASKS
 def main(arguments: list[str] | None = None) -> int:
     parser = ArgumentParser(prog="mfrsvlm scenes", description=__doc__.splitlines()[0])
     parser.add_argument("out", nargs="?", type=Path, help="folder to write images and questions to; must not hold anything")
-    parser.add_argument("--contact-sheet", type=Path, metavar="PATH", help="draw one labelled picture instead")
+    parser.add_argument("--contact-sheet", type=Path, metavar="PATH", help="draw one labeled picture instead")
     parser.add_argument("--split", choices=SPLITS, default="train", help="splits share no scene (default: %(default)s)")
     parser.add_argument("--count", type=int, default=1000, help="number of scenes (default: %(default)s)")
     parser.add_argument("--size", type=int, default=512, help="side of the images, pixels (default: %(default)s)")

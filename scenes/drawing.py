@@ -35,14 +35,14 @@ CLASSES = {
 SPLITS = {"train": 0, "validation": 10_000_000, "test": 20_000_000, "demo": 30_000_000}
 SCENES_PER_SPLIT = 10_000_000
 
-Colour = tuple[float, float, float]
+Color = tuple[float, float, float]
 GRASS, SOIL, SAND, WATER = (104, 122, 76), (150, 128, 96), (206, 188, 148), (52, 84, 108)
 CROWN, ASPHALT, CONCRETE = (56, 82, 48), (98, 98, 100), (158, 156, 150)
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One countable object: kind, centre, length of the longer side, heading in degrees, and a tint in [0, 1)."""
+    """One countable object: kind, center, length of the longer side, heading in degrees, and a tint in [0, 1)."""
 
     kind: str
     x: float
@@ -180,8 +180,8 @@ def _place(
     return placed
 
 
-def _parts(item: SceneObject) -> list[tuple[list[tuple[float, float]], Colour]]:
-    """Outlines of an object, in units of its length, heading along +x, each with its colour; the first is the largest."""
+def _parts(item: SceneObject) -> list[tuple[list[tuple[float, float]], Color]]:
+    """Outlines of an object, in units of its length, heading along +x, each with its color; the first is the largest."""
     white = 218 + 30 * item.tint
     if item.kind == "ship":
         hull = [(-0.5, -0.19), (0.22, -0.19), (0.5, 0.0), (0.22, 0.19), (-0.5, 0.19)]
@@ -232,7 +232,7 @@ def draw(scene: Scene, look: int = 0) -> Image.Image:
     for item in scene.objects:
         _draw_object(picture, item)
 
-    # Looks of the day: light, colour cast, haze and sensor noise. None of them carries any truth.
+    # Looks of the day: light, color cast, haze and sensor noise. None of them carries any truth.
     if look:
         rng = np.random.default_rng([scene.seed, 6, look])
     pixels = np.asarray(picture, dtype=np.float32)
@@ -287,8 +287,8 @@ def _land(rng: np.random.Generator, scene: Scene) -> np.ndarray:
         crops = crops.mean(0) + contrast * (crops - crops.mean(0))
         return crops[_plots(rng, size, rng.uniform(60, 110) * size / 512) % 5] + 3 * coarse + 4 * fine + tint
     if name == "industrial":
-        greys = np.linspace(-26, 26, 7, dtype=np.float32)[_plots(rng, size, rng.uniform(70, 130) * size / 512) % 7]
-        return np.array(CONCRETE) - 22 + greys[..., None] + 3 * coarse + 4 * fine + tint
+        grays = np.linspace(-26, 26, 7, dtype=np.float32)[_plots(rng, size, rng.uniform(70, 130) * size / 512) % 7]
+        return np.array(CONCRETE) - 22 + grays[..., None] + 3 * coarse + 4 * fine + tint
     if name.endswith("residential"):
         gardens = np.array(GRASS) * 0.6 + np.array(CONCRETE) * 0.4
         return gardens + 5 * coarse + 11 * fine + tint
@@ -319,10 +319,10 @@ def _draw_roads(rng: np.random.Generator, picture: Image.Image, scene: Scene, sh
     turn = rng.uniform(0, np.pi)
     direction, normal = np.array([np.cos(turn), np.sin(turn)]), np.array([-np.sin(turn), np.cos(turn)])
     middle = size / 2 + rng.uniform(-0.15, 0.15, 2) * size
-    colour, marks = ASPHALT, []
+    color, marks = ASPHALT, []
 
-    def street(centre: np.ndarray, heading: np.ndarray, width: float, length: float = 2.0) -> None:
-        ends = (*(centre - heading * size * length / 2), *(centre + heading * size * length / 2))
+    def street(center: np.ndarray, heading: np.ndarray, width: float, length: float = 2.0) -> None:
+        ends = (*(center - heading * size * length / 2), *(center + heading * size * length / 2))
         pen.line(ends, fill=255, width=max(1, round(width * unit)))
 
     if name.endswith("residential"):
@@ -337,7 +337,7 @@ def _draw_roads(rng: np.random.Generator, picture: Image.Image, scene: Scene, sh
         street(middle, normal if rng.random() < 0.5 else direction, 18)
         marks = [middle]
     elif name == "airport":
-        colour = (124, 124, 126)
+        color = (124, 124, 126)
         street(middle, direction, 46, 1.1)
         street(middle + 90 * unit * normal, direction, 16, 0.9)
         marks = [middle]
@@ -345,11 +345,11 @@ def _draw_roads(rng: np.random.Generator, picture: Image.Image, scene: Scene, sh
         street(middle, direction, rng.uniform(4, 9))
     if shore is not None:
         layer = Image.fromarray(np.where(shore > 0, np.asarray(layer), 0).astype(np.uint8))
-    picture.paste(tuple(int(value + rng.uniform(-8, 8)) for value in colour), mask=layer)
+    picture.paste(tuple(int(value + rng.uniform(-8, 8)) for value in color), mask=layer)
     pen = ImageDraw.Draw(picture)
-    for centre in marks:
+    for center in marks:
         for k in range(-12, 13):
-            start, end = centre + direction * (40 * k) * unit, centre + direction * (40 * k + 14) * unit
+            start, end = center + direction * (40 * k) * unit, center + direction * (40 * k + 14) * unit
             pen.line((*start, *end), fill=(196, 196, 190), width=max(1, round(2 * unit)))
 
 
@@ -362,11 +362,9 @@ def _draw_clutter(rng: np.random.Generator, picture: Image.Image, shore: np.ndar
         radius = rng.uniform(2, 6) * size / 512
         wet = shore is not None and shore[int(y), int(x)] < 0
         tone = rng.uniform(-12, 12)
-        colour = (96, 122, 140) if wet else CROWN if rng.random() < 0.7 else (128, 120, 110)
+        color = (96, 122, 140) if wet else CROWN if rng.random() < 0.7 else (128, 120, 110)
         flat = rng.uniform(0.5, 1)
-        pen.ellipse(
-            (x - radius, y - flat * radius, x + radius, y + flat * radius), fill=tuple(int(c + tone) for c in colour)
-        )
+        pen.ellipse((x - radius, y - flat * radius, x + radius, y + flat * radius), fill=tuple(int(c + tone) for c in color))
 
 
 def _draw_object(picture: Image.Image, item: SceneObject) -> None:
@@ -376,11 +374,11 @@ def _draw_object(picture: Image.Image, item: SceneObject) -> None:
     patch = picture.crop((left, top, left + 2 * margin, top + 2 * margin))
     patch = patch.resize((patch.width * fine, patch.height * fine), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(patch)
-    parts = [(item._turned(outline) - (left, top), colour) for outline, colour in _parts(item)]
+    parts = [(item._turned(outline) - (left, top), color) for outline, color in _parts(item)]
     if item.kind != "ship":
         shift = 0.12 * item.length
         for points, _ in parts[:2]:
             pen.polygon([tuple(point) for point in (points + shift) * fine], fill=(44, 46, 44))
-    for points, colour in parts:
-        pen.polygon([tuple(point) for point in points * fine], fill=tuple(int(value) for value in colour))
+    for points, color in parts:
+        pen.polygon([tuple(point) for point in points * fine], fill=tuple(int(value) for value in color))
     picture.paste(patch.reduce(fine), (left, top))

@@ -43,7 +43,7 @@ from .arguments import assemble_parser
 
 
 # What is new in a new model. Of a tower: its pooler, which is never read, and the norms that transformers puts after the
-# stages of a backbone, which a classifier lacks; new, they only normalise.
+# stages of a backbone, which a classifier lacks; new, they only normalize.
 UNTRAINED = r"model\.(injectors|multi_modal_projector|stage_projections|visual_position_embedding)\."
 UNTRAINED_TOWER = r"(.*\.)?(pooler|hidden_states_norms)\."
 

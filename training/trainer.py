@@ -115,7 +115,7 @@ class MFRSVLMTrainingArguments(TrainingArguments):
     """Arguments of the `Trainer`, and freezing and learning rates of the parts.
 
     The parts are the vision tower, the projector (with the stage projections and position embeddings of a backbone), the
-    injectors, and the decoder (with its embeddings and the language modelling head).
+    injectors, and the decoder (with its embeddings and the language modeling head).
     """
 
     freeze_vision_tower: bool = field(default=False, metadata={"help": "Leave the vision tower as it is."})

@@ -182,7 +182,7 @@ def _read_yolo(root: Path) -> list[ImageObjects]:
                 raise BenchmarkError(f"{path}, row {number}: class {index!r} is none of the {len(names)} names of {root}.")
             if not all(-0.01 <= value <= 1.01 for value in numbers):
                 raise BenchmarkError(f"{path}, row {number}: {shorten(line)} must hold shares of the sides, from 0 to 1.")
-            if len(numbers) == 4:  # centre and extent
+            if len(numbers) == 4:  # center and extent
                 x, y, width, height = numbers
                 numbers = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
             pixels = tuple(value * side for value, side in zip(numbers, item.size * (len(numbers) // 2), strict=True))

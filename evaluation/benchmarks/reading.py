@@ -222,7 +222,7 @@ def inside(box: tuple[float, ...], size: tuple[int, int], path: Path, number: in
 def likely_scale(box: Sequence[float], size: tuple[int, int]) -> str:
     """What the numbers of a box that leaves its image may mean, as a sentence."""
     if min(box) < -1:
-        return "Negative numbers are no pixels: are its numbers centre and extent, or is it of another image?"
+        return "Negative numbers are no pixels: are its numbers center and extent, or is it of another image?"
     for scale in (100, 1000):
         if max(size) < max(box) <= scale:
             return f"Its numbers fit a scale of 0 to {scale} over the sides: convert them to pixels."

@@ -24,7 +24,7 @@ class RSVQAFiles:
     def load(self, name: str, root: Path, split: str, check_counts: bool) -> Benchmark:
         """Every active question of the split with the active answer that names it; the group is the question's type.
 
-        Answers are as written: "yes", "urban", "3" or "17m2". Quantising counts and areas is left to the metric.
+        Answers are as written: "yes", "urban", "3" or "17m2". Quantizing counts and areas is left to the metric.
 
         Raises:
             BenchmarkError: see `reading`; or a question without an answer, an answer without a question, two answers to one

@@ -100,7 +100,7 @@ class Benchmark:
         """An image of a sample as RGB, upright as its EXIF data say.
 
         Raises:
-            BenchmarkError: there is no such image, it lies outside of `root`, it is broken, or it is not 8-bit grey or RGB:
+            BenchmarkError: there is no such image, it lies outside of `root`, it is broken, or it is not 8-bit gray or RGB:
                 how to stretch other images is not for a loader to guess. Names the file and a sample that shows it.
         """
         if self.root is None:

@@ -39,8 +39,8 @@ LISTS = {
 }
 # Lists of RSEvalKit that no metric here can score, and what they ask for.
 WITHOUT_METRIC = {
-    "gsd_dota_fbp": "metres a pixel, scored by mean absolute error",
-    "obj_meas_dota_test": "lengths in metres, scored by mean absolute error",
+    "gsd_dota_fbp": "meters a pixel, scored by mean absolute error",
+    "obj_meas_dota_test": "lengths in meters, scored by mean absolute error",
     "mlc_fbp_test": "several labels at once",
     "mlc_gid_test": "several labels at once",
     "bfv_crowdai_val": "outlines of buildings",

@@ -4,18 +4,18 @@ Example:
     >>> from mfrsvlm.evaluation.metrics import load_metric
     >>> metric = load_metric("caption_facts")
     >>> figures = metric.compute(
-    ...     predictions=["A harbour scene with 2 ships and 1 car.", "A desert scene with no objects."],
-    ...     references=[["A harbour scene with 2 ships and 3 cars."], ["A desert scene with no objects."]],
-    ...     class_names=["harbour", "desert"],
+    ...     predictions=["A harbor scene with 2 ships and 1 car.", "A desert scene with no objects."],
+    ...     references=[["A harbor scene with 2 ships and 3 cars."], ["A desert scene with no objects."]],
+    ...     class_names=["harbor", "desert"],
     ...     kinds={"ship": ["ship", "ships"], "car": ["car", "cars"]},
     ... )
     >>> round(figures["caption_facts"]["value"], 4), figures["caption_exact"]["value"]
     (0.8333, 0.5)
     >>> figures["parsed"]
-    ['1 car, 2 ship, harbour scene', 'desert scene']
+    ['1 car, 2 ship, harbor scene', 'desert scene']
 
 Limitations:
-- Facts are read from fixed forms: "harbour scene" and "2 ships". The same fact in other words is not read.
+- Facts are read from fixed forms: "harbor scene" and "2 ships". The same fact in other words is not read.
 - Words that state no fact do not count, so that any text around the facts is as good as another.
 
 Citation:
@@ -46,7 +46,7 @@ class CaptionFacts(CheckedMetric):
         Args:
             predictions: list of captions, as the model gave them.
             references: list of lists of true captions.
-            class_names: classes of scenes, which a caption states as "harbour scene".
+            class_names: classes of scenes, which a caption states as "harbor scene".
             kinds: for each kind of object, the nouns that it goes by: `{"ship": ["ship", "ships"]}`.
 
         Returns:

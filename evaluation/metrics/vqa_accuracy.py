@@ -6,7 +6,7 @@ Example:
     >>> figures = metric.compute(
     ...     predictions=["Red.", "two", "", "soccer field"],
     ...     references=[["red", "dark red"], ["2"], ["north"], ["soccer field"]],
-    ...     question_types=["colour", "quantity", "position", "category"],
+    ...     question_types=["color", "quantity", "position", "category"],
     ... )
     >>> figures["accuracy"]
     {'value': 0.5, 'low': 0.0, 'high': 1.0, 'n': 4}

@@ -286,7 +286,7 @@ def test_an_option_that_a_benchmark_does_not_take(root):
     with pytest.raises(BenchmarkError, match="rsvqa-lr takes no option classes; it takes none"):
         load("rsvqa-lr", root, classes=["urban"])
     with pytest.raises(BenchmarkError, match="scenes takes no option clases; it takes count"):
-        load_benchmark("scenes", None, clases=["harbour"])
+        load_benchmark("scenes", None, clases=["harbor"])
 
 
 # Broken rows

@@ -193,9 +193,9 @@ def test_images_that_are_not_eight_bit_rgb_are_refused(root: Path) -> None:
     Image.fromarray(np.full((4, 4), 3000, dtype=np.uint16)).save(root / "deep.png")
     with pytest.raises(BenchmarkError, match=r"deep\.png.*has mode I;16; convert it to 8-bit RGB"):
         benchmark.read_image("deep.png")
-    write_tiff(root / "colours.tif", 3, 16)
-    with pytest.raises(BenchmarkError, match=r"colours\.tif.*16 bits a sample in colour"):
-        benchmark.read_image("colours.tif")
+    write_tiff(root / "colors.tif", 3, 16)
+    with pytest.raises(BenchmarkError, match=r"colors\.tif.*16 bits a sample in color"):
+        benchmark.read_image("colors.tif")
     with pytest.raises(BenchmarkError, match=r"absent\.tif.*cannot be read"):
         benchmark.read_image("absent.tif")
 
@@ -260,7 +260,7 @@ def test_what_a_mac_writes_beside_images_is_no_image(root: Path) -> None:
     assert len(load("eurosat", root).samples) == COUNTS["eurosat"]
 
 
-def test_grey_paletted_and_transparent_images_are_converted(root: Path) -> None:
+def test_gray_paletted_and_transparent_images_are_converted(root: Path) -> None:
     benchmark = Benchmark("stand-in", "all", root, [])
     for mode in ("L", "P", "RGBA"):
         Image.new("RGB", (4, 4), (102, 102, 102)).convert(mode).save(root / "image.png")

@@ -30,7 +30,7 @@ from mfrsvlm.scenes.questions import describe
 
 FOLDER = Path(metrics.__file__).parent
 CASES = 1200
-FACTS = {"class_names": ["harbour", "desert"], "kinds": {"ship": ["ship", "ships"], "car": ["car", "cars"]}}
+FACTS = {"class_names": ["harbor", "desert"], "kinds": {"ship": ["ship", "ships"], "car": ["car", "cars"]}}
 SETTINGS = {
     "rsvqa_accuracy": {"question_types": ["presence"]},
     "captioning": {"variant": "coco_without_java"},
@@ -338,7 +338,7 @@ def test_answers_against_loops(rule):
     rng = random.Random(rule)
     answers = [random_answer(rng, WORDS) for _ in range(CASES)]
     truths = [rng.sample(WORDS, rng.randint(1, 3)) for _ in range(CASES)]
-    types = [rng.choice(["colour", "shape", "place"]) for _ in range(CASES)]
+    types = [rng.choice(["color", "shape", "place"]) for _ in range(CASES)]
     found = compute("vqa_accuracy", answers, truths, question_types=types, parsing=rule)
     scores = [float(bool(slow_classes(a, group, rule))) for a, group in zip(answers, truths, strict=True)]
     assert found["scores"] == scores and found["accuracy"]["value"] == pytest.approx(mean(scores))
@@ -716,13 +716,13 @@ def test_the_library_takes_every_file_as_it_is(name, tmp_path):
 @pytest.mark.parametrize(
     ("said", "true", "facts", "exact"),
     [
-        ("A harbour scene with 2 ships and 1 car.", "A harbour scene with 2 ships and 1 car.", 1, 1),
-        ("a harbour scene with 2 ships and 1 car", "A harbour scene with 2 ships and 1 car.", 1, 1),
-        ("In this harbour scene one sees 1 car, 2 ships", "A harbour scene with 2 ships and 1 car.", 1, 0),
-        ("A harbour scene with 3 ships and 1 car.", "A harbour scene with 2 ships and 1 car.", 2 / 3, 0),
-        ("A desert scene with 2 ships, 3 ships.", "A harbour scene with 2 ships and 1 car.", 1 / 3, 0),
-        ("2 ships", "A harbour scene with 2 ships and 1 car.", 1 / 2, 0),
-        ("A harbour with two ships", "A harbour scene with 2 ships and 1 car.", 0, 0),
+        ("A harbor scene with 2 ships and 1 car.", "A harbor scene with 2 ships and 1 car.", 1, 1),
+        ("a harbor scene with 2 ships and 1 car", "A harbor scene with 2 ships and 1 car.", 1, 1),
+        ("In this harbor scene one sees 1 car, 2 ships", "A harbor scene with 2 ships and 1 car.", 1, 0),
+        ("A harbor scene with 3 ships and 1 car.", "A harbor scene with 2 ships and 1 car.", 2 / 3, 0),
+        ("A desert scene with 2 ships, 3 ships.", "A harbor scene with 2 ships and 1 car.", 1 / 3, 0),
+        ("2 ships", "A harbor scene with 2 ships and 1 car.", 1 / 2, 0),
+        ("A harbor with two ships", "A harbor scene with 2 ships and 1 car.", 0, 0),
         ("", "A desert scene with no objects.", 0, 0),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a model folder is: every kind is recognised, loaded to the same numbers, or rejected with what to do."""
+"""What a model folder is: every kind is recognized, loaded to the same numbers, or rejected with what to do."""
 
 import json
 import shutil

@@ -315,12 +315,12 @@ def test_plain_template_labels_the_caption_only(placement, images):
     collator = ConversationCollator(processor, template="plain")
     sample = ConversationDataset([llava_row(0)], images, encode=collator.encode)[0]
     assert "Is" not in processor.tokenizer.decode(sample["input_ids"])
-    labelled = [label for label in sample["labels"] if label != -100]
+    labeled = [label for label in sample["labels"] if label != -100]
     visual, bos = [processor.image_token_id] * TOKENS, [processor.tokenizer.bos_token_id]
-    assert sample["input_ids"] == (visual + bos if placement == "prefix" else bos + visual) + labelled
-    assert processor.tokenizer.decode(labelled).strip(" ") == ANSWER + "\n"
+    assert sample["input_ids"] == (visual + bos if placement == "prefix" else bos + visual) + labeled
+    assert processor.tokenizer.decode(labeled).strip(" ") == ANSWER + "\n"
     if placement == "prefix":
-        assert labelled == processor.tokenizer(ANSWER + "\n", add_special_tokens=False).input_ids
+        assert labeled == processor.tokenizer(ANSWER + "\n", add_special_tokens=False).input_ids
     for row, reason in {"turns": turns("<image>?", "A", "B?", "C"), "image": turns("?", "A")}.items():
         rows = [{"conversations": reason, **({"image": "0.png"} if row == "turns" else {})}]
         with pytest.raises(BadRow, match=row):

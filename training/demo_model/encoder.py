@@ -1,7 +1,7 @@
 """Trains a vision encoder to predict what stands in every token, before any language.
 
 A decoder learns nothing from an encoder that cannot tell a car from a bush. Each visual token of a crop predicts how many
-objects of each kind have their centre in it, the box of one of them, and its own row and column. All tokens together predict
+objects of each kind have their center in it, the box of one of them, and its own row and column. All tokens together predict
 the class of the scene. The encoder is kept; the heads are not part of the model.
 """
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 CROPS = ((0.4, 128, 128), (0.3, CANVAS, VIEW), (0.15, 64, 64), (0.15, 64, 128))
 # Weights of the losses of the heads.
 LOSS_WEIGHT = {"presence": 1.0, "count": 1.0, "box": 4.0, "class": 0.5, "place": 0.2}
-CHANNELS = 6  # a kind's outputs for a token: presence, count, and centre x, y, width, height in tokens
+CHANNELS = 6  # a kind's outputs for a token: presence, count, and center x, y, width, height in tokens
 
 
 class TokenHeads(nn.Module):
@@ -49,7 +49,7 @@ class TokenHeads(nn.Module):
 
 
 def object_table(scene: Scene) -> np.ndarray:
-    """(objects, 5): kind, centre x, y, width and height in pixels of the canvas."""
+    """(objects, 5): kind, center x, y, width and height in pixels of the canvas."""
     scale = CANVAS / SCENE_SIZE
     rows = []
     for item in scene.objects:

@@ -139,7 +139,7 @@ class Guidance(nn.Module):
             seen = seen + sum(LOSS_WEIGHT[name] * value for name, value in parts.items())
         if not len(of):
             return {name: seen if name == "seen" else torch.zeros((), device=device) for name in GUIDANCE_WEIGHT}
-        held = tokens[of, :, kinds, 1]  # (n, T): how many of the noun's objects have their centre in each visual token
+        held = tokens[of, :, kinds, 1]  # (n, T): how many of the noun's objects have their center in each visual token
         states = heard[READ_LAYER][0][noun_rows, positions]  # (n, D)
         result = {
             "seen": seen,

@@ -103,5 +103,5 @@ def canvas_and_view(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
 
 
 def to_pixels(images: np.ndarray) -> torch.Tensor:
-    """(n, h, w, 3) uint8 to (n, 3, h, w) float32 in [-1, 1], as the image processor normalises."""
+    """(n, h, w, 3) uint8 to (n, 3, h, w) float32 in [-1, 1], as the image processor normalizes."""
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
