@@ -282,7 +282,7 @@ def convert_released(
     from .model_card.card import write_model_card
 
     content = read_json(source / "config.json")
-    if kind_of(content) == "whole":
+    if kind_of(content) == "full":
         raise ConversionError(f"{source} is a model folder of this package already: it needs no conversion.")
     refuse_variants(source, content)
     tokenizer = read_tokenizer(source)

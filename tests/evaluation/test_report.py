@@ -529,20 +529,20 @@ def test_results_of_others_and_of_other_benchmarks_are_kept(run, card):
 )
 def test_a_run_on_a_part_is_rejected_by_name(run, card, change, named):
     before = (card / "README.md").read_bytes()
-    with pytest.raises(CardError, match=rf"whole splits.*org/tiny on aid, test, protocol strict, image, {named}"):
+    with pytest.raises(CardError, match=rf"full splits.*org/tiny on aid, test, protocol strict, image, {named}"):
         update_card(card, read_summaries([run("whole"), run("part", benchmark="aid", **change)]))
     assert (card / "README.md").read_bytes() == before
 
 
 def test_a_card_gets_the_results_of_its_own_model(run, card, tmp_path):
     other = run("other", model={"name": "org/big"})
-    with pytest.raises(CardError, match=r"no run of tiny on images, but of org/big\."):
+    with pytest.raises(CardError, match=r"no run of tiny with images, but of org/big\."):
         update_card(card, read_summaries([other, run("blind", mode="blind")]))
     assert update_card(card, read_summaries([other]), model="org/big")
     revisions = [run("a", model={"revision": "a"}), run("b", model={"revision": "b"}, benchmark="aid")]
-    with pytest.raises(CardError, match="one model with one set of weights"):
+    with pytest.raises(CardError, match="one model with the same weights"):
         update_card(card, read_summaries(revisions))
-    with pytest.raises(CardError, match=r"holds no README\.md"):
+    with pytest.raises(CardError, match=r"has no README\.md"):
         update_card(tmp_path, read_summaries([other]))
 
 
