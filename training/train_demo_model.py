@@ -225,16 +225,16 @@ def evidence(
     sources = [f"{options.scenes} synthetic scenes (`mfrsvlm.scenes`)"] if options.scenes else []
     sources += [f"the rows of `{Path(options.train_file).name}`"] if options.train_file else []
     text = f"""\
-**A demonstration, not a product.** It was trained from random weights on {" and ".join(sources)}, to show on a CPU that
+**This model is a demonstration.** It was trained from random weights on {" and ".join(sources)}, to show on a CPU that
 every part works."""
     if figures:
         text += f"""
 
-The table shows accuracy in per cent on held-out synthetic scenes (`{PROTOCOL}` protocol, greedy decoding). Objects
-are {low:g} to {high:g} pixels long on the canvas of {CANVAS}, half of that in the global view. A box counts if its
-intersection over union with the true box is at least 0.5. A caption counts if it is exact; *caption facts* is the F1
-score of its facts. *Blind* is the same model without the image. *Majority* always gives the most frequent answer to a
-kind of question.
+The table reports accuracy in per cent on held-out synthetic scenes (`{PROTOCOL}` protocol, greedy decoding). Objects
+are {low:g} to {high:g} pixels long on the canvas of {CANVAS}, half of that in the global view. A box is correct if its
+intersection over union with the true box is at least 0.5. A caption is correct if it is exact; *caption facts* is the F1
+score of its facts. *Blind* is the same model without the image. *Majority* always predicts the most frequent answer to
+a kind of question.
 {above_majority(figures)}
 
 | task | accuracy | 95 % interval | n | blind | majority |
@@ -249,14 +249,14 @@ kind of question.
     threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
     trained = "Then encoder and decoder were trained together" if options.train_encoder else "Then the decoder was trained"
     guided = (
-        "\nBeside the answers, it was taught which visual tokens hold the objects that a question names; the heads of these"
-        " losses\nare not part of the model (`training/demo_model/guidance.py`)."
+        "\nAuxiliary losses taught it which visual tokens contain the objects that a question names. The heads of these"
+        "\nlosses are not part of the model (`training/demo_model/guidance.py`)."
         if args.guidance
         else ""
     )
     return f"""{text}
 
-First the encoder was trained to predict what stands in each token. {trained} to answer.{guided} Made by
+First the encoder was trained to predict the objects in each token. {trained} to answer.{guided} The command was
 
 `python -m mfrsvlm.training.train_demo_model training/configs/demo_model.yaml` with max_steps={args.max_steps},
 scenes={options.scenes}, encoder_steps={options.encoder_steps} and seed={args.seed}, on {threads} thread(s) of
