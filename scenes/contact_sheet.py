@@ -1,4 +1,4 @@
-"""One labeled picture with a scene of each class, boxes around the objects, and a pair before and after a change."""
+"""One labeled image with a scene of each class, boxes around the objects, and a pair of images of a change."""
 
 from collections.abc import Iterable, Iterator
 from itertools import count, islice
@@ -15,7 +15,7 @@ BOX_COLORS = {"ship": "cyan", "aircraft": "yellow", "car": "magenta", "tank": "l
 
 
 def contact_sheet() -> Image.Image:
-    """Scenes of the demo split, which no training or evaluation uses."""
+    """The contact sheet, from scenes of the demo split, which training and evaluation do not use."""
     scenes = {scene.scene_class: scene for scene in islice(_demo_scenes(), 15 * len(CLASSES))}
     cells = [(name, _boxed(scenes[name], scenes[name].objects)) for name in CLASSES]
     before, after, changed, answer = _change_pair()
@@ -36,7 +36,7 @@ def _demo_scenes() -> Iterator[Scene]:
 
 
 def _change_pair() -> tuple[Scene, Scene, list[SceneObject], str]:
-    """The first demo scene in which two or more objects appear: before, after, the objects, and the answer."""
+    """The first demo scene in which two or more objects appear: scene before, scene after, new objects, and answer."""
     pairs = ((scene, *plan_change(scene, OBJECT_PIXELS)) for scene in _demo_scenes())
     before, after, kind, change = next(pair for pair in pairs if pair[3] > 1)
     return before, after, [item for item in after.objects if item not in before.objects], ask_change(kind, change).answer
@@ -52,7 +52,7 @@ def _boxed(scene: Scene, objects: Iterable[SceneObject]) -> Image.Image:
 
 
 def _legend(answer: str) -> Image.Image:
-    """What the colors mean, and what is asked and answered about the pair before and after."""
+    """The colors of the kinds, and the answer about the pair of images."""
     picture = Image.new("RGB", (SIDE, SIDE), (60, 64, 68))
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=15)
     for index, kind in enumerate(KINDS):
