@@ -127,13 +127,13 @@ def lines(path):
 
 
 def test_missing_truncated_and_foreign_summaries_are_named(run, tmp_path):
-    with pytest.raises(ReportError, match=r"nothing-here holds no summary\.json"):
+    with pytest.raises(ReportError, match=r"nothing-here has no summary\.json"):
         read_summaries([tmp_path / "nothing-here"])
     folder = run()
     path = folder / "summary.json"
     text = path.read_text()
     path.write_text(text[:200])
-    with pytest.raises(ReportError, match=r"so run it again: .*run/summary\.json is not JSON"):
+    with pytest.raises(ReportError, match=r"Repeat the run: .*run/summary\.json is not JSON"):
         read_summaries([folder])
     path.write_text(text.replace('"format": 2', '"format": 1'))
     with pytest.raises(ReportError, match="has format 1, not 2"):
@@ -158,7 +158,7 @@ def test_a_missing_field_is_named(run, field):
 
 def test_a_run_is_given_once(run):
     first, second = run("one"), run("two")
-    with pytest.raises(ReportError, match=r"given twice.*org/tiny on rsvqa-lr, test, protocol strict, image, .*one; .*two"):
+    with pytest.raises(ReportError, match=r"listed twice.*org/tiny on rsvqa-lr, test, protocol strict, image, .*one; .*two"):
         read_summaries([first, second])
     others = [run("blind", mode="blind"), run("split", split="validation"), run("protocol", protocol="geochat")]
     others += [run("model", model={"name": "org/other"}), run("revision", model={"revision": "0123456789"})]
