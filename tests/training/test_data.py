@@ -341,10 +341,10 @@ def test_truncation_cuts_text_only_and_from_the_end(placement, max_length, image
     text = [(i, label) for i, label in zip(whole["input_ids"], whole["labels"], strict=True) if i != image]
     room = max_length - 2 * TOKENS
     if room < 1:
-        with pytest.raises(BadRow, match="images alone take 32 tokens"):
+        with pytest.raises(BadRow, match="images alone have 32 tokens"):
             dataset[0]
     elif all(label == -100 for _, label in text[:room]):
-        with pytest.raises(BadRow, match="no token of an answer"):
+        with pytest.raises(BadRow, match="truncates all answers"):
             dataset[0]
     else:
         cut = dataset[0]
