@@ -459,9 +459,7 @@ def test_folders_that_are_wrong(root: Path) -> None:
     with pytest.raises(BenchmarkError, match="are both of class 'airport'"):
         load("aid", root)
     (root / "airport_").rename(root / "Volcano")
-    with pytest.raises(
-        BenchmarkError, match=r"Volcano has images but is none of the classes airport, .* another data set"
-    ):
+    with pytest.raises(BenchmarkError, match=r"Volcano has images but is none of the classes airport, .* another data set"):
         load("aid", root)
 
 

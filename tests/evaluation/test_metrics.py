@@ -181,7 +181,7 @@ def test_samples_can_be_added_one_by_one():
 
 
 def test_there_is_no_other_metric():
-    with pytest.raises(ValueError, match="Unknown metric 'luck'. Metrics are caption_facts, captioning, "):
+    with pytest.raises(ValueError, match=r"Unknown metric 'luck'\. Metrics are caption_facts, captioning, "):
         load_metric("luck")
 
 
