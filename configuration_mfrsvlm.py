@@ -1,7 +1,7 @@
-"""Configuration of MF-RSVLM: every number of the architecture, validated. No torch in this module.
+"""Configuration of MF-RSVLM: all parameters of the architecture, validated. This module does not import torch.
 
-The processor and the model share one piece of geometry, the table of sliding windows, which is computed here
-(`window_table`) so that the two can never disagree about how pixels are packed.
+The processor and the model share the geometry of the sliding windows, which is computed here (`window_table`). Both
+therefore agree on the packing of pixels.
 """
 
 import math
@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 
-# A number that may be left out and is then derived from the parts. To a reader of the config it is never None.
+# A number that is derived from the parts if it is not given. It is never None after initialization.
 if TYPE_CHECKING:
     Derived = Any
 else:
@@ -146,15 +146,15 @@ class MFRSVLMConfig(PreTrainedConfig):
             are projected to it (1024 by default).
         projector_hidden_act: activation between the two layers of the projector.
         multimodal_projector_bias: whether the layers of the projector have biases.
-        visual_position_embeddings: whether a learned embedding tells every visual token where it lies in the global view,
-            after the projector. For backbones: unlike the tokens of a ViT, their features hardly say it.
+        visual_position_embeddings: whether a learned embedding of the position in the global view is added to every visual
+            token, after the projector. For backbones, whose features contain little position information.
         canvas_scale: side of the canvas in global views.
         window_sizes: sides of the sliding windows, pixels, one scale each. Empty: no windows, global view only.
         window_overlap: share of a window that its neighbor covers again.
         window_encoding: `"native"`: windows are encoded at their own size, with interpolated positions; `"resize"`:
             resized to `image_size` first, and their features pooled (the published model).
         window_weighting: how overlapping windows are blended: `"hann"` is the symmetric Hann window of the published
-            model, whose edge weights are zero, so that the outermost ring of the canvas carries nothing;
+            model, whose edge weights are zero, so that the features of the outermost ring of the canvas are zero;
             `"hann_nonzero"` is the same curve shifted by half a token, positive everywhere.
         window_chunk_size: windows encoded in one pass of the encoder, which bounds peak memory. `None`: all at once
             (under ZeRO-3 or FSDP every rank must make the same number of passes).

@@ -1,4 +1,4 @@
-"""Processor of MF-RSVLM: prompts to ids with image placeholders, and their images to pixels."""
+"""Processor of MF-RSVLM: converts prompts to ids with image placeholders, and images to pixels."""
 
 import bisect
 import math
@@ -46,8 +46,8 @@ def parse_boxes(text: str, box_scale: float = 1000) -> list[tuple[float, float, 
 def make_chat_template(tokenizer: Any) -> str:
     """The chat template of this package for a tokenizer.
 
-    It writes the beginning-of-sequence token if the tokenizer puts one before a text: trainers and servers tokenize what a
-    template wrote without adding any.
+    It writes the beginning-of-sequence token if the tokenizer adds one, since trainers and servers tokenize rendered
+    templates without adding special tokens.
 
     Raises:
         ValueError: no way to write the token gives the ids that the tokenizer itself gives.
@@ -58,7 +58,7 @@ def make_chat_template(tokenizer: Any) -> str:
     expected = tokenizer(start)["input_ids"]
     if tokenizer.bos_token is None or expected[:1] != [tokenizer.bos_token_id]:
         return rest
-    # After a special token some tokenizers take a word for the inside of a text: a space makes it the beginning again.
+    # Some tokenizers encode a word after a special token as inside of a text. A space avoids this.
     for space, opening in {"": bos, " ": '{{- bos_token + " " -}}'}.items():
         if tokenizer(tokenizer.bos_token + space + start, add_special_tokens=False)["input_ids"] == expected:
             return f"{opening}\n{rest}"
