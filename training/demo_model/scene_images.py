@@ -1,4 +1,4 @@
-"""Scenes that are drawn once and kept on disk at the two sizes that the model sees: the canvas and the global view.
+"""Scenes that are drawn once and cached on disk at the two input sizes of the model: the canvas and the global view.
 
 Training needs every scene many times, and drawing one costs more than encoding it.
 """
