@@ -82,7 +82,7 @@ def window_table(
 
     Args:
         image_size: side of the global view, pixels.
-        patch_size: side of the pixel square that one visual token stands for.
+        patch_size: side of the square of pixels of one visual token.
         canvas_scale: side of the canvas in global views; the canvas has `canvas_scale * image_size` pixels a side.
         window_sizes: sides of the windows, pixels, one scale each, in the order in which they are packed.
         window_overlap: share of a window that its neighbor covers again, in [0, 1). The stride is the rest, rounded
@@ -138,7 +138,7 @@ class MFRSVLMConfig(PreTrainedConfig):
         text_config: decoder: any model type of `AutoModel` whose model has a list of `layers`.
         image_token_id: id of the `<image>` placeholder, one row of the decoder's embedding. Defaults to the last row.
         image_size: side of the global view, pixels. Defaults to a ViT's own, to 336 for a hierarchical backbone.
-        patch_size: side of the square that one visual token stands for, pixels. Defaults to a ViT's own, to 14 for a
+        patch_size: side of the square of one visual token, pixels. Defaults to a ViT's own, to 14 for a
             hierarchical backbone. The global view gives `(image_size // patch_size) ** 2` visual tokens.
         vision_feature_layer: which encoder output gives the visual tokens. Index into the hidden states of a ViT (0 is
             the embedding, -1 the last layer) or into the stages of a backbone (0 is the stem, 1 the first stage).
@@ -385,7 +385,7 @@ def _check_ascending(name: str, values: Sequence[int], low: int, high: int, what
         raise ValueError(f"{name}={values} is out of range: {what} are {low} to {high}.")
 
 
-# Saving an object of this class writes its code beside it, so a derived checkpoint loads with `trust_remote_code=True`.
+# Saving an object of this class also saves its code, so a derived checkpoint loads with `trust_remote_code=True`.
 # (Registering with the Auto classes is something else: an installed package would then win over the code on the Hub.)
 MFRSVLMConfig.register_for_auto_class()
 

@@ -136,7 +136,7 @@ def load_model(config: MFRSVLMConfig, state: dict[str, torch.Tensor], new: str =
     options = {"dtype": config.dtype, "ignore_mismatched_sizes": True, "output_loading_info": True}
     with explained("These parts make no model"), contextlib.ExitStack() as stack:
         stack.callback(logging.set_verbosity, logging.get_verbosity())
-        logging.set_verbosity_error()  # else the library prints what is said below as a table
+        logging.set_verbosity_error()  # the library also prints the errors below, as a table
         model, info = MFRSVLMForConditionalGeneration.from_pretrained(None, config=config, state_dict=state, **options)
     for name in sorted(info["unexpected_keys"]):
         raise ConversionError(f"{name} has no place in the model: does config.json belong to this checkpoint?")
@@ -387,7 +387,7 @@ def run(command: Callable[..., None], options: dict[str, Any]) -> int:
     """Runs a command that writes `options["output"]`, and returns the exit status. Errors go to stderr in one line."""
     try:
         command(**options)
-    except (ConversionError, OSError, SafetensorError) as error:  # the last two: a full disk, a folder that is not ours
+    except (ConversionError, OSError, SafetensorError) as error:  # the last two: full disk, no permission
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

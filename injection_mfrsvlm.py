@@ -370,7 +370,7 @@ class MFRSVLMCrossAttentionInjector(GradientCheckpointingLayer):
 
 
 def with_detail_cache(cache: Cache) -> EncoderDecoderCache:
-    """Puts a cache for the detail tokens beside a decoder's cache, which cannot take extra layers itself.
+    """Combines a decoder's cache, which cannot take extra layers, with a cache for the detail tokens.
 
     Raises:
         ValueError: the decoder's cache is in use already, so the detail tokens of its images are lost.

@@ -182,10 +182,10 @@ class MFRSVLMProcessor(ProcessorMixin):
             texts: one generated text per image, decoded.
             image_sizes: (height, width) of each original image: pairs, or a tensor (N, 2). Note that `PIL.Image.size` is
                 the other way round.
-            box_scale: the number in a text that stands for the right and the lower edge.
+            box_scale: value of the right and lower edge in a text.
             padded: whether the texts speak of the image padded to a square, as the image processor pads it with `do_pad`,
                 or of the image itself. It depends on the data the model was trained with. The padding is taken off, and
-                boxes are clipped to the image; those wholly beside it are left out.
+                boxes are clipped to the image. Boxes in the padding are left out.
 
         Returns:
             For each text a float32 tensor (n, 4), one row (x_min, y_min, x_max, y_max) per box in the order of the text,

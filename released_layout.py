@@ -218,7 +218,7 @@ def make_config(vision_config: Any, text_config: Any, dtype: Any, **fields: Any)
 
 def read_tokenizer(source: Path) -> LlamaTokenizer:
     """The tokenizer of a released checkpoint, which splits the words after a special token as its `legacy` flag says."""
-    if not (source / "tokenizer.model").is_file():  # LlamaTokenizer would make an empty one without a word
+    if not (source / "tokenizer.model").is_file():  # LlamaTokenizer would silently make an empty one
         raise ConversionError(f"{source / 'tokenizer.model'} is missing: copy it from the base language model.")
     path = source / "tokenizer_config.json"
     legacy = read_json(path).get("legacy") if path.is_file() else None

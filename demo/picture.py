@@ -1,4 +1,4 @@
-"""Draws an image with boxes beside questions and answers."""
+"""Draws an image with boxes, questions and answers."""
 
 from PIL import Image, ImageDraw, ImageFont
 

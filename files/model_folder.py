@@ -142,7 +142,7 @@ def load_processor(
             return load_processor(_base_of(folder, base_model), trust_remote_code=trust_remote_code)
     place = folder.source
     if folder.is_checkpoint and not has_own:
-        place = str(Path(place).parent)  # some trainers save the processor only beside their checkpoints
+        place = str(Path(place).parent)  # some trainers save the processor only in the parent folder
     if folder.kind == "other" or trust_remote_code:
         return AutoProcessor.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
     return MFRSVLMProcessor.from_pretrained(place, revision=revision)

@@ -155,7 +155,7 @@ def test_what_is_not_there_is_named(line, message, tmp_path, capsys):
 def test_a_count_mismatch_is_an_error_unless_it_is_allowed(model, data, tmp_path, capsys):
     line = ["--model", model, "--benchmark", "rsvqa-lr", "--data", data["rsvqa-lr"], "--output", tmp_path / "out"]
     assert command(*line) == 2
-    assert "holds 4 samples, not the published 10004" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "has 4 samples, not the published 10004" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_model_that_is_not_there_is_named(data, tmp_path, capsys):

@@ -130,7 +130,7 @@ def test_a_finished_training_is_not_trained_again(starts, data, tmp_path, caplog
     logging.getLogger("mfrsvlm").propagate = True
     with caplog.at_level(logging.INFO, "mfrsvlm"):
         assert main([config, "--resume_from_checkpoint", "last"]) is None
-    assert any("Nothing to do: this training ended" in record.message for record in caplog.records)
+    assert any("Nothing to do: training ended" in record.message for record in caplog.records)
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
     # The result was not saved, or more is asked for.
     (tmp_path / "run" / "train_results.json").unlink()

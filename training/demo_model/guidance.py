@@ -28,7 +28,7 @@ from .scene_images import CANVAS
 ATTENTION_LAYERS, READ_LAYER = (1, 2), 3  # of six
 NUM_COUNTS = 10
 BINS = 16  # along each side of the image
-# Weights of the losses, beside that of the answers.
+# Weights of the losses; the loss of the answers has weight 1.
 GUIDANCE_WEIGHT = {"seen": 0.25, "attention": 0.25, "counted": 0.5, "placed": 0.5, "boxed": 0.5}
 
 
