@@ -385,7 +385,7 @@ def test_run_killed_while_saving_goes_on_from_the_last_whole_checkpoint(whole_ru
     assert result.returncode == -signal.SIGKILL, result.stderr[-2000:]
     run = tmp_path / "run"
     assert sorted(path.name for path in run.iterdir() if path.is_dir()) == ["_unfinished", "checkpoint-3"]
-    with pytest.raises(ValueError, match=r"holds checkpoints of another run .*checkpoint-3"):
+    with pytest.raises(ValueError, match=r"contains checkpoints of another run .*checkpoint-3"):
         main([str(config), "--overwrite_output_dir"])
     trainer = main([str(config), "--resume_from_checkpoint", "last"])
     assert trainer.state.global_step == 12
@@ -493,7 +493,7 @@ def test_values_are_checked_and_the_command_line_goes_first(tmp_path):
         "learning_rate: fast": "learning_rate.*invalid float value: 'fast'",
         "on_bad_row: ignore": "invalid choice: 'ignore'",
         "a: [": "not YAML",
-        "- 1": "holds a list",
+        "- 1": "contains a list",
     }.items():
         path.write_text(text)
         with pytest.raises(ValueError, match=reason):

@@ -117,7 +117,7 @@ def test_other_models_and_the_released_layout_are_rejected_in_a_line(starts, dat
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "llava"}')
     (tmp_path / "other" / "model.safetensors").touch()
-    with pytest.raises(SettingsError, match="is a llava, and only an MF-RSVLM"):
+    with pytest.raises(SettingsError, match="is a llava, but only an MF-RSVLM"):
         main([write_config(tmp_path / "other", data, tmp_path)])
     assert run([write_config(tmp_path / "none", data, tmp_path)]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {tmp_path / 'none'} is no folder")
@@ -160,7 +160,7 @@ def test_a_finished_training_is_not_trained_again(starts, data, tmp_path, caplog
     logging.getLogger("mfrsvlm").propagate = True
     with caplog.at_level(logging.INFO, "mfrsvlm"):
         assert main([config, "--resume_from_checkpoint", "last"]) is None
-    assert any("Nothing to do: this training ended" in record.message for record in caplog.records)
+    assert any("Nothing to do: training ended" in record.message for record in caplog.records)
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
     # The result was not saved, or more is asked for.
     (tmp_path / "run" / "train_results.json").unlink()
