@@ -625,7 +625,7 @@ def test_files_of_the_folder_and_content_are_opened(folder):
         ({"type": "image_url", "image_url": {"url": "http://example.com/a.png"}}, "address"),
         ("missing.png", "no file"),
         ("s3://bucket/a.png", "no file"),
-        ("images", "no file"),
+        ("images", "it is a folder: name one of its files"),
         ("iVBORw0KGgo=", "no file"),
         ("a\0b", "cannot open image"),
     ],

@@ -96,7 +96,7 @@ def test_a_folder_with_several_kinds_of_annotations(root):
     (root / "labels").mkdir()
     (root / "labels" / "a.txt").write_text("0 0.5 0.5 0.1 0.1\n")
     (root / "classes.txt").write_text("car\n")
-    with pytest.raises(BenchmarkError, match=r"several formats of annotations: yolo, voc\. Set annotations='yolo'"):
+    with pytest.raises(BenchmarkError, match=r"annotations in several formats: yolo, voc\. Set annotations='yolo'"):
         facts(root)
     assert ("a.jpg", "ship") in facts(root, annotations="voc")[0]
     assert facts(root, annotations="yolo")[0] == {("a.jpg", "car"): ("1",)}

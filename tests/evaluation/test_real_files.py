@@ -231,6 +231,6 @@ def test_trees(annotation, counts, real, tmp_path):
 
 
 def test_all_trees_in_one_folder_are_of_two_kinds(real):
-    with pytest.raises(BenchmarkError, match="several formats of annotations: voc, csv"):
+    with pytest.raises(BenchmarkError, match="annotations in several formats: voc, csv"):
         load_benchmark("detection-counting", real / "trees")
     assert len(load_benchmark("detection-counting", real / "trees", annotations="voc").samples) == 3

@@ -230,7 +230,7 @@ def test_a_file_that_cannot_be_read_always_fails(tmp_path):
 def test_a_bad_line_of_jsonl_is_named_by_its_number(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n" + json.dumps({"conversations": turns("Hi?", "Yes.")}) + "\n{oops\n")
-    with pytest.raises(BadRow, match=r"rows.jsonl, line 3: it is not JSON.*[^.]\. To leave such rows out, set"):
+    with pytest.raises(BadRow, match=r"rows.jsonl, line 3: it is not JSON.*[^.]\. To skip such rows, set"):
         ConversationDataset(path)
     dataset = ConversationDataset(path, on_bad_row="skip")
     assert (len(dataset), dataset.num_bad_rows) == (1, 1)
