@@ -437,9 +437,9 @@ def test_output_folder_is_not_overwritten_unasked(start, tmp_path):
     precious.write_text("mine")
     with pytest.raises(ValueError, match=r"not empty \(1 entries, such as precious.txt\)"):
         main([str(config)])
-    with pytest.raises(ValueError, match="no whole checkpoint in"):
+    with pytest.raises(ValueError, match="no complete checkpoint in"):
         main([str(config), "--resume_from_checkpoint", "last"])
-    with pytest.raises(ValueError, match="no whole checkpoint in"):
+    with pytest.raises(ValueError, match="no complete checkpoint in"):
         main([str(config), "--resume_from_checkpoint", str(tmp_path)])
     main([str(config), "--overwrite_output_dir"])
     assert precious.read_text() == "mine" and (tmp_path / "run" / "model.safetensors").exists()

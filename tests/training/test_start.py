@@ -112,7 +112,7 @@ def test_nothing_learned_is_the_model_from_before(kind, settings, starts, data, 
 
 
 def test_other_models_and_the_released_layout_are_rejected_in_a_line(starts, data, tmp_path, reference, capsys):
-    with pytest.raises(ModelFolderError, match=r"convert_checkpoint released"):
+    with pytest.raises(ModelFolderError, match=r"mfrsvlm convert released"):
         main([write_config(reference / "checkpoint", data, tmp_path)])
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "llava"}')
