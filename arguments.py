@@ -1,6 +1,6 @@
-"""Command-line options: a parser that suggests the option that was meant, and the options of the converter.
+"""Command-line options: a parser that suggests the closest option, and the options of the converter.
 
-Nothing here imports torch or transformers, so `--help` answers at once.
+Imports neither torch nor transformers, so that `--help` is fast.
 """
 
 import argparse
@@ -25,8 +25,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else list(args)
-        # Looked for first: else a misspelt option that is required would be reported as missing. What follows a subcommand
-        # is for its own parser.
+        # Checked first, since a misspelled required option would otherwise be reported as missing. Options after a
+        # subcommand belong to its own parser.
         if not any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in self._actions):
             for word in words[: words.index("--") if "--" in words else None]:
                 if word.startswith("--") and word.partition("=")[0] not in self._option_string_actions:
@@ -50,21 +50,21 @@ def converter_parser() -> ArgumentParser:
     """The options of `convert_checkpoint`."""
     parser = ArgumentParser(
         prog="mfrsvlm convert",
-        description="Converts a released checkpoint, in the layout of the authors, to a Hub folder.",
-        epilog="A new model from parts is made by `mfrsvlm assemble`.",
+        description="Converts a released checkpoint, in the authors' layout, to a model folder.",
+        epilog="To make a new model from parts, use `mfrsvlm assemble`.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     released = commands.add_parser("released", help="convert a checkpoint in the authors' layout")
     released.add_argument("source", type=Path, help="folder with config.json, shards and tokenizer")
-    tower = "folder or Hub id; shards hold none, and openai/clip-vit-large-patch14-336 is not what they were trained with"
+    tower = "folder or Hub id of the released vision tower; its weights differ from openai/clip-vit-large-patch14-336"
     released.add_argument("--vision-tower", required=True, help=tower)
-    released.add_argument("--verify", action="store_true", help="compare the result with the source in a clean process")
+    released.add_argument("--verify", action="store_true", help="compare the result with the source, in a new process")
     add_output_arguments(released)
     return parser
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of every command that writes a model folder."""
-    parser.add_argument("--output", required=True, type=Path, help="folder to make")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the written weights")
+    parser.add_argument("--output", required=True, type=Path, help="folder to write")
+    parser.add_argument("--dtype", choices=DTYPES, help="type of the written weights (default: that of the source)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model folder")

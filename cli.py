@@ -1,7 +1,7 @@
-"""The console command `mfrsvlm`: one name for what `python -m mfrsvlm.X` does.
+"""The console command `mfrsvlm`: a common name for the commands `python -m mfrsvlm.X`.
 
-A command is a function of a module that is imported when the command runs, so `mfrsvlm --help` needs neither torch nor
-transformers. Where the module itself takes long to import, its parser comes from a light module and reads the options first.
+The module of a command is imported when the command runs, so that `mfrsvlm --help` imports neither torch nor transformers.
+If the module takes long to import, a parser in a light module checks the options first.
 """
 
 import difflib
@@ -14,13 +14,13 @@ from . import __version__
 
 @dataclass(frozen=True)
 class Command:
-    """What `mfrsvlm NAME` runs.
+    """The implementation of `mfrsvlm NAME`.
 
     Attributes:
-        summary: line for `mfrsvlm --help`.
-        module: module inside the package that holds the function `run`.
-        run: the function that takes the arguments; it returns an exit status.
-        first: arguments that `main` gets before those of the user.
+        summary: description in `mfrsvlm --help`.
+        module: module of the package with the function `run`.
+        run: function that takes the arguments and returns an exit status.
+        first: arguments before those of the user.
         parser: `module:function` that makes the parser, for modules that take long to import.
         extra: extra of pyproject.toml that the command may need.
     """
@@ -34,11 +34,11 @@ class Command:
 
 
 COMMANDS = {
-    "demo": Command("show the small model at work on a synthetic scene", "demo.__main__"),
+    "demo": Command("run the small model on a synthetic scene", "demo.__main__"),
     "ask": Command("ask any model about one image", "demo.ask", extra="training"),
     "info": Command("show what a model sees of a raster", "geospatial.__main__", extra="geospatial"),
     "convert": Command(
-        "convert a released checkpoint to a Hub folder", "convert_checkpoint", parser="arguments:converter_parser"
+        "convert a released checkpoint to a model folder", "convert_checkpoint", parser="arguments:converter_parser"
     ),
     "assemble": Command(
         "make a new, untrained model from parts", "training.assemble", parser="training.arguments:assemble_parser"
@@ -46,8 +46,8 @@ COMMANDS = {
     "finetune": Command(
         "fine-tune a model", "training.finetune", "run", parser="training.arguments:finetune_parser", extra="training"
     ),
-    "evaluate": Command("measure a model on benchmarks", "evaluation.__main__", first=("run",), extra="evaluation"),
-    "report": Command("make tables and plots of evaluations", "evaluation.__main__", first=("report",), extra="evaluation"),
+    "evaluate": Command("evaluate a model on benchmarks", "evaluation.__main__", first=("run",), extra="evaluation"),
+    "report": Command("write tables and plots of evaluations", "evaluation.__main__", first=("report",), extra="evaluation"),
     "scenes": Command("write a data set of synthetic scenes", "scenes.__main__"),
 }
 
@@ -68,12 +68,12 @@ def usage() -> str:
 
 
 def run(name: str, arguments: list[str]) -> int:
-    """Runs one command and returns its exit status. A library of an extra that is missing is reported in one line."""
+    """Runs one command and returns its exit status. A missing library of an extra is reported in one line."""
     command = COMMANDS[name]
     arguments = [*command.first, *arguments]
     if command.parser is not None:
         module, function = command.parser.split(":")
-        # Exits here for `--help` and for wrong options, seconds earlier than the module itself would.
+        # Exits here for `--help` and invalid options, before the slow import of the module.
         getattr(import_module(f".{module}", __package__), function)().parse_args(arguments)
     try:
         status: int = getattr(import_module(f".{command.module}", __package__), command.run)(arguments)
@@ -87,11 +87,11 @@ def run(name: str, arguments: list[str]) -> int:
 
 
 def missing_library(error: ImportError) -> str | None:
-    """What is not installed, or `None` if the error means something else, such as a wrong name in a module that is there."""
+    """The library that is not installed, or `None` if the error has another cause, such as a wrong name in a module."""
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
         library = error.name.partition(".")[0]
         return None if library == __package__ else library
-    # transformers raises an ImportError without a name where a library that it needs is missing or too old.
+    # transformers raises an ImportError without a name if a library that it needs is missing or too old.
     return str(error).strip().splitlines()[0].rstrip(":.") if error.name is None and str(error).strip() else None
 
 

@@ -1,7 +1,7 @@
-"""Configuration of MF-RSVLM: every number of the architecture, validated. No torch in this module.
+"""Configuration of MF-RSVLM: all parameters of the architecture, validated. This module does not import torch.
 
-The processor and the model share one piece of geometry, the table of sliding windows, which is computed here
-(`window_table`) so that the two can never disagree about how pixels are packed.
+The processor and the model share the geometry of the sliding windows, which is computed here (`window_table`). Both
+therefore agree on the packing of pixels.
 """
 
 import math
@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 
-# A number that may be left out and is then derived from the parts. To a reader of the config it is never None.
+# A number that is derived from the parts if it is not given. It is never None after initialization.
 if TYPE_CHECKING:
     Derived = Any
 else:
@@ -82,10 +82,10 @@ def window_table(
 
     Args:
         image_size: side of the global view, pixels.
-        patch_size: side of the pixel square that one visual token stands for.
+        patch_size: side of the square of pixels of one visual token.
         canvas_scale: side of the canvas in global views; the canvas has `canvas_scale * image_size` pixels a side.
         window_sizes: sides of the windows, pixels, one scale each, in the order in which they are packed.
-        window_overlap: share of a window that its neighbour covers again, in [0, 1). The stride is the rest, rounded
+        window_overlap: share of a window that its neighbor covers again, in [0, 1). The stride is the rest, rounded
             down to whole tokens and at least one token (0.5 gives the strides of the published model).
 
     Raises:
@@ -138,7 +138,7 @@ class MFRSVLMConfig(PreTrainedConfig):
         text_config: decoder: any model type of `AutoModel` whose model has a list of `layers`.
         image_token_id: id of the `<image>` placeholder, one row of the decoder's embedding. Defaults to the last row.
         image_size: side of the global view, pixels. Defaults to a ViT's own, to 336 for a hierarchical backbone.
-        patch_size: side of the square that one visual token stands for, pixels. Defaults to a ViT's own, to 14 for a
+        patch_size: side of the square of one visual token, pixels. Defaults to a ViT's own, to 14 for a
             hierarchical backbone. The global view gives `(image_size // patch_size) ** 2` visual tokens.
         vision_feature_layer: which encoder output gives the visual tokens. Index into the hidden states of a ViT (0 is
             the embedding, -1 the last layer) or into the stages of a backbone (0 is the stem, 1 the first stage).
@@ -146,15 +146,15 @@ class MFRSVLMConfig(PreTrainedConfig):
             are projected to it (1024 by default).
         projector_hidden_act: activation between the two layers of the projector.
         multimodal_projector_bias: whether the layers of the projector have biases.
-        visual_position_embeddings: whether a learned embedding tells every visual token where it lies in the global view,
-            after the projector. For backbones: unlike the tokens of a ViT, their features hardly say it.
+        visual_position_embeddings: whether a learned embedding of the position in the global view is added to every visual
+            token, after the projector. For backbones, whose features contain little position information.
         canvas_scale: side of the canvas in global views.
         window_sizes: sides of the sliding windows, pixels, one scale each. Empty: no windows, global view only.
-        window_overlap: share of a window that its neighbour covers again.
+        window_overlap: share of a window that its neighbor covers again.
         window_encoding: `"native"`: windows are encoded at their own size, with interpolated positions; `"resize"`:
             resized to `image_size` first, and their features pooled (the published model).
         window_weighting: how overlapping windows are blended: `"hann"` is the symmetric Hann window of the published
-            model, whose edge weights are zero, so that the outermost ring of the canvas carries nothing;
+            model, whose edge weights are zero, so that the features of the outermost ring of the canvas are zero;
             `"hann_nonzero"` is the same curve shifted by half a token, positive everywhere.
         window_chunk_size: windows encoded in one pass of the encoder, which bounds peak memory. `None`: all at once
             (under ZeRO-3 or FSDP every rank must make the same number of passes).
@@ -293,7 +293,7 @@ class MFRSVLMConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Raises `ValueError` naming both sides of every conflict.
 
-        Called by `@strict` after initialisation, which wraps it in a `StrictDataclassClassValidationError`.
+        Called by `@strict` after initialization, which wraps it in a `StrictDataclassClassValidationError`.
         """
         encoder = self.vision_config
         needed = ("stage_names",) if self.is_hierarchical else ("num_hidden_layers", "hidden_size", "patch_size")
@@ -385,7 +385,7 @@ def _check_ascending(name: str, values: Sequence[int], low: int, high: int, what
         raise ValueError(f"{name}={values} is out of range: {what} are {low} to {high}.")
 
 
-# Saving an object of this class writes its code beside it, so a derived checkpoint loads with `trust_remote_code=True`.
+# Saving an object of this class also saves its code, so a derived checkpoint loads with `trust_remote_code=True`.
 # (Registering with the Auto classes is something else: an installed package would then win over the code on the Hub.)
 MFRSVLMConfig.register_for_auto_class()
 

@@ -1,9 +1,10 @@
-"""Converts a checkpoint in the authors' layout to a Hub folder of this package.
+"""Converts a checkpoint in the authors' layout to a model folder of this package.
 
     mfrsvlm convert released SRC --vision-tower DIR_OR_HUB_ID --output OUT [--dtype bfloat16] [--verify]
 
-A released checkpoint is mapped into memory rather than read, so that its size hardly matters. Every key is matched by
-`released_layout.KEY_TABLE`, dropped there on purpose, or the run fails and names it. The output appears whole or not at all.
+A released checkpoint is memory-mapped, so that it need not fit into memory. Every key must be in
+`released_layout.KEY_TABLE`, which also lists dropped keys. An unknown key stops the conversion. The output folder is written
+atomically.
 """
 
 import contextlib
@@ -95,7 +96,7 @@ def read_shard(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_renamed(shards: list[Path], dtype: torch.dtype, scratch: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the files under our names and in the wanted type; what had another is copied to a file in `scratch`."""
+    """All tensors of the files, renamed and in the wanted type. Tensors of another type are converted in `scratch`."""
     state: dict[str, torch.Tensor] = {}
     storages = set()
     for shard in shards:
@@ -111,7 +112,7 @@ def read_renamed(shards: list[Path], dtype: torch.dtype, scratch: Path) -> dict[
 
 
 def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype, scratch: Path) -> torch.Tensor:
-    """The tensor in the wanted type. What had another is written to a file of `scratch`, and not held in memory."""
+    """The tensor in the wanted type. A converted tensor is memory-mapped from a file in `scratch`."""
     if not tensor.is_floating_point():
         raise ConversionError(f"{name} holds {tensor.dtype}, not floating point: a quantized checkpoint is not supported.")
     if tensor.dtype == dtype or not tensor.numel():
@@ -127,7 +128,7 @@ def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype, scratch: Path) -> 
 
 
 def load_model(config: MFRSVLMConfig, state: dict[str, torch.Tensor], new: str = NOTHING) -> MFRSVLMForConditionalGeneration:
-    """The model that holds these very tensors, not copies. Only what `new` matches may be missing, and is random.
+    """The model with these tensors, without copies. Only keys that match `new` may be missing; they are random.
 
     Raises:
         ConversionError: a key is unknown to the model, has the wrong shape, or is missing.
@@ -135,7 +136,7 @@ def load_model(config: MFRSVLMConfig, state: dict[str, torch.Tensor], new: str =
     options = {"dtype": config.dtype, "ignore_mismatched_sizes": True, "output_loading_info": True}
     with explained("These parts make no model"), contextlib.ExitStack() as stack:
         stack.callback(logging.set_verbosity, logging.get_verbosity())
-        logging.set_verbosity_error()  # else the library prints what is said below as a table
+        logging.set_verbosity_error()  # the library also prints the errors below, as a table
         model, info = MFRSVLMForConditionalGeneration.from_pretrained(None, config=config, state_dict=state, **options)
     for name in sorted(info["unexpected_keys"]):
         raise ConversionError(f"{name} has no place in the model: does config.json belong to this checkpoint?")
@@ -164,7 +165,7 @@ def make_image_processor(
 ) -> MFRSVLMImageProcessor:
     """Image processor of the config's sizes, with the mean, std and resampling of the tower's own file, and `fields`."""
     path = tower / "preprocessor_config.json"
-    content = read_json(path)  # without it, nothing says how images are normalised
+    content = read_json(path)  # without it, nothing says how images are normalized
     missing = [field for field in ("image_mean", "image_std") if field not in content]
     if missing:
         raise ConversionError(f"{path} lacks {missing}.")
@@ -214,9 +215,10 @@ def is_model_folder(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def whole_output(output: Path, overwrite: bool, sources: list[Path]) -> Iterator[Path]:
-    """A folder that becomes `output` when the block ends well, and vanishes when it does not.
+    """A temporary folder that is renamed to `output` if the block succeeds, and removed if it raises.
 
-    It lies in a hidden folder beside `output`, which takes other files too, and which only a killed run leaves behind.
+    It is in a hidden folder next to `output`, which may also contain other temporary files. Only a killed run leaves it
+    behind.
     """
     output = output.resolve()
     for source in (source.resolve() for source in sources if source.exists()):
@@ -384,7 +386,7 @@ def run(command: Callable[..., None], options: dict[str, Any]) -> int:
     """Runs a command that writes `options["output"]`, and returns the exit status. Errors go to stderr in one line."""
     try:
         command(**options)
-    except (ConversionError, OSError, SafetensorError) as error:  # the last two: a full disk, a folder that is not ours
+    except (ConversionError, OSError, SafetensorError) as error:  # the last two: full disk, no permission
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -395,7 +397,7 @@ def run(command: Callable[..., None], options: dict[str, Any]) -> int:
 
 
 def exit_on_termination() -> None:
-    """Lets a termination clean up, where by default it would end the process at once."""
+    """Turns SIGTERM into `SystemExit`, so that temporary files are removed."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 

@@ -1,6 +1,6 @@
-"""Image processor of MF-RSVLM: one image becomes one row of numbers, its global view and the windows of every scale.
+"""Image processor of MF-RSVLM: packs the global view and the windows of every scale into one row per image.
 
-It works on numpy and Pillow, without torchvision. Images come in by `open_image` of the module beside this one.
+It uses numpy and Pillow, without torchvision. Images are opened by `open_image` of `image_sources_mfrsvlm`.
 """
 
 import contextlib
@@ -32,11 +32,11 @@ def cut_windows(
     """Cuts a canvas (C, side, side) into the windows of all scales, packed scale by scale, windows in row-major order.
 
     Args:
-        canvas: the normalised canvas.
+        canvas: the normalized canvas.
         windows: geometry of the scales.
-        packing: `"windows_first"` packs each scale as (n, C, size, size). `"channels_first"` packs it as
-            (C, n, size, size), which the model reads as n windows all the same: each then shows successive planes of this
-            list, mostly places in one colour. The published weights were trained so and need it.
+        packing: `"windows_first"` packs each scale as (n, C, size, size). `"channels_first"` packs it as (C, n, size, size),
+            although the model reads it as (n, C, size, size). A window then consists of channel planes of other windows. The
+            published weights were trained like this and need it.
         out: 1-D array to write into.
 
     Returns:
@@ -75,19 +75,19 @@ def join_windows(
 
 class MFRSVLMImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """
-    num_channels: channels of an image. 3 are red, green and blue; other numbers take arrays with as many bands.
-    value_range: the values that stand for black and white, declared where the type of the samples does not tell. They are
-        scaled to 8 bits between the two and clipped beyond.
+    num_channels: channels of an image. 3 channels are red, green and blue; other numbers need arrays with as many bands.
+    value_range: values of black and white, if the dtype does not determine them. Samples are scaled to 8 bits between the
+        two values and clipped.
     pixel_dtype: type of the output, `"float32"`, `"bfloat16"` or `"float16"`.
     patch_size: side of the pixel square that one visual token stands for.
     canvas_scale: side of the canvas in global views.
-    canvas_source: `"image"`: the canvas is resized from the original pixels; `"global_view"`: upsampled bilinearly from
-        the global view, as the published model was trained, so that it holds no more detail than that.
+    canvas_source: `"image"`: the canvas is resized from the original pixels; `"global_view"`: it is upsampled bilinearly
+        from the global view, as in the published training, and has no additional detail.
     window_sizes: sides of the windows, pixels. Empty: no windows.
-    window_overlap: share of a window that its neighbour covers again.
+    window_overlap: share of a window that its neighbor covers again.
     window_packing: `"windows_first"`, or `"channels_first"` for the published weights, see `cut_windows`.
-    max_aspect_ratio: longest side over shortest side beyond which an image is refused.
-    max_image_pixels: pixels of the image, after padding to a square, beyond which it is refused.
+    max_aspect_ratio: maximum ratio of the longest to the shortest side. Other images are rejected.
+    max_image_pixels: maximum number of pixels after padding to a square. Larger images are rejected.
     """
 
     num_channels: int
@@ -106,20 +106,19 @@ class MFRSVLMImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[ca
 class MFRSVLMImageProcessor(PilBackend):
     """Makes the global view and the sliding windows of every image.
 
-    Each image is dropped its alpha, padded to a square in the mean colour (`do_pad`), resized, centre-cropped, scaled
-    and normalised. Output, for N images: `pixel_values` (N, L), one row an image. A row is the global view (C, crop, crop),
-    then scale by scale the windows (n, C, size, size), flattened, see `packed_lengths` and `cut_windows`. With the default
-    geometry it takes 30 MB in float32.
+    The alpha channel of each image is dropped. The image is then padded to a square in the mean color (`do_pad`), resized,
+    center-cropped, scaled and normalized. Output, for N images: `pixel_values` (N, L). A row is the global view (C, crop,
+    crop), then scale by scale the windows (n, C, size, size), flattened, see `packed_lengths` and `cut_windows`. With the
+    default geometry it takes 30 MB in float32.
 
-    An image is whatever `open_image` takes. Lists may be nested; a 4-D array is a list of images. Arrays and tensors,
-    channels first or last, hold uint8, 64-bit integers from 0 to 255, or floats in [0, 1]. All others need `value_range`,
-    since nothing in them says what is white.
+    Images may have any type that `open_image` takes. Lists may be nested; a 4-D array is a list of images. Arrays and
+    tensors, channels first or last, must be uint8, 64-bit integers from 0 to 255, or floats in [0, 1]. All others need
+    `value_range`, since their dtype does not determine the value of white.
 
     Raises:
-        ValueError: an image cannot be read, is empty, animated, masked, too large or too elongated, is not finite, or holds
-            other samples than those above; an array has the wrong shape; a setting makes no sense. The message names the
-            image.
-        TypeError: an image is none of the above types, or a setting has the wrong type.
+        ValueError: an image cannot be read, is empty, animated, masked, too large or too elongated, is not finite, or has
+            other samples than those above; an array has the wrong shape; a setting is invalid. The message names the image.
+        TypeError: an image or a setting has the wrong type.
     """
 
     valid_kwargs = MFRSVLMImageProcessorKwargs
@@ -142,7 +141,7 @@ class MFRSVLMImageProcessor(PilBackend):
     window_overlap = 0.5
     window_packing = "windows_first"
     max_aspect_ratio = 200.0
-    max_image_pixels = 178_956_970  # what Pillow itself refuses to open
+    max_image_pixels = 178_956_970  # limit of Pillow
 
     def __init__(self, **kwargs: Any) -> None:
         with plain_errors():
@@ -151,7 +150,7 @@ class MFRSVLMImageProcessor(PilBackend):
 
     @classmethod
     def for_model(cls, config: MFRSVLMConfig, **overrides: Any) -> "MFRSVLMImageProcessor":
-        """An image processor with the geometry of a model. `overrides` are settings of the processor, and win."""
+        """An image processor with the geometry of a model. `overrides` are settings that take precedence."""
         settings = {
             "size": {"shortest_edge": config.image_size},
             "crop_size": {"height": config.image_size, "width": config.image_size},
@@ -232,7 +231,7 @@ class MFRSVLMImageProcessor(PilBackend):
         return prepared
 
     def process_image(self, image: Any, **kwargs: Any) -> np.ndarray:
-        """Checks one image and brings it to (num_channels, height, width): what the model sees, before it is resized.
+        """Checks one image and converts it to (num_channels, height, width), before it is resized.
 
         Returns:
             uint8; float32 in [0, 1] for a float image with `do_rescale=False`.
@@ -248,18 +247,18 @@ class MFRSVLMImageProcessor(PilBackend):
         length, *packed = packed_lengths(side, windows, channels)
         rows = torch.empty(len(images), length + sum(packed), dtype=PIXEL_DTYPES[given.pixel_dtype])
 
-        def normalised(values: np.ndarray) -> np.ndarray:
+        def normalized(values: np.ndarray) -> np.ndarray:
             if given.do_rescale:
                 values = self.rescale(values, given.rescale_factor)
             if given.do_normalize:
                 values = self.normalize(values, given.image_mean, given.image_std)
             return values.astype(np.float32)
 
-        # What becomes of each of the 256 values, channel by channel. Looked up, a pixel costs no arithmetic.
-        table = normalised(np.broadcast_to(np.arange(256, dtype=np.uint8), (channels, 1, 256)))[:, 0]
+        # Lookup table of the 256 normalized values of each channel, which is faster than arithmetic per pixel.
+        table = normalized(np.broadcast_to(np.arange(256, dtype=np.uint8), (channels, 1, 256)))[:, 0]
 
         def view(planes: list[Image.Image], scale: int) -> np.ndarray:
-            """The normalised image at `scale` times the size of the global view, (C, height, width)."""
+            """The normalized image at `scale` times the size of the global view, (C, height, width)."""
             if given.do_resize:
                 target = scaled_size(planes[0], given.size, scale)
                 planes = [plane.resize(target, resample=given.resample) for plane in planes]
@@ -268,7 +267,7 @@ class MFRSVLMImageProcessor(PilBackend):
                 planes = [plane.crop((left, top, left + scale * side, top + scale * side)) for plane in planes]
             pixels = np.concatenate([np.atleast_3d(plane) for plane in planes], axis=2)
             if pixels.dtype != np.uint8:  # bicubic interpolation overshoots, and 8 bits would be clipped
-                return normalised(pixels.clip(0, 1).transpose(2, 0, 1))
+                return normalized(pixels.clip(0, 1).transpose(2, 0, 1))
             result = np.empty((channels, *pixels.shape[:2]), np.float32)
             for channel in range(channels):
                 np.take(table[channel], pixels[..., channel], out=result[channel], mode="clip")
@@ -295,7 +294,7 @@ class MFRSVLMImageProcessor(PilBackend):
 
 
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """The memory of a tensor. numpy has no bfloat16: its 16 bits are moved around as integers."""
+    """A numpy view of a tensor. bfloat16, which numpy lacks, is viewed as int16."""
     return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
@@ -310,7 +309,7 @@ def plain_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def numbered(index: int, count: int) -> Iterator[None]:
-    """Says in an error which image it is about."""
+    """Adds the number of the image to an error."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -337,7 +336,7 @@ def scaled_size(image: Image.Image, size: SizeDict, scale: int) -> tuple[int, in
 
 
 def pad_to_square(planes: list[Image.Image], image_mean: Any) -> list[Image.Image]:
-    """Centres an image on a square of the mean colour; an odd remainder goes to the bottom and the right."""
+    """Centers an image on a square of the mean color; an odd remainder goes to the bottom and the right."""
     (width, height), side = planes[0].size, max(planes[0].size)
     if height == width:
         return planes
@@ -345,8 +344,8 @@ def pad_to_square(planes: list[Image.Image], image_mean: Any) -> list[Image.Imag
     mean = np.broadcast_to(np.asarray(image_mean, dtype=np.float64), (len(planes) * bands,)).reshape(len(planes), bands)
     if planes[0].mode != "F":
         mean = np.clip(mean * 255, 0, 255).astype(np.uint8)  # truncated, as the published model was trained
-    for plane, colour in zip(planes, mean.tolist(), strict=True):
-        squares.append(Image.new(plane.mode, (side, side), tuple(colour) if bands > 1 else colour[0]))
+    for plane, color in zip(planes, mean.tolist(), strict=True):
+        squares.append(Image.new(plane.mode, (side, side), tuple(color) if bands > 1 else color[0]))
         squares[-1].paste(plane, ((side - width) // 2, (side - height) // 2))
     return squares
 

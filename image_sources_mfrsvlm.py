@@ -1,8 +1,8 @@
-"""The door that images come in by: from whatever names an image to an upright image whose samples are those of its source.
+"""Opens images from all supported sources, checks them, and applies their EXIF orientation.
 
-Pillow reads some files in another way than they say: it keeps the high byte of 16-bit colours, or the first of two bands.
-The header of a source is therefore asked before it is decoded, and what would get lost is refused. What a value means is
-read from its type or declared by the caller, never guessed from other values.
+Pillow changes the samples of some files without a warning: it keeps the high byte of 16-bit colors, or the first of two
+bands. The header is therefore checked before decoding, and such files are rejected. The meaning of a value is determined by
+its type or by the caller, never from other values.
 """
 
 import base64
@@ -24,16 +24,16 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from transformers.image_utils import ChannelDimension
 
 
-# Modes that hold 8 bits a channel and convert to RGB, and modes of one channel whose range the caller must state.
+# Modes with 8 bits per channel, which convert to RGB, and modes with one channel whose range the caller must declare.
 EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"}
 DEEP_MODES = {"I", "I;16", "I;16B", "I;16L", "F"}
-# File formats with 8 bits a sample and no bands but colours and alpha. The headers of others are asked.
+# File formats that have only 8 bits per sample, and only color bands and alpha. The headers of others are checked.
 EIGHT_BIT_FORMATS = {"BMP", "GIF", "JPEG", "MPO", "TGA", "WEBP"}
 HEADER_BYTES = 2**20  # a JPEG 2000 file has its size marker by then, behind its metadata
 TAGS = (254, 258, 262, 266, 277, 284, 338, 339)  # of a TIFF
 SUBFILE_TYPE, BITS, PHOTOMETRIC, FILL_ORDER, SAMPLES, PLANAR, EXTRA_SAMPLES, SAMPLE_FORMAT = TAGS
-COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}  # bands that a photometric interpretation names
-GREY, RGB = 1, 2  # photometric interpretations; 0 is grey from white to black
+COLORS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}  # bands that a photometric interpretation names
+GRAY, RGB = 1, 2  # photometric interpretations; 0 is gray from white to black
 DEPENDENT_PAGE = 0b101  # bits of the subfile type: a smaller copy, or a mask, of another page (GeoTIFFs hold both)
 SOURCE_KEYS = ("bytes", "image", "base64", "image_url", "url", "path")  # of `datasets` images and parts of a chat
 FETCH_SECONDS = 30
@@ -41,23 +41,23 @@ ADVICE = "Read it with rasterio, choose its bands, and pass an array: uint8, or 
 
 
 def open_image(source: Any, folder: str | os.PathLike[str] | None = None, allow_outside: bool = False) -> Any:
-    """Opens an image, checks that Pillow gives the samples of its source, and turns it upright as its EXIF data say.
+    """Opens an image, checks that Pillow does not change its samples, and applies its EXIF orientation.
 
     Args:
-        source: a path, `file://` or http(s) address, data URI, base64 text, bytes, PIL image, `{"bytes", "path"}` of a
-            `datasets` image, or part of a chat (`{"type": "image", ...}`, `{"type": "image_url", ...}`). Arrays and tensors
-            are returned as they are.
-        folder: where the images of a data file lie. Paths start there; what leaves it, and an address, is refused. `None`
-            opens everything.
-        allow_outside: paths start at the folder, but nothing is refused.
+        source: a path, `file://` or http(s) URL, data URI, base64 text, bytes, PIL image, `{"bytes", "path"}` of a
+            `datasets` image, or content part of a chat message (`{"type": "image", ...}`, `{"type": "image_url", ...}`).
+            Arrays and tensors are returned unchanged.
+        folder: folder of the images. Paths are relative to it. Paths that leave it, and URLs, are rejected. `None`: no
+            restriction.
+        allow_outside: accept URLs and paths that leave the folder.
 
     Returns:
-        A PIL image, or the array. Its width and height are those of the frame that the model sees.
+        A PIL image with its final width and height, or the array.
 
     Raises:
-        ValueError: the image cannot be opened or decoded, lies outside of the folder, has several frames, more than 8 bits
-            in colour, or other bands than colours and alpha.
-        TypeError: the source is none of the above.
+        ValueError: the image cannot be opened or decoded, is outside of the folder, has several frames, more than 8 bits per
+            color sample, or other bands than colors and alpha.
+        TypeError: the source has another type.
     """
     image = open_source(source, folder, allow_outside)
     if not isinstance(image, Image.Image):
@@ -70,7 +70,7 @@ def open_image(source: Any, folder: str | os.PathLike[str] | None = None, allow_
 
 
 def image_size(image: Any, input_data_format: str | None = None, num_channels: int = 3) -> tuple[int, int]:
-    """(height, width) of an opened image or an array in the frame that the model sees, which boxes are written in."""
+    """(height, width) in pixels of an opened image after its EXIF orientation, or of an array. Boxes refer to this size."""
     if isinstance(image, Image.Image):
         width, height = upright(image).size
         return height, width
@@ -81,8 +81,8 @@ def image_size(image: Any, input_data_format: str | None = None, num_channels: i
 def open_source(source: Any, folder: str | os.PathLike[str] | None = None, allow_outside: bool = False) -> Any:
     """Opens an image without decoding it. Arguments and errors are those of `open_image`.
 
-    Not `transformers.image_utils.load_image`, which converts to RGB at once: 16-bit values would be clipped, the frames
-    of an animation lost and large images decoded before they can be refused.
+    Not `transformers.image_utils.load_image`, which converts to RGB at once: it clips 16-bit values, drops the frames of an
+    animation, and decodes large images before they can be rejected.
     """
     if isinstance(source, (Image.Image, np.ndarray, torch.Tensor)):
         return source
@@ -97,7 +97,7 @@ def open_source(source: Any, folder: str | os.PathLike[str] | None = None, allow
         )
     try:
         return Image.open(locate(source, folder, allow_outside))
-    except Exception as error:  # decoders and networks raise almost anything
+    except Exception as error:  # decoders and networks raise many types
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             reason = f"cannot identify its format, its depth or its bands. If it is a raster: {ADVICE}"
@@ -126,6 +126,8 @@ def locate(source: Any, folder: str | os.PathLike[str] | None, allow_outside: bo
             raise ValueError(f"it leaves {str(folder)!r}, and only files in there may be opened here")
     if os.path.isfile(path):
         return path
+    if os.path.isdir(path):  # whose name may also be base64
+        raise ValueError("it is a folder: name one of its files")
     if path != text:
         raise ValueError(f"there is no file {shown(path)}")
     try:
@@ -135,7 +137,7 @@ def locate(source: Any, folder: str | os.PathLike[str] | None, allow_outside: bo
 
 
 def shown(source: Any) -> str:
-    """A source in an error: content by its length, and what is long shortened."""
+    """A source for an error message: bytes by their length, long text truncated."""
     if isinstance(source, (bytes, bytearray)):
         return f"of {len(source)} bytes"
     text = f"{source.format} {source.size}" if isinstance(source, Image.Image) else repr(source)
@@ -143,9 +145,9 @@ def shown(source: Any) -> str:
 
 
 def check_source(image: Image.Image) -> None:
-    """Refuses a PIL image of which Pillow gives other samples than its source has, or one of several frames.
+    """Raises `ValueError` for a PIL image with several frames, or whose samples Pillow changes in decoding.
 
-    The header is asked before anything is decoded: Pillow keeps the high byte of 16-bit colours and calls them RGB.
+    The header is checked before decoding. For example, Pillow keeps the high byte of 16-bit colors and reports RGB.
     """
     with damage("its header"):
         frames = count_frames(image)
@@ -158,7 +160,7 @@ def check_source(image: Image.Image) -> None:
 
 @contextlib.contextmanager
 def source_file(image: Image.Image) -> Iterator[IO[bytes]]:
-    """The file of a PIL image from its start, also after decoding, when Pillow has let go of it."""
+    """The file of a PIL image, from its start. Reopens it if Pillow has closed it after decoding."""
     files: list[Any] = [getattr(image, name, None) for name in ("fp", "_fp")]
     name = getattr(image, "filename", "")
     for file in (file for file in files if hasattr(file, "read") and not file.closed):
@@ -174,10 +176,7 @@ def source_file(image: Image.Image) -> Iterator[IO[bytes]]:
 
 
 def count_frames(image: Image.Image) -> int:
-    """Frames that show something of their own.
-
-    The overviews and masks of a GeoTIFF do not count, nor the previews that drones and phones store in a JPEG ("MPO").
-    """
+    """Number of independent frames. Overviews and masks of a GeoTIFF, and previews in a JPEG ("MPO"), do not count."""
     if image.format != "TIFF" or not getattr(image, "is_animated", True):
         return 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))
     with source_file(image) as file:  # not by image.n_frames, which fails on a mask: Pillow has no mode for it
@@ -193,7 +192,7 @@ def count_frames(image: Image.Image) -> int:
 
 
 def lost_samples(image: Image.Image) -> str | None:
-    """What of the source Pillow would drop or change; `None` if every sample of its colours survives."""
+    """Reason why Pillow would drop or change samples of the source; `None` if it keeps all color samples."""
     if image.format is None or image.format in EIGHT_BIT_FORMATS:
         return None
     if image.format == "TIFF":
@@ -204,15 +203,15 @@ def lost_samples(image: Image.Image) -> str | None:
         kinds, extra = tags.get(SAMPLE_FORMAT, [1]), tags.get(EXTRA_SAMPLES, [])  # kinds: 1 unsigned, 2 signed, 3 float
         if len(set(kinds)) > 1 or (kinds[0] != 1 if bits <= 8 else bits == 32 and kinds[0] == 1):
             return f"its samples of {bits} bits are signed, mixed, or too large"
-        if bits > 8 and photometric != GREY:
-            return f"it holds {bits} bits a sample in colour"
+        if bits > 8 and photometric != GRAY:
+            return f"it holds {bits} bits a sample in color"
         if tags.get(PLANAR) == [2] and (bits < 8 or photometric == 0 or tags.get(FILL_ORDER, [1]) != [1]):
             return "its bands lie apart, and Pillow does not unpack such samples"
-        if count > COLOURS.get(photometric, 0) and photometric != RGB and extra != [2]:  # 2: alpha
+        if count > COLORS.get(photometric, 0) and photometric != RGB and extra != [2]:  # 2: alpha
             return f"it has {count} bands, other bands than red, green and blue"
-        return "its colours are multiplied by alpha" if 1 in extra else None
+        return "its colors are multiplied by alpha" if 1 in extra else None
     if image.format == "PNG" and image.mode not in ("RGB", "RGBA"):
-        return None  # 16 bits of grey have a mode of their own
+        return None  # 16 bits of gray have a mode of their own
     if image.format not in ("PNG", "JPEG2000"):
         return (
             f"nothing here tells the depth of a {image.format} file: pass image.convert('RGB') if it holds 8 bits a sample"
@@ -220,16 +219,16 @@ def lost_samples(image: Image.Image) -> str | None:
     with source_file(image) as file:
         head = file.read(HEADER_BYTES)
     if image.format == "PNG":
-        return "it holds 16 bits a sample in colour" if head[24] == 16 else None
+        return "it holds 16 bits a sample in color" if head[24] == 16 else None
     start = head.index(b"\xff\x4f\xff\x51") + 40  # behind the size marker: count of components, then three bytes for each
     count = int.from_bytes(head[start : start + 2], "big")
     if count == 2 or set(head[start + 2 : start + 2 + 3 * count]) != {7, 1}:  # 8 bits unsigned, no subsampling
-        return f"its {count} bands are not colours of 8 bits"
+        return f"its {count} bands are not colors of 8 bits"
     return None
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Turns an image as its EXIF data say, for which it is decoded."""
+    """Applies the EXIF orientation. This decodes the image if it is rotated or mirrored."""
     with damage("it"):
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
         return ImageOps.exif_transpose(image) if turned else image
@@ -237,7 +236,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 @contextlib.contextmanager
 def damage(what: str) -> Iterator[None]:
-    """Turns whatever a decoder raises on a damaged file into a `ValueError` of one line."""
+    """Converts any error of a decoder on a damaged file to a `ValueError` of one line."""
     try:
         yield
     except Exception as error:
@@ -246,7 +245,7 @@ def damage(what: str) -> Iterator[None]:
 
 
 def read_planes(image: Any, given: SimpleNamespace) -> list[Image.Image]:
-    """Checks one image. Returns one image in RGB, or one in grey for every channel (8 bits, or floats in [0, 1])."""
+    """Checks one image. Returns one image in RGB, or one in gray for every channel (8 bits, or floats in [0, 1])."""
     to_rgb = bool(given.do_convert_rgb) and given.num_channels == 3
     limits = (given.do_pad, given.max_aspect_ratio, given.max_image_pixels)
     if isinstance(image, Image.Image):
@@ -272,7 +271,7 @@ def read_planes(image: Any, given: SimpleNamespace) -> list[Image.Image]:
     else:
         array = to_array(image, given.input_data_format, given.num_channels)
         check_extent(array.shape[1], array.shape[2], *limits)
-    array = to_eight_bits(array, given.value_range, quantise=bool(given.do_rescale))
+    array = to_eight_bits(array, given.value_range, quantize=bool(given.do_rescale))
     if to_rgb and len(array) in (1, 4):
         array = np.repeat(array, 3, axis=0) if len(array) == 1 else array[:3]
     if len(array) != given.num_channels:
@@ -285,7 +284,7 @@ def read_planes(image: Any, given: SimpleNamespace) -> list[Image.Image]:
 
 
 def check_extent(height: int, width: int, do_pad: bool | None, max_aspect_ratio: float, max_image_pixels: int) -> None:
-    """Refuses images that are empty, a thread, or would not fit in memory as a square."""
+    """Raises `ValueError` for images that are empty, too elongated, or too large after padding to a square."""
     pixels, what = f"height {height} and width {width}", " after padding to a square" if do_pad else ""
     if min(height, width) < 1:
         raise ValueError(f"it is empty: {pixels}.")
@@ -327,11 +326,11 @@ def to_array(image: Any, input_data_format: str | ChannelDimension | None, num_c
     return image
 
 
-def to_eight_bits(image: np.ndarray, value_range: Sequence[float] | None, quantise: bool) -> np.ndarray:
-    """Checks the values of an array and brings them to uint8, or floats to [0, 1] unless `quantise`.
+def to_eight_bits(image: np.ndarray, value_range: Sequence[float] | None, quantize: bool) -> np.ndarray:
+    """Checks the values of an array and converts them to uint8, or to floats in [0, 1] without `quantize`.
 
-    What a value means is read from its type or declared, never from the other values: a dark tile must not be read in
-    another way than the bright one beside it.
+    The range is determined by the dtype or by `value_range`, never from the values, so that dark and bright tiles of one
+    scene are treated in the same way.
     """
     is_float, limits = image.dtype.kind == "f", (0, 1) if image.dtype.kind == "f" else (0, 255)
     if image.dtype.kind not in "iuf":
@@ -346,7 +345,7 @@ def to_eight_bits(image: np.ndarray, value_range: Sequence[float] | None, quanti
         wide -= black
         wide *= 1 / (white - black)
         np.clip(wide, 0, 1, out=wide)
-        return np.rint(wide * 255).astype(np.uint8) if quantise else wide.astype(np.float32)
+        return np.rint(wide * 255).astype(np.uint8) if quantize else wide.astype(np.float32)
     if image.dtype == np.uint8:
         return image
     if not is_float and image.itemsize < 8:
@@ -358,7 +357,7 @@ def to_eight_bits(image: np.ndarray, value_range: Sequence[float] | None, quanti
             "what they mean with value_range=(black, white)."
         )
     image = image.astype(np.float32 if is_float else np.uint8)
-    return np.rint(image * 255).astype(np.uint8) if is_float and quantise else image
+    return np.rint(image * 255).astype(np.uint8) if is_float and quantize else image
 
 
 __all__ = ["image_size", "open_image"]

@@ -1,7 +1,7 @@
-"""Injection: how the detail stacks of images enter the layers of a decoder.
+"""Injection of the detail stacks of images into the layers of a decoder.
 
-An injector is a forward pre-hook on its layer. What all injectors need travels down the decoder's forward as the keyword
-argument `injection`, and every layer's pre-hook takes it out again before the layer sees it.
+An injector is a forward pre-hook on its layer. The decoder passes the keyword argument `injection` to all layers, and the
+pre-hook of every layer removes it before the layer runs.
 
 Letters in shape comments: B samples, S positions, N images over the batch, r rows that share an image (beams), T tokens
 an image, K detail stacks, I images of a sample, d decoder channels.
@@ -17,16 +17,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .configuration_mfrsvlm import MFRSVLMConfig
 
 
-# Key position of detail tokens that no query may see. Any real position is smaller.
+# Key position of detail tokens that no query may attend to. All real positions are smaller.
 NEVER_VISIBLE = torch.iinfo(torch.int64).max
-# A score that the softmax turns into zero in every dtype, and that stays finite in float16.
+# A score whose softmax is zero in every dtype, and that is finite in float16.
 MASKED_SCORE = -1e4
-# Engines that run the decoder on their own and hand it the visual tokens only.
+# Engines that run the decoder themselves and pass only the visual tokens.
 FOREIGN_ENGINES = ("vllm", "sglang")
 
 
 class VisualLayout(NamedTuple):
-    """Where the N images lie in a batch of B x S positions. Made without reading a value on the host."""
+    """Positions of the N images in a batch of B x S positions. Computed without synchronization with the host."""
 
     mask: torch.Tensor  # (B, S) bool, visual positions
     token: torch.Tensor  # (B, S), which of the N * T visual tokens a visual position holds; 0 elsewhere
@@ -75,7 +75,7 @@ def visual_layout(
 
 
 class DetailMemory(NamedTuple):
-    """What cross-attention knows of the images of this call and of earlier ones."""
+    """State of cross-attention for the images of this call and of earlier calls."""
 
     cache: Any  # keys, values and places of the detail tokens, a layer an injector and one more; None without a cache
     slots: Any  # (N,), sample * images a sample + place in the sample, of the new images
@@ -84,7 +84,7 @@ class DetailMemory(NamedTuple):
 
 
 class Injection(NamedTuple):
-    """What travels down the decoder's forward to the injectors."""
+    """The input of the injectors, a keyword argument of the decoder's forward."""
 
     details: torch.Tensor | None  # (K, N, T, d), the detail stacks of the images of this call
     summary: torch.Tensor | None  # of gated injectors: means (N, K, d) or variances (K, N, T), the same for every layer
@@ -93,7 +93,7 @@ class Injection(NamedTuple):
 
 
 def gated_injection(details: torch.Tensor, layout: VisualLayout, routing: str) -> Injection:
-    """What gated injectors need of the stacks (K, N, T, d), computed once for all of them."""
+    """The input of gated injectors from the stacks (K, N, T, d), computed once for all of them."""
     if routing == "token":
         # One stack at a time: a copy of all in float32 would be twice their size.
         summary = torch.stack([stack.float().var(dim=-1, correction=0) for stack in details])
@@ -105,10 +105,10 @@ def gated_injection(details: torch.Tensor, layout: VisualLayout, routing: str) -
 def cross_attention_injection(
     details: torch.Tensor | None, layout: VisualLayout | None, inputs_embeds: torch.Tensor, cache: Any, rank: int
 ) -> Injection:
-    """What cross-attention needs at the positions of `inputs_embeds` (B, S, d).
+    """The input of cross-attention injectors at the positions of `inputs_embeds` (B, S, d).
 
-    A position sees the images that start at or before it, in its own sample. The first position of every image is cached
-    beside the keys of the injectors, as layer `rank`, so that it follows every reordering of the cache.
+    A position attends to the images of its sample that start at or before it. The first position of every image is cached
+    with the keys of the injectors, as layer `rank`, so that it is reordered together with the cache.
     """
     batch_size, length = inputs_embeds.shape[:2]
     past_length, memory_cache = 0, None
@@ -218,7 +218,7 @@ class MFRSVLMTokenRouter(nn.Module):
 
 
 def finite_softmax(scores: torch.Tensor, dim: int) -> torch.Tensor:
-    """Softmax that weighs all alike where a score is not finite, as the published model does."""
+    """Softmax with uniform weights if a score is not finite, as in the published model."""
     finite = torch.isfinite(scores).all(dim=dim, keepdim=True)
     return torch.where(finite, scores, torch.zeros_like(scores)).softmax(dim=dim)
 
@@ -226,7 +226,7 @@ def finite_softmax(scores: torch.Tensor, dim: int) -> torch.Tensor:
 class MFRSVLMInjectors(nn.ModuleList):
     """The injectors by rank, and the forward pre-hooks by which they enter the decoder's layers.
 
-    A hook looks its injector up at every call: PEFT puts the copy that it trains in place of a module.
+    A hook looks up its injector at every call, since PEFT replaces modules by the copies that it trains.
     """
 
     decoder_config: Any  # of the decoder that runs the layers
@@ -239,14 +239,14 @@ class MFRSVLMInjectors(nn.ModuleList):
         engine = str(getattr(self.decoder_config, "_attn_implementation", None))
         if engine.startswith(FOREIGN_ENGINES):
             raise NotImplementedError(
-                f"The decoder runs under {engine!r}, which hands it no detail stacks: the answers would be wrong without a "
-                "word. Use generate(), or an engine with a plugin for MF-RSVLM."
+                f"The decoder runs under {engine!r}, which does not pass detail stacks: answers would be wrong without a "
+                "warning. Use generate(), or an engine with a plugin for MF-RSVLM."
             )
         return args, kwargs
 
 
 def drop_injection(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """The pre-hook of a layer without an injector: attention functions need not know our keyword."""
+    """The pre-hook of a layer without an injector: removes `injection`, which attention functions do not take."""
     kwargs.pop("injection", None)
     return args, kwargs
 
@@ -370,7 +370,7 @@ class MFRSVLMCrossAttentionInjector(GradientCheckpointingLayer):
 
 
 def with_detail_cache(cache: Cache) -> EncoderDecoderCache:
-    """Puts a cache for the detail tokens beside a decoder's cache, which cannot take extra layers itself.
+    """Combines a decoder's cache, which cannot take extra layers, with a cache for the detail tokens.
 
     Raises:
         ValueError: the decoder's cache is in use already, so the detail tokens of its images are lost.
@@ -386,5 +386,5 @@ def with_detail_cache(cache: Cache) -> EncoderDecoderCache:
 
 
 def is_empty(cache: Cache | None) -> bool:
-    """Whether nothing is cached yet. Asking a static cache waits for the device, so ask only where that is all right."""
+    """Whether nothing is cached yet. For a static cache, this waits for the device."""
     return cache is None or bool(cache.get_seq_length() == 0)

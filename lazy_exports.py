@@ -8,12 +8,12 @@ from typing import Any
 def lazy_exports(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Makes `__getattr__` and `__dir__` for the `__init__` of a package.
 
-    Importing a part of a package runs its `__init__` first. One that imported torch and transformers would cost every
-    command seconds, `--help` included.
+    Importing a submodule runs the `__init__` of its package first. If that imported torch and transformers, every command
+    would take seconds longer, including `--help`.
 
     Args:
         package: `__name__` of the package.
-        modules: names that the package exports, each with the module inside the package that defines it.
+        modules: exported names, each with the module of the package that defines it.
     """
 
     def get(name: str) -> Any:

@@ -3,8 +3,8 @@
 The skeleton is that of LLaVA: `vision_tower` -> `multi_modal_projector` -> `language_model`. Two things are added, both
 from the paper *FUSE-RSVLM* (arXiv 2512.24022): windows over a high-resolution canvas are encoded at several depths of
 the tower and stitched into *detail stacks*, and *injectors* feed these stacks back into several decoder layers. The
-decoder runs its own forward: an injector is a forward pre-hook on its layer, and what it needs travels down the forward
-as the keyword argument `injection`.
+decoder runs its unchanged forward: an injector is a forward pre-hook on its layer, and gets its input through the keyword
+argument `injection`.
 
 Letters in shape comments: B samples, S positions, N images over the batch, r rows that share an image (beams), T tokens
 an image, K detail stacks, n windows, t tokens a window side, C vision channels, d decoder channels. All visual state
@@ -204,7 +204,7 @@ class MFRSVLMPreTrainedModel(PreTrainedModel):
 
 
 class MFRSVLMModel(MFRSVLMPreTrainedModel):
-    """Vision tower, projector, window encoder and decoder with injection, without a language modelling head."""
+    """Vision tower, projector, window encoder and decoder with injection, without a language modeling head."""
 
     def __init__(self, config: MFRSVLMConfig) -> None:
         super().__init__(config)
@@ -272,7 +272,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             )
 
     def _freeze_unread_parameters(self) -> None:
-        """Of a ViT, freezes what lies behind the last layer that is read: DDP would wait for gradients that never come."""
+        """Freezes the parameters of a ViT after the last used layer, since DDP would wait for their gradients."""
         config = self.config
         if config.is_hierarchical:
             return
@@ -289,7 +289,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
         """Makes every injector a pre-hook of its decoder layer.
 
         Raises:
-            ValueError: the decoder has no list of layers, or would not hand its keyword arguments down to them.
+            ValueError: the decoder has no list of layers, or does not pass keyword arguments to them.
         """
         decoder = self.language_model
         layers: Any = getattr(decoder, "layers", None)
@@ -313,7 +313,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             layer.register_forward_pre_hook(hook, with_kwargs=True)
 
     def train(self, mode: bool = True) -> "MFRSVLMModel":
-        """As usual, but batch normalisation stays in evaluation mode: windows of a few images are no statistic."""
+        """Batch normalization stays in evaluation mode, since the windows of a few images give poor statistics."""
         super().train(mode)
         if mode:
             self._freeze_unread_parameters()  # again: loading gives every parameter a gradient
@@ -404,7 +404,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
         """Encodes N images: their global views and, for a model with injection, their windows.
 
         Args:
-            pixel_values: (N, L), one row an image: the normalised global view and the windows of every scale, as the
+            pixel_values: (N, L), one row an image: the normalized global view and the windows of every scale, as the
                 processor packs them.
             window_chunk_size: windows an encoder pass; defaults to the config's.
 
@@ -467,7 +467,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             )
 
     def _check_positions(self, position_ids: torch.Tensor | None, length: int, cache: Cache | None) -> None:
-        """Refuses positions that the decoder does not have. Reads them on the CPU only, elsewhere it would wait."""
+        """Raises `ValueError` for positions beyond the decoder's limit. Checked on the CPU only, since others would wait."""
         limit = getattr(self.config.text_config, "max_position_embeddings", None)
         if limit is None or torch.compiler.is_compiling():
             return
@@ -484,10 +484,10 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             )
 
     def _empty_image_features(self, device: torch.device) -> MFRSVLMImageFeatures:
-        """Features of a blank image that no position shows.
+        """Features of a blank image that no position uses.
 
-        Where parameters are sharded or their gradients averaged over ranks, a rank whose batch holds only text must
-        run the tower and the injectors all the same, or the others wait for it forever.
+        If parameters are sharded or gradients are averaged over ranks, a rank whose batch has only text must also run the
+        tower and the injectors. Otherwise the other ranks would wait forever.
         """
         return self.get_image_features(torch.zeros(1, sum(self.config.packed_lengths), device=device), return_dict=True)
 
@@ -600,7 +600,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
 
 
 class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
-    """MF-RSVLM with a language modelling head: answers questions about overhead images."""
+    """MF-RSVLM with a language modeling head: answers questions about overhead images."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -684,7 +684,7 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = scale_logits(self.lm_head(outputs.last_hidden_state[:, keep]), self.config.text_config)
-        # The placeholder is a row of the vocabulary but no word: no loss, no sample and no beam may see a chance for it.
+        # The placeholder is in the vocabulary but is never an output: it is masked for loss, sampling and beams.
         logits[..., self.config.image_token_id] = MASKED_SCORE
 
         loss = None
@@ -734,10 +734,10 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
         return generator
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: continuous batching takes token ids only, so the model would never see an image."""
+        """Raises `NotImplementedError`: continuous batching passes token ids only, without images."""
         raise NotImplementedError(
-            "MF-RSVLM does not support continuous batching, which passes token ids only: the images would be lost without a "
-            "word. Use generate() on padded batches."
+            "MF-RSVLM does not support continuous batching, which passes token ids only, without images. Use generate() on "
+            "padded batches."
         )
 
     def _check_chunks(self, mask: Any, chunk_size: int) -> None:
@@ -772,8 +772,8 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
         """As in `transformers`. A conversation that goes on from a cache may pass all its images, or those that are new.
 
         Raises:
-            ValueError: `prefill_chunk_size` would split an image that the model has to see whole; `assistant_model` does
-                not know the placeholder; this version of transformers does not take `mm_encoder_outputs`.
+            ValueError: `prefill_chunk_size` would split an image that must not be split; `assistant_model` does not have
+                the placeholder; this version of transformers does not take `mm_encoder_outputs`.
         """
         if kwargs.get("mm_encoder_outputs"):
             if not GENERATE_ENCODES_IMAGES:
@@ -801,7 +801,7 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
 
 
 def scale_logits(logits: torch.Tensor, text_config: Any) -> torch.Tensor:
-    """What some decoders do to their logits behind the head: Granite divides, Cohere multiplies, Gemma caps."""
+    """Scales logits after the head as some decoders do: Granite divides, Cohere multiplies, Gemma caps them."""
     if getattr(text_config, "logits_scaling", None) is not None:
         logits = logits / text_config.logits_scaling
     if getattr(text_config, "logit_scale", None) is not None:

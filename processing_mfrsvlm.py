@@ -1,4 +1,4 @@
-"""Processor of MF-RSVLM: prompts to ids with image placeholders, and their images to pixels."""
+"""Processor of MF-RSVLM: converts prompts to ids with image placeholders, and images to pixels."""
 
 import bisect
 import math
@@ -46,8 +46,8 @@ def parse_boxes(text: str, box_scale: float = 1000) -> list[tuple[float, float, 
 def make_chat_template(tokenizer: Any) -> str:
     """The chat template of this package for a tokenizer.
 
-    It writes the beginning-of-sequence token if the tokenizer puts one before a text: trainers and servers tokenize what a
-    template wrote without adding any.
+    It writes the beginning-of-sequence token if the tokenizer adds one, since trainers and servers tokenize rendered
+    templates without adding special tokens.
 
     Raises:
         ValueError: no way to write the token gives the ids that the tokenizer itself gives.
@@ -58,7 +58,7 @@ def make_chat_template(tokenizer: Any) -> str:
     expected = tokenizer(start)["input_ids"]
     if tokenizer.bos_token is None or expected[:1] != [tokenizer.bos_token_id]:
         return rest
-    # After a special token some tokenizers take a word for the inside of a text: a space makes it the beginning again.
+    # Some tokenizers encode a word after a special token as inside of a text. A space avoids this.
     for space, opening in {"": bos, " ": '{{- bos_token + " " -}}'}.items():
         if tokenizer(tokenizer.bos_token + space + start, add_special_tokens=False)["input_ids"] == expected:
             return f"{opening}\n{rest}"
@@ -182,10 +182,10 @@ class MFRSVLMProcessor(ProcessorMixin):
             texts: one generated text per image, decoded.
             image_sizes: (height, width) of each original image: pairs, or a tensor (N, 2). Note that `PIL.Image.size` is
                 the other way round.
-            box_scale: the number in a text that stands for the right and the lower edge.
+            box_scale: value of the right and lower edge in a text.
             padded: whether the texts speak of the image padded to a square, as the image processor pads it with `do_pad`,
                 or of the image itself. It depends on the data the model was trained with. The padding is taken off, and
-                boxes are clipped to the image; those wholly beside it are left out.
+                boxes are clipped to the image. Boxes in the padding are left out.
 
         Returns:
             For each text a float32 tensor (n, 4), one row (x_min, y_min, x_max, y_max) per box in the order of the text,

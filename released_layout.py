@@ -1,4 +1,4 @@
-"""The authors' layout of a checkpoint: what its keys and its config fields mean here, and what is refused."""
+"""The authors' layout of a checkpoint: conversion of its keys and config fields, and rejection of unsupported variants."""
 
 import contextlib
 import json
@@ -41,8 +41,8 @@ KEY_TABLE: list[tuple[str, str | None]] = [
     (_TOWER + r"((?:embeddings|pre_layrnorm|encoder|post_layernorm)\..+)",    r"model.vision_tower.\1"),
     (r"text_model\..+|text_projection\.weight|visual_projection\.weight|logit_scale", None),  # the rest of a full CLIP
 ]
-# What fields of a released config may say, as values or as types of a list's items. Others that begin with mm_ or
-# deepstack_ are refused, so that nothing is read by half.
+# Supported values of the fields of a released config, or types of list items. Other fields that begin with mm_ or deepstack_
+# are rejected, so that no setting is ignored.
 CHOICES: dict[str, tuple[Any, ...]] = {
     "model_type": ("mfrsvlm", "vhm"),
     "image_aspect_ratio": ("pad", "square", None),
@@ -66,7 +66,7 @@ class ConversionError(ValueError):
 
 @contextlib.contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Turns what other libraries raise on bad input into a `ConversionError` of one line that says what it was about."""
+    """Converts errors of other libraries on invalid input to a `ConversionError` of one line, with the context `what`."""
     try:
         yield
     except ConversionError:
@@ -84,7 +84,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def rename(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """One released tensor under our names, per `KEY_TABLE`: one, as many as there are injectors, or none if it is dropped.
+    """Renames one released tensor by `KEY_TABLE`: to one tensor, one per injector, or none if it is dropped.
 
     Raises:
         ConversionError: no row of the table matches.
@@ -138,16 +138,16 @@ def resolve_injection_layers(layers: list[int], num_layers: int) -> list[int]:
 
 
 def refuse_eva(source: Any, content: dict[str, Any]) -> None:
-    """EVA-CLIP calls itself "clip" too, and differs in its biases and norms: only names tell."""
-    said = {field: content.get(field) for field in ("model_type", "architectures", "auto_map")}
-    said["mm_vision_tower"] = Path(str(content.get("mm_vision_tower"))).name
-    for field, value in said.items():
+    """Raises for EVA-CLIP, whose model type is also "clip" but whose biases and norms differ. Detected by names."""
+    names = {field: content.get(field) for field in ("model_type", "architectures", "auto_map")}
+    names["mm_vision_tower"] = Path(str(content.get("mm_vision_tower"))).name
+    for field, value in names.items():
         if EVA.search(str(value)):
-            raise ConversionError(f"{source} says {field}={value!r}: EVA towers are not supported.")
+            raise ConversionError(f"{source} has {field}={value!r}: EVA towers are not supported.")
 
 
 def refuse_variants(source: Path, content: dict[str, Any]) -> None:
-    """Refuses, by name, what would otherwise be read by half."""
+    """Raises `ConversionError` for unsupported variants, which would otherwise be converted incompletely."""
     for name in ("adapter_config.json", "non_lora_trainables.bin"):
         if (source / name).is_file():
             raise ConversionError(f"{source} is a LoRA folder ({name}): merge it into its base model first.")
@@ -170,7 +170,7 @@ def refuse_variants(source: Path, content: dict[str, Any]) -> None:
 
 
 def released_config(content: dict[str, Any], tower: Path, dtype: str | None) -> MFRSVLMConfig:
-    """Our config for a released one: its geometry resolved to plain numbers, its quirks switched on."""
+    """The `MFRSVLMConfig` of a released checkpoint, with the settings of the published training."""
     dtype = dtype or content.get("torch_dtype") or content.get("dtype") or "float32"
     if dtype not in DTYPES:
         raise ConversionError(f"torch_dtype={dtype!r} is not supported: pass --dtype {', '.join(DTYPES)}.")
@@ -218,7 +218,7 @@ def make_config(vision_config: Any, text_config: Any, dtype: Any, **fields: Any)
 
 def read_tokenizer(source: Path) -> LlamaTokenizer:
     """The tokenizer of a released checkpoint, which splits the words after a special token as its `legacy` flag says."""
-    if not (source / "tokenizer.model").is_file():  # LlamaTokenizer would make an empty one without a word
+    if not (source / "tokenizer.model").is_file():  # LlamaTokenizer would silently make an empty one
         raise ConversionError(f"{source / 'tokenizer.model'} is missing: copy it from the base language model.")
     path = source / "tokenizer_config.json"
     legacy = read_json(path).get("legacy") if path.is_file() else None

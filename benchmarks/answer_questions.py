@@ -1,4 +1,4 @@
-"""Questions a second: one `generate` a question, against the harness, which encodes an image once and answers in batches.
+"""Measures questions per second: one `generate` call per question, and `Answerer`, which shares images and uses batches.
 
     python benchmarks/answer_questions.py [--model demo/model] [--scenes 4] [--questions 32] [--rounds 3]
 
@@ -55,13 +55,13 @@ def main() -> None:
     settings = EvaluationSettings(batch_size=args.batch_size, images_per_chunk=args.images_per_chunk)
 
     def one_by_one() -> list[str]:
-        said = []
+        answers = []
         for sample in samples:
             with torch.inference_mode():
                 inputs = answerer._plain_inputs([Prompt(sample.question, 0)], [[images[sample.images[0]]]])
                 tokens = model.generate(**inputs, generation_config=answerer.generation)
-            said.append(processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
-        return said
+            answers.append(processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+        return answers
 
     def harness() -> list[str]:
         with tempfile.TemporaryDirectory() as folder:

@@ -4,7 +4,7 @@
 
 Every measurement runs in a process of its own: a decoder of 8 layers x 512 channels with random weights, one image of 24
 detail stacks x 576 tokens, injected at four layers, float32. `--before` names the folder above another copy of the package
-(`FOLDER/mfrsvlm`), which is measured beside this one.
+(`FOLDER/mfrsvlm`), which is also measured.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Times the image processor on one image, and says how many bytes it makes of it.
+"""Measures the time of the image processor on one image, and the size of its output.
 
     python benchmarks/preprocessing.py [--sides 512 4000] [--rounds 15] [--before FOLDER]
 
 The arms take turns, so that the ratios hold when the speed of the machine drifts. The peer is LLaVA-NeXT's processor for
 numpy and Pillow on the same image, with its published size (five crops of 336). `--before` names the folder above another
-copy of the package (`FOLDER/mfrsvlm`), which is timed beside this one.
+copy of the package (`FOLDER/mfrsvlm`), which is also measured.
 """
 
 import argparse
@@ -33,14 +33,14 @@ ARMS: dict[str, dict[str, Any]] = {
 
 
 def package_in(folder: str) -> ModuleType:
-    """Another copy of this package, beside this one."""
-    ours = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "mfrsvlm"}
+    """Imports another copy of this package, in addition to this one."""
+    own = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "mfrsvlm"}
     sys.path.insert(0, folder)
     try:
         return importlib.import_module("mfrsvlm")
     finally:
         sys.path.remove(folder)
-        sys.modules.update(ours)
+        sys.modules.update(own)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
-"""The small model of this package and a scene to ask it about: `mfrsvlm demo`, and `mfrsvlm ask` for any model and image.
+"""The small model of this package and an example image: `mfrsvlm demo`, and `mfrsvlm ask` for any model and image.
 
-`MODEL` is the folder of the model, `SCENE` an image of the kind that it knows. Both come with the package.
+`MODEL` is the folder of the model, `SCENE` the path of a synthetic scene. Both are part of the package.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""Asks the small trained model about a scene, prints the answers and draws them: `mfrsvlm demo`.
+"""Asks the small model about an image, prints the answers and draws them: `mfrsvlm demo`.
 
-Without an image, it draws a synthetic scene that the model has never seen, and prints the true answers beside the model's.
-Without `--model`, it loads the small model in this folder, which was trained on synthetic scenes only.
+Without an image, it draws a held-out synthetic scene and also prints the true answers. Without `--model`, it loads the small
+model in this folder, which was trained on synthetic scenes only.
 """
 
 import sys
@@ -16,7 +16,7 @@ TASKS = ("classification", "area", "presence", "count", "comparison", "position"
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
-        prog="mfrsvlm demo", description="Asks the small trained model about a scene, prints the answers and draws them."
+        prog="mfrsvlm demo", description="Asks the small model about an image, prints the answers and draws them."
     )
     parser.add_argument("image", nargs="?", help="image file (default: a synthetic scene)")
     parser.add_argument("--question", action="append", help="may be given several times")

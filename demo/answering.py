@@ -25,17 +25,25 @@ class Answer:
 
 
 def load(name: str, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """Model, in eval mode, and processor of a folder or Hub id, see `files.model_folder.load_model`.
+    """Loads the model, in eval mode, and the processor of a folder or Hub id, see `files.model_folder.load_model`.
 
     Args:
         name: folder or Hub id.
-        dtype: of the weights.
-        device: where the model goes; an accelerator by default, if there is one.
-        trust_remote_code: run code that comes with the model. An MF-RSVLM runs the code of this package without it.
+        dtype: type of the weights; `"auto"`: as saved.
+        device: device of the model; `None`: an accelerator, if there is one.
+        trust_remote_code: run the code in the model folder. Without it, an MF-RSVLM uses the code of this package.
+
+    Raises:
+        ValueError: the device does not exist here.
     """
     if device is None:
         accelerator = torch.accelerator.current_accelerator()
         device = "cpu" if accelerator is None else str(accelerator)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # an unknown name, or a device that this machine or this torch lacks
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={device!r} cannot be used here: {reason}. Name another, such as cpu.") from error
     model, processor = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
     return model.to(device), processor
 
@@ -47,8 +55,8 @@ def answer(model: Any, processor: Any, image: Image.Image, questions: list[str],
         model: an image-text-to-text model.
         processor: its processor, with a chat template.
         image: the image that all questions are about.
-        questions: what to ask.
-        max_new_tokens: length of an answer at most.
+        questions: the questions.
+        max_new_tokens: maximum length of an answer.
     """
     conversations = [
         [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]

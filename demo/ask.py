@@ -22,15 +22,15 @@ RASTER_ENDINGS = (".tif", ".tiff", ".jp2", ".vrt")
 
 def make_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="mfrsvlm ask", description="Asks a model about one image and prints answers and boxes.")
-    parser.add_argument("image", help="image file or address, or raster")
+    parser.add_argument("image", help="image file, raster or URL")
     parser.add_argument("questions", nargs="+", metavar="question", help="one or more questions, each in quotes")
     parser.add_argument("--model", required=True, help="model folder or Hub id")
     parser.add_argument("--json", action="store_true", help="print one JSON object; boxes are x1, y1, x2, y2 in pixels")
-    parser.add_argument("--picture", metavar="PATH", help="draw the image, the boxes and the answers into this file")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="length of an answer at most (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights (default: as saved)")
+    parser.add_argument("--picture", metavar="PATH", help="write an image with the boxes and the answers to this file")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="maximum length of an answer (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="type of the weights (default: as saved)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the code in the model folder")
     add_raster_options(parser)
     return parser
 

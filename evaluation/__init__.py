@@ -1,5 +1,7 @@
 """Evaluation of vision-language models on remote sensing benchmarks.
 
+Example:
+
 from mfrsvlm.evaluation import EvaluationSettings, evaluate, load_benchmark
 
 aid = load_benchmark("aid", "data/AID")

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..arguments import ArgumentParser
+from ..arguments import DTYPES, ArgumentParser
 from .settings import EvaluationSettings
 
 
@@ -19,7 +19,7 @@ def make_parser() -> ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, add_arguments, command, description in (
         ("run", add_run_arguments, "mfrsvlm evaluate", "Evaluates one model on one or more benchmarks."),
-        ("report", add_report_arguments, "mfrsvlm report", "Writes tables, plots and a model card from runs."),
+        ("report", add_report_arguments, "mfrsvlm report", "Writes tables, plots and model cards from finished runs."),
     ):
         add_arguments(commands.add_parser(name, prog=command, description=description, help=description))
     return parser
@@ -31,7 +31,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--model", help="folder or Hub id of an image-text-to-text model")
     what.add_argument("--revision", help="branch, tag or commit of a Hub id")
     what.add_argument("--name", help="name of the model in reports; default: its Hub id, or the name of its folder")
-    what.add_argument("--baseline", choices=["majority"], help="in place of a model: the most frequent answers")
+    what.add_argument("--baseline", choices=["majority"], help="evaluate the majority baseline instead of a model")
     what.add_argument(
         "--benchmark",
         nargs="+",
@@ -44,39 +44,47 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--split", help="split of the benchmark, if there is only one; default: its test split")
     what.add_argument("--protocol", default="strict", help="default: strict; see docs/evaluation.md")
     what.add_argument("--output", type=Path, help="folder for the files of each benchmark; default: print the tables only")
-    what.add_argument("--limit", type=int, help="number of questions to draw from each benchmark; default: all")
-    what.add_argument("--seed", type=int, default=defaults.seed, help="seed of --limit")
+    what.add_argument("--limit", type=int, help="number of questions to sample from each benchmark; default: all")
+    what.add_argument("--seed", type=int, default=defaults.seed, help="seed of the sampling; default: %(default)s")
     what.add_argument("--blind", action="store_true", help="ask without the images")
     how = parser.add_argument_group("how to run")
-    how.add_argument("--batch-size", type=int, default=defaults.batch_size, help="questions that are answered together")
+    how.add_argument("--batch-size", type=int, default=defaults.batch_size, help="questions per batch; default: %(default)s")
     how.add_argument(
-        "--images-per-chunk", type=int, default=defaults.images_per_chunk, help="images whose features are kept together"
+        "--images-per-chunk",
+        type=int,
+        default=defaults.images_per_chunk,
+        help="images whose features are in memory at the same time; default: %(default)s",
     )
-    how.add_argument("--dtype", default="auto", help="float32, bfloat16, ...; default: as saved")
-    how.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    how.add_argument("--no-sharing", action="store_true", help="encode an image again for every question")
-    how.add_argument("--allow-count-mismatch", action="store_true", help="accept a split of another size than published")
+    how.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights; default: as saved")
+    how.add_argument("--trust-remote-code", action="store_true", help="run the code in the model folder")
+    how.add_argument("--no-sharing", action="store_true", help="encode the images again for every question")
+    how.add_argument("--allow-count-mismatch", action="store_true", help="accept splits of another size than published")
     how.add_argument("--allow-size-mismatch", action="store_true", help="accept images of another size than published")
-    how.add_argument("--classes", nargs="+", metavar="CLASS", help="ask only about these classes")
-    how.add_argument("--skip-broken-rows", action="store_true", help="leave out rows that cannot be asked")
-    how.add_argument("--allow-outside-images", action="store_true", help="open images outside of the folder, also by a link")
+    how.add_argument("--classes", nargs="+", metavar="CLASS", help="load only these classes")
+    how.add_argument("--skip-broken-rows", action="store_true", help="skip rows that cannot be used")
     how.add_argument(
-        "--missing-images", choices=["error", "wrong"], default="error", help="stop, or score their questions 0"
+        "--allow-outside-images", action="store_true", help="open images outside of the folder, through links or URLs"
+    )
+    how.add_argument(
+        "--missing-images",
+        choices=["error", "wrong"],
+        default="error",
+        help="error: stop; wrong: score questions about unreadable images 0; default: %(default)s",
     )
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of runs")
     parser.add_argument("--output", type=Path, help="folder for results.md, results.csv and the plots")
-    parser.add_argument("--latex", action="store_true", help="write results.tex, too")
-    parser.add_argument("--card", type=Path, metavar="MODEL_FOLDER", help="model folder whose README.md gets the results")
-    parser.add_argument("--model", help="name of that model in the runs; default: the name of its folder")
+    parser.add_argument("--latex", action="store_true", help="also write results.tex")
+    parser.add_argument("--card", type=Path, metavar="MODEL_FOLDER", help="write the results into the card of this folder")
+    parser.add_argument("--model", help="name in the runs of the model of --card; default: the name of its folder")
     parser.add_argument("--published", type=Path, help="file of published results; default: the one of this package")
     parser.add_argument("--no-plots", action="store_true", help="leave out the plots, which need matplotlib")
 
 
 def run(args: argparse.Namespace) -> None:
-    # Here and not above: `--help` and misspelt options should not wait for torch.
+    # Imported here, so that `--help` and errors about options need not import torch.
     from . import evaluate, evaluate_majority, load_benchmark
     from .answering import load
     from .benchmarks import BENCHMARKS
@@ -160,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         report(args) if args.command == "report" else run(args)
     except (ValueError, OSError) as error:
-        # For the user to correct, so one line. Any other error is a fault of the program and shows where it is.
+        # Errors that the user can correct. All others are bugs and keep their traceback.
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,6 +1,7 @@
-"""Answers as they come: in the files of a folder, from which a stopped run continues, or in memory.
+"""Stores answers during a run: in the files of a folder, so that a stopped run can be resumed, or in memory.
 
-A folder holds `settings.json`, what must be the same for a run to continue, and `answers-N.jsonl`, the answers of process N.
+The folder contains `settings.json`, the settings that must not change when a run is resumed, and `answers-N.jsonl`, the
+answers of process N.
 """
 
 import json
@@ -22,35 +23,36 @@ class AnswerLog:
     """Answers of one run.
 
     Args:
-        folder: where they are kept; `None` keeps them in memory.
-        state: the processes of the run. All of them make their own log.
+        folder: folder of the run; `None` keeps the answers in memory.
+        settings: settings that must not change when the run is resumed.
+        state: the processes of the run. Each process makes its own log.
 
     Raises:
         OSError: the folder cannot be written.
-        ValueError: the folder holds other files, or a run with other settings.
+        ValueError: the folder contains other files, or a run with other settings.
     """
 
     def __init__(self, folder: Path | None, settings: dict[str, Any], state: PartialState) -> None:
         self.folder, self.state = folder, state
-        self.rows: list[dict[str, Any]] = []  # of this process, where there is no folder
+        self.rows: list[dict[str, Any]] = []  # of this process, if there is no folder
         if folder is not None:
             claim_folder(folder, settings, state)
             self.path = folder / f"answers-{state.process_index}.jsonl"
 
     def start(self) -> set[str]:
-        """Ids of the samples that are answered already. To be called by all processes, before the first answer."""
+        """Ids of the samples that are already answered. All processes must call this before the first answer."""
         if self.folder is None:
             return set()
         done = {row["id"] for row in read_rows(self.folder)}
-        self.state.wait_for_everyone()  # before any process writes, so that all agree on what is done
+        self.state.wait_for_everyone()  # before any process writes, so that all read the same answers
         self.path.touch()
         return done
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Keeps answers. Those in a file are on the disk when this returns.
+        """Stores answers. In a file, they are flushed to the disk before this returns.
 
         Raises:
-            OSError: naming the file; the rows may be there in part.
+            OSError: the file, which the message names, cannot be written. It may contain a part of the rows.
         """
         if self.folder is None:
             self.rows += rows
@@ -61,11 +63,11 @@ class AnswerLog:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            text = f"{error.strerror}, so answers are missing in {self.path}; free some space and run again to continue"
+            text = f"{error.strerror}, so answers are missing in {self.path}; free some space and repeat the command"
             raise OSError(error.errno, text) from error
 
     def finish(self) -> list[dict[str, Any]]:
-        """All rows of all processes, on every process. To be called by all of them."""
+        """All rows of all processes, on every process. All processes must call this."""
         if self.folder is None:
             return gather_object(self.rows) if self.state.num_processes > 1 else self.rows
         self.state.wait_for_everyone()
@@ -73,22 +75,22 @@ class AnswerLog:
 
 
 def claim_folder(folder: Path, settings: dict[str, Any], state: PartialState) -> None:
-    """Writes the settings into a new or empty folder, or checks that they are those of the run that the folder holds."""
+    """Writes the settings into a new or empty folder, or checks that they equal those of the run in the folder."""
     path = folder / "settings.json"
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            # What a killed run has not finished writing is hidden.
+            # The unfinished file of a killed run is hidden.
             foreign = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(f".{path.name}."))
             if foreign:
-                raise ValueError(f"{folder} holds {shorten(foreign)} but no run: choose an empty folder.")
+                raise ValueError(f"{folder} contains {shorten(foreign)} but no run: choose an empty folder.")
             write_file(path, json.dumps(settings, indent=1) + "\n")
     state.wait_for_everyone()
     stored = json.loads(path.read_text(encoding="utf-8"))
     for name in sorted({*stored, *settings}):
         if stored.get(name) != settings.get(name):
             raise ValueError(
-                f"{folder} holds a run with {name} = {stored.get(name)!r}, not {settings.get(name)!r}: "
+                f"{folder} contains a run with {name} = {stored.get(name)!r}, not {settings.get(name)!r}: "
                 "choose another folder, or delete that one."
             )
 
@@ -96,11 +98,11 @@ def claim_folder(folder: Path, settings: dict[str, Any], state: PartialState) ->
 def read_rows(folder: Path) -> Iterator[dict[str, Any]]:
     for path in sorted(folder.glob("answers-*.jsonl")):
         text = path.read_bytes()
-        if text and not text.endswith(b"\n"):  # killed while the line was written
+        if text and not text.endswith(b"\n"):  # the process was killed while it wrote the line
             text = text[: text.rfind(b"\n") + 1]
             with path.open("r+b") as file:
                 file.truncate(len(text))
-        # Not `splitlines`, which would also split at line breaks that JSON leaves as they are, such as U+2028.
+        # Not `splitlines`, which also splits at line breaks that JSON does not escape, such as U+2028.
         for line in text.decode("utf-8").split("\n")[:-1]:
             yield json.loads(line)
 
@@ -110,5 +112,5 @@ def as_row(sample: Sample, answer: Answer) -> dict[str, Any]:
 
 
 def as_answer(row: dict[str, Any]) -> Answer:
-    """A question about a missing image has the empty answer, which is wrong."""
+    """The answer of a row. For a missing image it is empty, which scores 0."""
     return Answer(row.get("text", ""), row.get("yes"), row.get("truncated", False))

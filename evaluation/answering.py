@@ -1,8 +1,8 @@
 """Answers many questions with any image-text-to-text model of transformers, and encodes every image once.
 
-The images of a chunk of questions go through the vision tower together. The decoder then reads the common beginning of all
-prompts about the same images, mostly visual tokens, into one cache, and every question continues from a copy of it. Some
-models take no encoded images, or answer differently with them: their questions are processed one by one, with a warning.
+The images of a chunk of questions are encoded together. The decoder then processes the common prefix of all prompts about
+the same images, mostly visual tokens, once. Every question continues from a copy of this cache. Some models do not accept
+encoded images, or answer differently with them. Their images are encoded again for every question, and a warning is logged.
 """
 
 import copy
@@ -30,13 +30,13 @@ from ..files.reading import shorten
 
 logger = logging.getLogger(__name__)
 
-# First words that count as yes and no, as a model may write them.
+# First words that count as yes and no.
 YES, NO = ("yes", "Yes", " yes", " Yes"), ("no", "No", " no", " No")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question, and the index of the group of images that it is about (`None`: no image)."""
+    """A prompt, and the index of its image group (`None`: no image)."""
 
     text: str
     group: int | None = None
@@ -47,9 +47,9 @@ class Answer:
     """A generated answer.
 
     Attributes:
-        text: without special tokens and surrounding space.
-        yes_probability: P(yes) / (P(yes) + P(no)) of the first token. `None` where the tokenizer begins both alike.
-        truncated: whether generation stopped at the longest length.
+        text: the generated text, without special tokens and surrounding space.
+        yes_probability: P(yes) / (P(yes) + P(no)) of the first token. `None` if "yes" and "no" start with the same token.
+        truncated: whether generation stopped at the maximum length.
     """
 
     text: str
@@ -67,7 +67,7 @@ def load(
     """Loads the model and the processor of a folder or Hub id, see `mfrsvlm.files.model_folder.load_model`.
 
     Raises:
-        ValueError: the folder holds no model that can be loaded, has no chat template, or needs code that is not trusted.
+        ValueError: the folder contains no model that can be loaded, has no chat template, or needs `trust_remote_code`.
     """
     model, processor = load_model(name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
     check_chat_template(processor, name)
@@ -81,9 +81,9 @@ def check_chat_template(processor: Any, name: str = "The processor") -> None:
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """Sixteen hex digits of the weights, other ones if any bit changes or if large parts change places.
+    """Sixteen hex digits that change if any bit of the weights changes or if large parts are exchanged.
 
-    All bits of a tensor are folded into one number on its device. To fetch and hash 7B weights would take minutes.
+    Each tensor is reduced to one number on its device, because copying and hashing 7B weights would take minutes.
     """
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
@@ -109,14 +109,14 @@ def _add_to_digest(digest: Any, name: str, value: Any) -> None:
 
 
 class Answerer:
-    """Asks one model questions, with greedy decoding. Every call leaves model and processor as it found them.
+    """Answers questions with one model, by greedy decoding. Calls do not change the state of model and processor.
 
     Args:
-        model: image-text-to-text model on its device, also one with an active LoRA adapter of PEFT.
+        model: image-text-to-text model on its device, optionally with an active LoRA adapter of PEFT.
         processor: its processor, with a chat template.
-        max_new_tokens: longest answer.
-        share_images: encode an image once for all of its questions. The first call then compares both ways to answer, see
-            `_check_sharing`. If they differ, every question is processed on its own.
+        max_new_tokens: maximum length of an answer.
+        share_images: encode an image once for all of its questions. The first call compares the answers with and without
+            sharing, see `_check_sharing`. If they differ, images are not shared.
     """
 
     def __init__(self, model: Any, processor: Any, max_new_tokens: int, share_images: bool = True) -> None:
@@ -133,12 +133,14 @@ class Answerer:
             pad_token_id=self.tokenizer.eos_token_id if pad is None else pad,
         )
         parameters = inspect.signature(self.model.forward).parameters
-        # What forward and generate call the cache: our model takes both names, others that of their transformers.
-        is_ours = self.model.config.model_type == "mfrsvlm"
-        self.cache_name = CACHE if is_ours else "cache" if "cache" in parameters else "past_key_values"
+        # The name of the cache in forward and generate. MF-RSVLM takes both names.
+        is_mfrsvlm = self.model.config.model_type == "mfrsvlm"
+        self.cache_name = CACHE if is_mfrsvlm else "cache" if "cache" in parameters else "past_key_values"
         self.share_images = share_images and "mm_encoder_outputs" in parameters
         if share_images and not self.share_images:
-            logger.warning("%s takes no encoded images: every question is processed on its own.", type(self.model).__name__)
+            logger.warning(
+                "%s does not accept encoded images: images are encoded again for every question.", type(self.model).__name__
+            )
         self.checked = not self.share_images
         yes, no = ({self.tokenizer(word, add_special_tokens=False).input_ids[0] for word in words} for words in (YES, NO))
         self.first_tokens = sorted(yes - no), sorted(no - yes)
@@ -147,7 +149,7 @@ class Answerer:
         """Encodes the images of a chunk.
 
         Args:
-            groups: images by group. A prompt about a group sees all of its images, in order.
+            groups: images by group. A prompt about a group gets all of its images, in order.
             prompts: all prompts about these images.
         """
         encoded = EncodedImages(groups)
@@ -159,7 +161,7 @@ class Answerer:
             return self._encode_and_prefill(groups, prompts) if self.share_images else encoded
 
     def answer(self, batch: Sequence[Prompt], encoded: "EncodedImages") -> list[Answer]:
-        """Answers prompts together."""
+        """Answers prompts in one batch."""
         with self._greedy():
             if encoded.features is None or all(prompt.group is None for prompt in batch):
                 return self._generate(self._plain_inputs(batch, encoded.groups))
@@ -167,23 +169,23 @@ class Answerer:
 
     @contextmanager
     def _greedy(self) -> Iterator[None]:
-        """Greedy decoding, evaluation mode and left padding for the time of a call."""
+        """Sets greedy decoding, evaluation mode and left padding, and restores the previous state at the end."""
         model, tokenizer = self.model, self.tokenizer
         training = [(module, module.training) for module in model.modules()]
         before = model.generation_config, tokenizer.padding_side, tokenizer.pad_token
         model.eval()
-        # `generate` takes what a call leaves open from the model: sampling, beams, penalties, suppressed tokens.
+        # `generate` reads settings that a call does not pass from the model: sampling, beams, penalties, suppressed tokens.
         model.generation_config = self.generation
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         try:
-            # Not inference mode, since modules may keep tensors, and those could not be trained with afterwards.
+            # Not inference mode, since modules may keep tensors, which could then not be used in training.
             with torch.no_grad():
                 yield
         finally:
             model.generation_config, tokenizer.padding_side, tokenizer.pad_token = before
-            for module, was_training in training:  # one by one: some parts may be frozen in evaluation mode
+            for module, was_training in training:  # one by one, since some modules may stay in evaluation mode
                 module.training = was_training
 
     def _generate(self, inputs: dict[str, Any]) -> list[Answer]:
@@ -193,7 +195,7 @@ class Answerer:
         )
         tokens = tokens[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
-        # A row that ends before others is padded.
+        # A row that ends before the others is padded.
         ends = self.end_tokens | {self.generation.pad_token_id}
         full = tokens.shape[1] == self.generation.max_new_tokens
         truncated = [full and last not in ends for last in tokens[:, -1].tolist()]
@@ -204,7 +206,7 @@ class Answerer:
         return [{"role": "user", "content": [*content, {"type": "text", "text": prompt.text}]}]
 
     def _plain_inputs(self, batch: Sequence[Prompt], groups: Sequence[Sequence[Image.Image]]) -> dict[str, Any]:
-        """Inputs as any user of the model would prepare them."""
+        """Inputs from the chat template and the processor, without sharing."""
         conversations = [self._conversation(p, [] if p.group is None else groups[p.group]) for p in batch]
         inputs = self.processor.apply_chat_template(
             conversations,
@@ -219,7 +221,7 @@ class Answerer:
     def _encode_and_prefill(self, groups: Sequence[Sequence[Image.Image]], prompts: Sequence[Prompt]) -> "EncodedImages":
         features = self._encode(groups)
         ids = {prompt: self._prompt_ids(prompt, features) for prompt in prompts}
-        # Models that place tokens in time, height and width keep offsets of a batch on themselves: no cache for them.
+        # Models with 3D position ids (time, height, width) store offsets of a batch on the module, so no cache for them.
         prefix_cache = None if features.grids else self._prefill_prefixes(features, ids)
         return EncodedImages(groups, features, ids, prefix_cache)
 
@@ -233,23 +235,23 @@ class Answerer:
         return ImageFeatures(outputs, owners, grids)
 
     def _prefill_prefixes(self, features: "ImageFeatures", ids: dict[Prompt, list[int]]) -> "PrefixCache | None":
-        """Reads the common prefix of each group's prompts, if it holds all of their visual tokens."""
+        """Processes the common prefix of each group's prompts, if it contains all of their visual tokens."""
         groups = sorted({prompt.group for prompt in ids if prompt.group is not None})
         prefixes = []
         for group in groups:
             rows = [row for prompt, row in ids.items() if prompt.group == group]
-            first, last = min(rows), max(rows)  # in the order of lists, so what these two share, all share
+            first, last = min(rows), max(rows)  # lexicographic order: a prefix of these two is a prefix of all rows
             same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-            prefixes.append(first[: min(same, *(len(row) - 1 for row in rows))])  # every prompt keeps a token to read
+            prefixes.append(first[: min(same, *(len(row) - 1 for row in rows))])  # at least one token of a prompt is left
             if any(self.model.config.image_token_id in row[len(prefixes[-1]) :] for row in rows):
-                return None  # images stand behind text that differs
+                return None  # images come after text that differs
         inputs = self.tokenizer.pad({"input_ids": prefixes}, return_tensors="pt").to(self.model.device)
         mask = inputs["attention_mask"]
         indices = [index for group in groups for index in features.indices_of(group)]
         outputs = self.model(
             input_ids=inputs["input_ids"],
             attention_mask=mask,
-            position_ids=(mask.cumsum(1) - 1).clamp(min=0),  # as `generate` counts them
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),  # as in `generate`
             mm_encoder_outputs={"image": features.select(indices)},
             use_cache=True,
             logits_to_keep=1,
@@ -285,13 +287,13 @@ class Answerer:
         return self._token_ids(text, [len(features.outputs.pooler_output[index]) for index in indices])
 
     def _token_ids(self, text: str, lengths: Sequence[int]) -> list[int]:
-        """Ids of a prompt whose image markers stand for `lengths` visual tokens."""
+        """Ids of a prompt in which each image marker becomes as many visual tokens as `lengths` says."""
         marker = self.processor.image_token
         pieces = text.split(marker)
         if len(pieces) != len(lengths) + 1:
             raise ValueError(f"A prompt has {len(pieces) - 1} image markers for {len(lengths)} images: {shorten(text)}.")
         bos = self.tokenizer.bos_token
-        special = not (bos and text.startswith(bos))  # unless the template wrote it
+        special = not (bos and text.startswith(bos))  # the template may already have written it
         if getattr(self.processor, "image_placement", "inline") == "prefix":
             visual = [self.model.config.image_token_id] * sum(lengths)
             return visual + self.tokenizer(pieces, is_split_into_words=True, add_special_tokens=special).input_ids
@@ -299,11 +301,11 @@ class Answerer:
         return self.tokenizer(expanded, add_special_tokens=special).input_ids
 
     def _check_sharing(self) -> None:
-        """Answers two questions about a test image both ways, and stops sharing where prompts or probabilities differ.
+        """Answers two questions about a test image with and without sharing. Disables sharing if the results differ.
 
-        The probabilities of the next tokens may differ by max(1e-3, eps of the dtype, 5 * rounding), in total variation.
-        Rounding is what the plain way differs by between a batch and single questions. The image and the questions are
-        always the same, so that every part of a run decides alike.
+        The total variation distance of next-token probabilities may be at most max(1e-3, eps of the dtype, 5 * rounding).
+        Rounding is the distance between a batch and single questions, both without sharing. Image and questions are fixed,
+        so that all processes and all parts of a run get the same result.
         """
         self.checked = True
         picture = [Image.radial_gradient("L").resize((96, 64)).convert("RGB")]
@@ -323,10 +325,10 @@ class Answerer:
             else:
                 self.share_images, reason = False, "the prompts differ"
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            self.share_images, reason = False, f"{type(error).__name__}: {error}"  # a family that needs more than features
+            self.share_images, reason = False, f"{type(error).__name__}: {error}"  # the model needs further inputs
         if not self.share_images:
             logger.warning(
-                "%s answers differently with encoded images than with pixels (%s): every question is processed on its own.",
+                "%s answers differently with encoded images than with pixels (%s): images are encoded for every question.",
                 type(self.model).__name__,
                 reason,
             )
@@ -340,9 +342,9 @@ class Answerer:
 
 
 def without_peft(model: Any) -> Any:
-    """The model inside a PEFT wrapper, whose layers hold the adapter; any other model as it is.
+    """The model inside a PEFT wrapper, whose layers contain the adapter. Other models are returned unchanged.
 
-    The wrapper hides which inputs the model takes. Prompt learning needs it, since it adds its tokens there.
+    The wrapper hides the signature of the model. For prompt learning it is kept, since it adds the tokens.
     """
     if hasattr(model, "get_base_model") and not model.active_peft_config.is_prompt_learning:
         return model.get_base_model()
@@ -354,8 +356,8 @@ def largest_distance(
 ) -> float:
     """The largest total variation distance between two lists of `_next_token_probs`.
 
-    Steps are compared as long as both answers are the same. The tokens themselves are not compared, since two that are
-    nearly equally likely change places by rounding.
+    Steps are compared until the answers differ. The tokens themselves are not compared, since rounding may exchange two
+    tokens with nearly the same probability.
     """
     largest = 0.0
     for (tokens, probs), (other_tokens, other_probs) in zip(some, others, strict=True):
@@ -371,10 +373,10 @@ class ImageFeatures:
     """Features of the images of a chunk.
 
     Attributes:
-        outputs: of `get_image_features`. `pooler_output` holds a (tokens, width) tensor for each image;
-            `deepstack_features`, where a model has them, is a list of such lists.
+        outputs: output of `get_image_features`. `pooler_output` is a list of (tokens, width) tensors, one per image;
+            `deepstack_features`, if the model has them, is a list of such lists.
         owners: the group of each image.
-        grids: further inputs with one row an image, which the decoder needs to place visual tokens.
+        grids: further inputs with one row per image, from which the decoder computes positions of visual tokens.
     """
 
     outputs: Any
@@ -386,7 +388,7 @@ class ImageFeatures:
         return [index for index, owner in enumerate(self.owners) if owner == group]
 
     def select(self, indices: Sequence[int]) -> ModelOutput:
-        """Features of some images, in that order, in the class that the model returned."""
+        """Features of the images at these indices, in the output class of the model."""
         kept: dict[str, Any] = {"pooler_output": [self.outputs.pooler_output[index] for index in indices]}
         stacks = getattr(self.outputs, "deepstack_features", None)
         if stacks is not None:
@@ -420,9 +422,9 @@ class EncodedImages:
 
     Attributes:
         groups: the images by group.
-        features: `None` where images are not shared; the questions are then processed with the images themselves.
-        input_ids: of each prompt.
-        prefix_cache: `None` where the prompts have no common prefix that holds all images.
+        features: `None` if images are not shared; the questions are then processed with the images themselves.
+        input_ids: ids of each prompt.
+        prefix_cache: `None` if the prompts have no common prefix that contains all images.
     """
 
     groups: Sequence[Sequence[Image.Image]]
@@ -432,7 +434,7 @@ class EncodedImages:
 
 
 class YesProbability(LogitsProcessor):
-    """Records P(yes) / (P(yes) + P(no)) of the first generated token, and changes nothing."""
+    """Records P(yes) / (P(yes) + P(no)) of the first generated token. Does not change the scores."""
 
     def __init__(self, yes: Sequence[int], no: Sequence[int]) -> None:
         self.yes, self.no = yes, no

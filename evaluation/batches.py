@@ -1,7 +1,7 @@
-"""Asks all questions of a benchmark, in batches that depend on the questions alone.
+"""Asks all questions of a benchmark, in batches that depend only on the questions.
 
-A stopped run asks the batches that are not answered again, each with the same questions as before. So it ends with the same
-answers, whatever the number of processes.
+A resumed run repeats unfinished batches, each with the same questions as before. The answers therefore do not depend on
+interruptions or on the number of processes.
 """
 
 import logging
@@ -26,10 +26,13 @@ Batch = list[int]  # indices of samples
 
 
 def make_plan(samples: Sequence[Sample], prompts: Sequence[str], batch_size: int, images: int) -> list[list[Batch]]:
-    """Chunks of batches. Samples of one group of images stay in one chunk; a batch holds prompts of similar length.
+    """Chunks of batches. All samples about the same images are in one chunk. A batch has prompts of similar length.
 
     Args:
-        images: groups of images in a chunk. A group with many questions makes a long chunk, not several.
+        samples: all samples.
+        prompts: their prompts.
+        batch_size: prompts per batch.
+        images: image groups per chunk. A group with many questions makes a longer chunk.
     """
     groups: dict[tuple[str, ...], list[int]] = {}
     for index, sample in enumerate(samples):
@@ -52,14 +55,14 @@ class ImageReader:
     """Reads images as the protocol prepares them.
 
     Args:
-        missing: "error", or "wrong" to report images that cannot be read, whose questions then score 0.
+        missing: "error" raises for images that cannot be read; "wrong" returns their names, so that their questions score 0.
     """
 
     def __init__(self, benchmark: Benchmark, protocol: Protocol, missing: str) -> None:
         self.benchmark, self.protocol, self.missing = benchmark, protocol, missing
 
     def read(self, names: Sequence[str]) -> tuple[list[Image.Image], list[str]]:
-        """The images, and the names of those that cannot be read."""
+        """The images, and the names of images that cannot be read."""
         images, missing = [], []
         for name in names:
             try:
@@ -67,7 +70,7 @@ class ImageReader:
             except BenchmarkError as error:
                 if self.missing == "error":
                     raise
-                logger.warning("its questions score 0: %s", error)
+                logger.warning("Questions about this image score 0: %s", error)
                 missing.append(name)
         return images, missing
 
@@ -81,7 +84,7 @@ def answer_all(
     state: PartialState,
     log: AnswerLog,
 ) -> list[dict[str, Any]]:
-    """Rows of the log in the order of the samples, on every process."""
+    """Answers all samples. Returns the rows of the log in the order of the samples, on every process."""
     plan = make_plan(samples, prompts, settings.batch_size, settings.images_per_chunk)
     done = log.start()
     hidden = not settings.progress or not state.is_main_process
@@ -90,14 +93,14 @@ def answer_all(
         left = [batch for batch in chunk if not all(samples[index].id in done for index in batch)]
         if left:
             answer_chunk(answerer, samples, prompts, reader, settings.blind, chunk, left, log)
-        # The bar counts all processes, which are about as fast as this one.
+        # An estimate: the other processes are about as fast as this one.
         bar.update(min(sum(map(len, left)) * state.num_processes, bar.total - bar.n))
     bar.close()
     rows = {row["id"]: row for row in log.finish()}
     unknown = rows.keys() - {sample.id for sample in samples}
     if unknown:
         raise ValueError(
-            f"{settings.output} holds an answer to {min(unknown)!r}, which this run does not ask: choose another folder."
+            f"{settings.output} contains an answer to {min(unknown)!r}, which is not in this run: choose another folder."
         )
     return [rows[sample.id] for sample in samples]
 
@@ -112,7 +115,7 @@ def answer_chunk(
     left: Sequence[Batch],
     log: AnswerLog,
 ) -> None:
-    """Answers the batches of a chunk that are left. All images of the chunk are encoded, always together."""
+    """Answers the unfinished batches of a chunk. The images of a chunk are always encoded together."""
     images: list[list[Image.Image]] = []
     groups: dict[tuple[str, ...], int] = {}
     missing: dict[tuple[str, ...], list[str]] = {}

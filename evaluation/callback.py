@@ -19,9 +19,9 @@ from .settings import EvaluationSettings
 
 
 class EvaluationCallback(TrainerCallback):
-    """Evaluates benchmarks whenever the trainer evaluates, or every so many steps, and logs the figures.
+    """Evaluates benchmarks whenever the trainer evaluates, or every `steps` steps, and logs the figures.
 
-        trainer.add_callback(EvaluationCallback(trainer, ["scenes/val"], settings=EvaluationSettings(limit=200)))
+        trainer.add_callback(EvaluationCallback(trainer, ["scenes/validation"], settings=EvaluationSettings(limit=200)))
 
     Figures go through `trainer.log` as `eval_<benchmark>_<figure>`, such as `eval_rsvqa-lr_accuracy`. A benchmark with
     several tasks has the task in the name, such as `eval_scenes_counting_exact`. Two splits of one benchmark have the split
@@ -30,20 +30,21 @@ class EvaluationCallback(TrainerCallback):
     After an evaluation of the trainer, the figures are among its metrics, so that `metric_for_best_model` may name one. Set
     `greater_is_better` with it.
 
-    Processes with a copy of the model each, as with DistributedDataParallel, share the questions. FSDP and DeepSpeed ZeRO-3
-    split the model, so that its processes would have to generate in step: an error says so when training begins.
+    With DistributedDataParallel, every process has a copy of the model, and the processes share the questions. FSDP and
+    DeepSpeed ZeRO-3 shard the model, which is not supported: an error is raised when training begins.
 
     Args:
         trainer: the trainer that the callback is added to.
         benchmarks: as for `evaluate`.
         protocol: as for `evaluate`.
-        settings: as for `evaluate`. With an output folder, step 50 is written to `OUTPUT/step-50/`, and replaces what a
-            stopped training has left there.
-        steps: evaluate every so many steps of training, whether or not the trainer evaluates. `None`: only with the trainer.
+        settings: as for `evaluate`. With an output folder, the files of step 50 are written to `OUTPUT/step-50/`, and
+            replace existing ones.
+        steps: evaluate every `steps` training steps, in addition to the evaluations of the trainer. `None`: only with the
+            trainer.
         processor: `None`: that of the trainer.
 
     Raises:
-        ValueError: as `evaluate`; or there is no processor, or `steps` is below 1, or the model is split.
+        ValueError: as `evaluate`; or there is no processor, or `steps` is below 1, or the model is sharded.
     """
 
     def __init__(
@@ -62,14 +63,14 @@ class EvaluationCallback(TrainerCallback):
         self.processor = processor or trainer.processing_class
         if self.processor is None:
             raise ValueError("There is no processor: pass `processor`, or `processing_class` to the trainer.")
-        # Loaded once, and checked now instead of after hours of training.
+        # Loaded once, and checked before training.
         self.benchmarks = [run.benchmark for run in make_runs(benchmarks, self.protocol, self.settings, mode="image")]
         self.figures: dict[str, float] = {}
-        self.evaluated_step: int | None = None  # of the training that goes on
+        self.evaluated_step: int | None = None  # of the current training
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.evaluated_step = None
-        check_model_is_whole()
+        check_model_is_not_sharded()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.steps is not None and state.global_step % self.steps == 0:
@@ -83,7 +84,7 @@ class EvaluationCallback(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        # A step is evaluated once, although the trainer calls this for every data set that it evaluates.
+        # Once per step, although the trainer calls this for every data set that it evaluates.
         if not self.trainer.is_in_train or self.evaluated_step != state.global_step:
             self._evaluate(state.global_step, control)
         if metrics is not None:
@@ -93,7 +94,7 @@ class EvaluationCallback(TrainerCallback):
         self.evaluated_step = None
 
     def _evaluate(self, step: int, control: TrainerControl) -> None:
-        check_model_is_whole()
+        check_model_is_not_sharded()
         settings = self.settings
         if settings.output is not None:
             folder = Path(settings.output) / f"step-{step}"
@@ -107,11 +108,11 @@ class EvaluationCallback(TrainerCallback):
         self.evaluated_step = step
         should_log = control.should_log
         self.trainer.log(dict(self.figures))
-        control.should_log = should_log  # the loss of this step is still to be logged
+        control.should_log = should_log  # the trainer has not logged the loss of this step yet
 
 
 def name_figures(benchmarks: Sequence[Benchmark], summaries: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """The values of all figures that are not split by group, under the names that a trainer logs."""
+    """The values of all figures except those by group, under the names that a trainer logs."""
     repeated = Counter(benchmark.name for benchmark in benchmarks)
     figures = {}
     for benchmark in benchmarks:
@@ -125,16 +126,16 @@ def name_figures(benchmarks: Sequence[Benchmark], summaries: dict[str, dict[str,
     return figures
 
 
-def check_model_is_whole() -> None:
-    """Raises `ValueError` if the processes of a training hold parts of the model instead of copies."""
+def check_model_is_not_sharded() -> None:
+    """Raises `ValueError` if the processes have shards of the model instead of copies."""
     if not AcceleratorState._shared_state:
         return
     state = AcceleratorState()
-    split = state.distributed_type in (DistributedType.FSDP, DistributedType.MEGATRON_LM)
+    sharded = state.distributed_type in (DistributedType.FSDP, DistributedType.MEGATRON_LM)
     if state.distributed_type == DistributedType.DEEPSPEED:
-        split = state.deepspeed_plugin.zero_stage == 3
-    if split and state.num_processes > 1:
+        sharded = state.deepspeed_plugin.zero_stage == 3
+    if sharded and state.num_processes > 1:
         raise ValueError(
-            f"EvaluationCallback needs the whole model in each process, and {state.distributed_type.value} splits it over "
-            f"{state.num_processes}. Leave the callback out, and evaluate the checkpoints afterwards."
+            f"EvaluationCallback needs the full model in each process, but {state.distributed_type.value} shards it over "
+            f"{state.num_processes} processes. Remove the callback, and evaluate the checkpoints afterwards."
         )

@@ -1,4 +1,4 @@
-"""Evaluates a model in memory on benchmarks under one protocol. A stopped evaluation continues where it was."""
+"""Evaluates a model in memory on benchmarks with one protocol. A stopped evaluation can be resumed."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ from .report import FORMAT
 from .settings import EvaluationSettings
 
 
-# Packages that a figure may depend on.
+# Packages whose version may change a figure.
 PACKAGES = (
     "mfrsvlm", "transformers", "tokenizers", "torch", "numpy", "pillow", "accelerate", "evaluate", "pycocoevalcap",
     "sacrebleu", "rouge_score", "nltk", "shapely",
@@ -44,24 +44,24 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Evaluates one model on one or more benchmarks.
 
-    Model and processor are left as they were: training mode, generation settings, device and padding side. Processes that
-    were started together, such as by `accelerate launch`, share the questions; each needs a copy of the model.
+    The state of model and processor does not change: training mode, generation settings, device and padding side. Processes
+    that were started together, for example by `accelerate launch`, share the questions. Each needs a copy of the model.
 
     Args:
-        model: any `image-text-to-text` model of transformers on its device: just trained, quantized, merged or with an
-            active LoRA adapter.
+        model: any `image-text-to-text` model of transformers on its device. It may be quantized or have an active LoRA
+            adapter.
         processor: its processor, with a chat template.
-        benchmarks: from `load_benchmark`, or names of those that need no files, such as "scenes" or "scenes/val".
+        benchmarks: from `load_benchmark`, or names of those that need no files, such as "scenes" or "scenes/validation".
         protocol: a key of `PROTOCOLS`, or a protocol of your own.
         settings: see `EvaluationSettings`.
 
     Returns:
-        For each "benchmark/split", the content of its summary.json. All processes return the same.
+        For each "benchmark/split", the content of its summary.json. It is the same on all processes.
 
     Raises:
-        ValueError: unknown or repeated benchmarks, an unknown protocol, no chat template, or an output folder that holds
+        ValueError: unknown or repeated benchmarks, an unknown protocol, no chat template, or an output folder that contains
             another run.
-        OSError: captions need Java and there is none, or files cannot be written.
+        OSError: captions need Java and it is not installed, or files cannot be written.
     """
     settings = settings or EvaluationSettings()
     protocol = get_protocol(protocol)
@@ -101,7 +101,7 @@ def evaluate_majority(
     """
     settings = settings or EvaluationSettings()
     if settings.blind:
-        raise ValueError("The majority baseline sees no image: leave out blind.")
+        raise ValueError("The majority baseline never uses images: remove blind.")
     protocol = get_protocol(protocol)
     state = process_state()
     described = {"model": {"name": "majority"}, "generation": {}}
@@ -121,8 +121,8 @@ def evaluate_majority(
 
 
 def process_state() -> PartialState:
-    """The processes that work together, one if none were launched."""
-    # Without `cpu`, processes on CPUs would not find each other. One that is done waits for the slowest, however long.
+    """The processes of this evaluation; a single one without a launcher."""
+    # Without `cpu`, processes on CPUs would not find each other. Fast processes may wait long for slow ones.
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
@@ -130,7 +130,7 @@ def get_protocol(protocol: str | Protocol) -> Protocol:
     if not isinstance(protocol, str):
         return protocol
     if protocol not in PROTOCOLS:
-        raise ValueError(f"There is no protocol {protocol!r}. Protocols are {', '.join(PROTOCOLS)}.")
+        raise ValueError(f"Unknown protocol {protocol!r}. Protocols are {', '.join(PROTOCOLS)}.")
     return PROTOCOLS[protocol]()
 
 
@@ -139,7 +139,10 @@ class Run:
     """One benchmark of an evaluation.
 
     Attributes:
-        identity: what must be the same for a stopped run to continue.
+        benchmark: the benchmark.
+        samples: its samples that are asked.
+        prompts: their prompts.
+        identity: settings that must not change when the run is resumed.
     """
 
     benchmark: Benchmark
@@ -158,7 +161,7 @@ class Run:
 def make_runs(
     benchmarks: Sequence[Benchmark | str], protocol: Protocol, settings: EvaluationSettings, mode: str
 ) -> list[Run]:
-    """The questions of all benchmarks. What can be checked is checked here, before a model answers for hours."""
+    """The questions of all benchmarks, checked before the model runs."""
     if isinstance(benchmarks, (str, Benchmark)) or not benchmarks:
         raise ValueError(f"benchmarks must be a list of one or more benchmarks, not {str(benchmarks)[:80]!r}.")
     runs: list[Run] = []
@@ -168,7 +171,7 @@ def make_runs(
             benchmark = load_benchmark(name, None, split or protocol.default_split(BENCHMARKS.get(name)))
         run = make_run(benchmark, protocol, settings, mode)
         if run.key in {other.key for other in runs}:
-            raise ValueError(f"{run.key} is given twice.")
+            raise ValueError(f"{run.key} is listed twice.")
         runs.append(run)
     return runs
 
@@ -176,7 +179,7 @@ def make_runs(
 def make_run(benchmark: Benchmark, protocol: Protocol, settings: EvaluationSettings, mode: str) -> Run:
     samples = [sample for sample in benchmark.samples if protocol.keeps(sample, benchmark)]
     if not samples:
-        raise ValueError(f"Protocol {protocol.name} asks no question of {benchmark.name} {benchmark.split}.")
+        raise ValueError(f"Protocol {protocol.name} uses no question of {benchmark.name} {benchmark.split}.")
     limit = settings.limit if settings.limit is not None and settings.limit < len(samples) else None
     if limit is not None:
         drawn = np.sort(np.random.default_rng(settings.seed).choice(len(samples), limit, replace=False))
@@ -200,7 +203,7 @@ def make_run(benchmark: Benchmark, protocol: Protocol, settings: EvaluationSetti
 
 
 def digest(content: Any) -> str:
-    """Sixteen hex digits that change with anything that JSON can hold."""
+    """Sixteen hex digits of a value that can be written as JSON."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
@@ -208,9 +211,9 @@ def describe_model(model: Any, processor: Any, name: str | None = None) -> dict[
     source = model.config.name_or_path
     path = Path(source)
     return {
-        # Of a folder only its name: the rest of the path means nothing on another machine.
+        # Only the name of a folder, since its path has no meaning on another machine.
         "name": name or (path.resolve().name if path.is_dir() else source) or type(model).__name__,
-        # Of the files that it was loaded from. Only the fingerprint tells whether it was trained since.
+        # Commit of the loaded files. Only the fingerprint shows whether the model was trained since.
         "revision": getattr(model.config, "_commit_hash", None),
         "fingerprint": fingerprint(model),
         "chat_template": digest(processor.chat_template),
@@ -233,7 +236,7 @@ def summarize(
     facts: dict[str, Any],
     start: float,
 ) -> dict[str, Any]:
-    """Scores the answers and makes the summary, and writes both if there is an output folder."""
+    """Scores the answers and returns the summary. Writes predictions and summary if there is an output folder."""
     benchmark, samples = run.benchmark, run.samples
     results, parsed, scores = score(protocol, benchmark, samples, answers)
     known = BENCHMARKS.get(benchmark.name)
@@ -265,7 +268,7 @@ def version_of(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
-        return None  # such as this one, where its folder is on the path and not installed
+        return None  # for example this package, if it is on the path but not installed
 
 
 def score(
@@ -274,7 +277,7 @@ def score(
     """Scores the answers of all tasks.
 
     Returns:
-        Figures by task; what was parsed from each answer and its score, both in the order of the samples.
+        Figures by task; the parsed answers and the scores, both in the order of the samples.
     """
     results: dict[str, Any] = {}
     parsed: list[Any] = [None] * len(samples)
@@ -289,7 +292,7 @@ def score(
     asked = [(sample.references[0].lower(), a) for sample, a in zip(samples, answers, strict=True) if is_yes_no(sample)]
     if any(answer.yes_probability is not None for _, answer in asked):
         references = [reference for reference, _ in asked]
-        # A missing image leaves no probability: one half.
+        # Without an image there is no probability.
         probabilities = [0.5 if answer.yes_probability is None else answer.yes_probability for _, answer in asked]
         figures = load_metric("yes_no_calibration").compute(predictions=probabilities, references=references)
         results["calibration"] = {name: value for name, value in figures.items() if name not in ("parsed", "scores")}

@@ -1,7 +1,7 @@
 """Figures with 95 % bootstrap intervals, which show how much a value depends on the choice of the samples.
 
-Samples are drawn with replacement, as many as there are, and the value is computed again. The interval holds the middle 95 %
-of these values. A seed makes it repeatable.
+The bootstrap resamples the samples with replacement and computes the value again. The interval contains the middle 95 % of
+these values. A seed makes it reproducible.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ def mean_interval(scores: Sequence[float], seed: int = 0, draws: int = 2000) -> 
         raise ValueError(f"scores must be a flat list of at least one finite number, got {str(scores)[:200]}.")
     if draws < 1:
         raise ValueError(f"draws={draws} must be at least 1.")
-    # How often each distinct score is drawn, instead of which ones: as exact, and small however many scores there are.
+    # Draw how often each distinct score occurs, instead of which samples: equivalent, and small for any number of samples.
     levels, counts = np.unique(values, return_counts=True)
     rng, means = np.random.default_rng(seed), np.empty(draws)
     block = max(1, 2**22 // levels.size)  # of draws that are held at once
@@ -43,11 +43,14 @@ def figure(scores: Sequence[float]) -> dict[str, Any]:
 
 
 def corpus_figure(statistic: Callable[[np.ndarray], float], n: int, seed: int = 0, draws: int = 1000) -> dict[str, Any]:
-    """As `figure`, for a value that is no mean over samples, such as BLEU or a mean over classes.
+    """As `figure`, for a value that is not a mean over samples, such as BLEU or a mean over classes.
 
     Args:
-        statistic: the value, given how often each of the n samples is drawn, (n,) whole numbers that sum to n. NaN if such
-            a draw has no value; it is then left out.
+        statistic: computes the value from how often each of the n samples is drawn, (n,) integers that sum to n. A draw
+            for which it returns NaN is skipped.
+        n: number of samples.
+        seed: seed of the draws.
+        draws: number of draws.
     """
     if n < 1:
         raise ValueError("There are no samples to compute a figure from.")

@@ -1,12 +1,12 @@
-"""Exchanges benchmarks and samples with lmms-eval. Nothing here imports it.
+"""Exchanges benchmarks and samples with lmms-eval, without importing it.
 
     export_task(benchmark, "tasks")  # then: lmms_eval --include_path tasks --tasks scenes_test --log_samples ...
-    score_samples("logs/20261127_120000_samples_scenes_test.jsonl", benchmark)  # its answers, with the metrics of a protocol
-    export_samples("runs/mine/scenes/test", "logs/mine")  # a run of this package, as lmms-eval would log it
+    score_samples("logs/20261127_120000_samples_scenes_test.jsonl", benchmark)  # scores answers of lmms-eval
+    export_samples("runs/mine/scenes/test", "logs/mine")  # writes a run of this package in the format of lmms-eval
 
 Samples are the `*_samples_*.jsonl` files that `--log_samples` writes. A row has `doc_id`, `target`, `input`,
-`filtered_resps`, `doc_hash` and the scores of the metrics. `resps` is there where it differs from `filtered_resps`. Files of
-old versions also have `doc` and `arguments`.
+`filtered_resps`, `doc_hash` and the scores of the metrics. It has `resps` if they differ from `filtered_resps`. Files of old
+versions also have `doc` and `arguments`.
 """
 
 import hashlib
@@ -60,11 +60,11 @@ def doc_to_visual(doc):
 def export_task(benchmark: Benchmark, folder: str | Path, protocol: str | Protocol = "strict") -> str:
     """Writes a benchmark as a task of lmms-eval, with the prompts and the prepared images of a protocol.
 
-    lmms-eval reports `exact_match` for it, which is right for few tasks: see `score_samples`.
+    lmms-eval reports `exact_match` for it, which suits few tasks. Use `score_samples` for the metrics of the protocol.
 
     Args:
         benchmark: from `load_benchmark`.
-        folder: for `--include_path`. Images are written to it as PNG.
+        folder: folder for `--include_path`. Images are written to it as PNG.
         protocol: a key of `PROTOCOLS`, or a protocol of your own.
 
     Returns:
@@ -97,16 +97,16 @@ def export_task(benchmark: Benchmark, folder: str | Path, protocol: str | Protoc
 
 
 def kept_samples(benchmark: Benchmark, protocol: Protocol) -> list[Sample]:
-    """The samples that the protocol asks, whose positions are the `doc_id` of an exported task."""
+    """The samples that the protocol uses. Their positions are the `doc_id` of an exported task."""
     return [sample for sample in benchmark.samples if protocol.keeps(sample, benchmark)]
 
 
 def export_samples(run: str | Path, output: str | Path) -> list[Path]:
-    """Writes the predictions of a finished run, one file a task.
+    """Writes the predictions of a finished run in the format of lmms-eval, one file per task.
 
     Args:
         run: folder of one benchmark, `OUTPUT/BENCHMARK/SPLIT`.
-        output: folder for the files, made if need be.
+        output: folder for the files; created if it does not exist.
 
     Returns:
         The files `DATE_samples_BENCHMARK_SPLIT_TASK.jsonl`. The date is that of the summary.
@@ -117,7 +117,7 @@ def export_samples(run: str | Path, output: str | Path) -> list[Path]:
     """
     run, output = Path(run), Path(output)
     if not (run / "summary.json").is_file():
-        raise ValueError(f"{run} holds no summary.json. Name the folder of a finished run, OUTPUT/BENCHMARK/SPLIT.")
+        raise ValueError(f"{run} has no summary.json. Name the folder of a finished run, OUTPUT/BENCHMARK/SPLIT.")
     summary = read_json(run / "summary.json")
     date = datetime.fromtimestamp((run / "summary.json").stat().st_mtime).strftime("%Y%m%d_%H%M%S")
     tasks: dict[str, list[dict[str, Any]]] = {}
@@ -146,17 +146,17 @@ def _as_logged(index: int, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def target_text(references: Any) -> str:
-    """References as lmms-eval writes them: a single one as it is, several as a Python list."""
+    """References in the format of lmms-eval: a single one as text, several as a Python list."""
     references = [list(one) if isinstance(one, tuple) else one for one in references]
     return str(references[0] if len(references) == 1 else references)
 
 
 def read_samples(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a file of samples, each with `response`, the one text that the model answered.
+    """The rows of a file of samples, each with `response`, the text of the answer.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a row is not JSON, lacks a field, or has several responses, such as one for each choice.
+        ValueError: a row is not JSON, lacks a field, or has several responses, for example one per choice.
     """
     rows = []
     for number, row in read_rows(path):
@@ -170,7 +170,7 @@ def read_samples(path: str | Path) -> list[dict[str, Any]]:
         while isinstance(response, list) and len(response) == 1:
             response = response[0]
         if not isinstance(response, str):
-            raise ValueError(f"{where}: filtered_resps is {shorten(response)}, not a text, as a generated answer is.")
+            raise ValueError(f"{where}: filtered_resps is {shorten(response)}, not the text of one generated answer.")
         rows.append({**row, "response": response})
     return rows
 
@@ -181,7 +181,7 @@ def score_samples(
     protocol: str | Protocol = "strict",
     sample_id: Callable[[dict[str, Any]], str] | None = None,
 ) -> dict[str, Any]:
-    """Scores answers that a model gave in lmms-eval, with the metrics of a protocol.
+    """Scores answers logged by lmms-eval with the metrics of a protocol.
 
     The prompts are those of lmms-eval, which may differ from those of the protocol.
 
@@ -189,15 +189,15 @@ def score_samples(
         path: a file of samples.
         benchmark: the same questions, from `load_benchmark`.
         protocol: a key of `PROTOCOLS`, or a protocol of your own.
-        sample_id: the id of the sample that a row answers. `None`: the field `sample_id` of an exported file, or else the
-            sample at the position `doc_id`, as in an exported task.
+        sample_id: function that returns the id of the sample for a row. `None`: the field `sample_id` of an exported file,
+            or the sample at position `doc_id`, as in an exported task.
 
     Returns:
-        Figures by task, as `results` of a summary. They count the samples in the file.
+        Figures by task, as `results` of a summary, over the samples in the file.
 
     Raises:
-        ValueError: as `read_samples`; or a row answers no sample of the benchmark, or one that another row answers, or its
-            target is not the sample's reference.
+        ValueError: as `read_samples`; or a row has no sample in the benchmark, two rows have the same sample, or the target
+            of a row is not the reference of its sample.
     """
     protocol = get_protocol(protocol)
     kept = kept_samples(benchmark, protocol)
@@ -207,14 +207,14 @@ def score_samples(
         where = f"{path}, row {number}"
         found = sample_id(row) if sample_id else _default_id(row, kept)
         if found not in samples:
-            raise ValueError(f"{where}: doc_id {row['doc_id']!r} is no sample of {benchmark.name} {benchmark.split}.")
+            raise ValueError(f"{where}: doc_id {row['doc_id']!r} is not a sample of {benchmark.name} {benchmark.split}.")
         if found in answers:
-            raise ValueError(f"{where} answers sample {found!r}, as an earlier row does.")
+            raise ValueError(f"{where} answers sample {found!r}, like an earlier row.")
         if not _has_target(samples[found], str(row["target"])):
             reference = target_text(samples[found].references or samples[found].boxes)
             raise ValueError(
                 f"{where}: target {shorten(row['target'])} is not the reference of sample {found!r}, {shorten(reference)}. "
-                "Pass `sample_id`, which names the sample of a row."
+                "Pass `sample_id`, which returns the id of the sample for a row."
             )
         answers[found] = Answer(row["response"])
     asked = [sample for sample in kept if sample.id in answers]

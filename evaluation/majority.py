@@ -1,8 +1,8 @@
-"""The majority baseline: to each kind of question, the answer that is right most often. It sees no image and asks no model.
+"""The majority baseline: the most frequent answer to each kind of question. It uses no image and no model.
 
-It counts the references of the questions that are asked, so no constant answer to a kind of question scores higher. A kind
-is a task, group and template (the question without its nouns, where the benchmark has templates). Boxes and captions have no
-such optimum: the baseline gives a typical one.
+It counts the references of the evaluated questions, so that no constant answer to a kind of question scores higher. A kind
+is a combination of task, group and template (the question without its nouns, if the benchmark has templates). For boxes and
+captions, it predicts a typical one, which need not be optimal.
 """
 
 from collections import Counter, defaultdict
@@ -15,10 +15,10 @@ from .protocols import Protocol, bounds
 
 
 def majority_answers(benchmark: Benchmark, samples: Sequence[Sample], protocol: Protocol) -> list[str]:
-    """One answer for each sample, in the form that the protocol asks for.
+    """One answer for each sample, in the format of the protocol.
 
-    References that the protocol parses alike count together, such as counts of one class. A box is the median box of its
-    kind, relative to the image. A caption is the most frequent one.
+    References that the protocol parses to the same answer are counted together, such as counts in the same bin. A box is the
+    median box of its kind, relative to the image. A caption is the most frequent one.
     """
     kinds: dict[tuple[str, str, str], list[Sample]] = defaultdict(list)
     for sample in samples:
@@ -42,7 +42,7 @@ def majority_answers(benchmark: Benchmark, samples: Sequence[Sample], protocol: 
 
 
 def _most_frequent(texts: Sequence[str]) -> str:
-    """The first in order, where several are equally frequent."""
+    """The most frequent text; of several, the first in alphabetical order."""
     counts = Counter(texts)
     return max(sorted(counts), key=counts.__getitem__)
 

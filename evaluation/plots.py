@@ -13,15 +13,15 @@ from .report import ReportError, Table
 def plot_shares(tables: Sequence[Table]) -> Any:
     """Plots the shares of one benchmark, split and protocol with their intervals.
 
-    Each task has a panel, each figure a line and each model a colour. Filled markers are results on the whole split, hollow
-    ones are blind runs and parts of a split, and grey ones are the majority baseline. Figures that are no shares and
+    Each task has a panel, each figure a line and each model a color. Filled markers are results on the full split, hollow
+    markers are blind and incomplete runs, and gray markers are the majority baseline. Other figures than shares, and
     published results, which have no intervals, are only in the tables.
 
     Returns:
         A `matplotlib.figure.Figure`.
 
     Raises:
-        ReportError: there is no matplotlib.
+        ReportError: matplotlib is not installed.
     """
     try:
         import matplotlib
@@ -39,20 +39,20 @@ def plot_shares(tables: Sequence[Table]) -> Any:
     for axis, table in zip(axes, tables, strict=True):
         shares = table.shares
         for run, (name, summary) in enumerate(table.runs):
-            colour = "#888888" if summary.mode == "majority" else palette(models.index(name))
+            color = "#888888" if summary.mode == "majority" else palette(models.index(name))
             cells = summary.results[table.task]
             lines = [(i, cells[share]) for i, share in enumerate(shares) if share in cells]
             places = [i + 0.8 * ((run + 0.5) / len(table.runs) - 0.5) for i, _ in lines]
-            # No error bars: the interval of a biased figure need not hold its value.
-            axis.hlines(places, [100 * cell.low for _, cell in lines], [100 * cell.high for _, cell in lines], color=colour)
+            # No error bars, since the interval of a biased figure need not contain its value.
+            axis.hlines(places, [100 * cell.low for _, cell in lines], [100 * cell.high for _, cell in lines], color=color)
             label = summary.mode_in_words if summary.mode == "majority" else f"{name} ({summary.mode_in_words})"
             markers[label] = axis.scatter(
                 [100 * cell.value for _, cell in lines],
                 places,
                 s=28,
                 marker={"image": "o", "blind": "D", "majority": "s"}[summary.mode],
-                facecolor=colour if summary.is_complete else "white",
-                edgecolor=colour,
+                facecolor=color if summary.is_complete else "white",
+                edgecolor=color,
                 zorder=3,
             )
         axis.set(yticks=range(len(shares)), yticklabels=list(map(str, shares)), ylim=(len(shares) - 0.5, -0.5))
@@ -65,7 +65,7 @@ def plot_shares(tables: Sequence[Table]) -> Any:
 
 
 def write_plots(tables: Sequence[Table], output: Path) -> None:
-    """Writes `plot-BENCHMARK-SPLIT-PROTOCOL.png` for each of them that has a share to show."""
+    """Writes `plot-BENCHMARK-SPLIT-PROTOCOL.png` for each benchmark, split and protocol that has shares."""
     plots: dict[str, list[Table]] = {}
     for table in tables:
         if table.shares:

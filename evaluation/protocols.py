@@ -1,10 +1,10 @@
-"""Named protocols: prompt, length, how an answer is read, and metric, held together so that a number has a name.
+"""Protocols: prompts, maximum length, parsing of answers, and metrics.
 
-`strict` is the default. The others follow published evaluations, so that numbers can be compared with theirs. Where a
-published script is at fault, the protocol is corrected and says what was wrong.
+`strict` is the default. The others follow published evaluations, for comparison with their results. Errors of published
+scripts are corrected, and the docstring of the protocol lists them.
 
-A protocol never looks at the name of a benchmark. What it has to know stands in the benchmark: its metrics, its tag, the
-types of questions whose answers are numbers, and its second test split.
+A protocol does not depend on the name of a benchmark. It reads properties of the benchmark: its metrics, its tag, the types
+of questions with numeric answers, and its second test split.
 """
 
 import logging
@@ -24,23 +24,23 @@ from .metrics._java import java_command
 
 logger = logging.getLogger(__name__)
 
-Box = tuple[float, ...]  # x1, y1, x2, y2, or four corners, in pixels of the upright image
+Box = tuple[float, ...]  # x1, y1, x2, y2, or four corners, in pixels of the image after EXIF orientation
 NUMBER = r"\s*(-?\d{1,6}(?:\.\d{1,6})?)\s*"
 # {<x1><y1><x2><y2>} and, for oriented boxes, {<x1><y1><x2><y2>|<degrees>}
 ANGLED_BOX = re.compile(rf"\{{{4 * f'<{NUMBER}>'}(?:\|\s*<{NUMBER}>\s*)?\}}")
 
 
 class Protocol:
-    """What all protocols share: how a question is asked, how an answer is read, and how a task is scored.
-
-    A protocol is a subclass that changes what it does otherwise.
+    """Base class of protocols: prompts, parsing of answers, and scoring of tasks. Subclasses override parts of it.
 
     Attributes:
-        max_new_tokens: length from which an answer is truncated.
-        short_answer: what stands below a question with a short answer.
+        name: key in `PROTOCOLS`.
+        max_new_tokens: maximum length of an answer.
+        short_answer: instruction after a question with a short answer.
         class_parsing, vqa_parsing: how answers are compared, see `classification_accuracy` and `vqa_accuracy`.
         captions: variant of the metric `captioning`.
-        thresholds: intersections over union from which on a box counts as found.
+        thresholds: intersections over union at which a box counts as found.
+        box_scale: value of the right and lower edge in written boxes.
     """
 
     name: str
@@ -50,26 +50,26 @@ class Protocol:
     vqa_parsing = "exact"
     captions = "coco"
     thresholds: tuple[float, ...] = (0.5, 0.7)
-    box_scale = 1000  # numbers of boxes in answers run from 0 to this over each side of the image
+    box_scale = 1000
 
     def default_split(self, info: BenchmarkInfo | None) -> str | None:
-        """The split that is asked if the user names none; `None` if there is none, or no such benchmark."""
+        """The default split of a benchmark; `None` if it has none or the benchmark is unknown."""
         return info.default_split if info else None
 
     def check(self, samples: Sequence[Sample]) -> None:
-        """Raises OSError if these samples could not be scored, before hours are spent on asking them."""
+        """Raises OSError, before the model runs, if these samples cannot be scored."""
         if self.captions == "coco" and any(sample.task == "captioning" for sample in samples):
             java_command()
 
     def keeps(self, sample: Sample, benchmark: Benchmark) -> bool:
-        """Whether the protocol asks this question at all."""
+        """Whether the protocol uses this question."""
         return True
 
     def prepare_image(self, image: Image.Image) -> Image.Image:
         return image
 
     def prompt(self, sample: Sample, benchmark: Benchmark) -> str:
-        """What the model is asked, without image markers and chat template."""
+        """The prompt, without image markers and chat template."""
         if benchmark.complete_prompts:
             return sample.question
         if sample.choices:
@@ -100,15 +100,15 @@ class Protocol:
         return [tuple(v * s for v, s in zip(box, scale, strict=True)) for box in parse_boxes(text, 1000)]
 
     def write_box(self, box: Box, size: tuple[int, int]) -> str:
-        """A box in pixels as the prompt asks for it; four corners are written as the box around them."""
-        # What lies beyond the image cannot be written, as the corner of an oriented box may. The 0 takes the sign off 0.
+        """A box in pixels as text in the format of the prompt. Four corners are written as their bounding box."""
+        # Clipped, since a corner of an oriented box may lie outside of the image. Adding 0 turns -0.0 into 0.0.
         scaled = [
             min(max(1000 * value / side, 0.0), 1000.0) + 0.0 for value, side in zip(bounds(box), size * 2, strict=True)
         ]
         return f"[{', '.join(f'{value:.1f}' for value in scaled)}]"
 
     def ideal_answer(self, sample: Sample) -> str:
-        """What a model would have to say to be right; of captions, the first."""
+        """A correct answer in the format of the protocol; for captions, the first reference."""
         if sample.task == "grounding":
             return " ".join(self.write_box(box, sample.image_size) for box in sample.boxes)
         return sample.references[0]
@@ -116,10 +116,13 @@ class Protocol:
     def score(
         self, benchmark: Benchmark, task: str, samples: Sequence[Sample], answers: Sequence[str]
     ) -> tuple[dict[str, Any], list[Any], list[float]]:
-        """Figures of one task, and what was read from each answer and its score.
+        """Scores the answers of one task.
 
-        A task has one metric or more. The first is set by the protocol and the benchmark, and gives the scores; the others
-        are set by the benchmark alone, and add their figures.
+        The settings of the first metric depend on protocol and benchmark, and it computes the score of each sample. The
+        settings of other metrics depend on the benchmark only, and their figures are added.
+
+        Returns:
+            Figures by name, the parsed answers, and the scores.
         """
         predictions = self.predictions(task, samples, answers)
         first, *others = self.metrics(benchmark, task)
@@ -137,7 +140,7 @@ class Protocol:
         references: list[Any] = [list(sample.references) for sample in samples]
         if task == "grounding":
             references = [[list(box) for box in sample.boxes] for sample in samples]
-        elif isinstance(module.features["references"], Value):  # it takes one reference
+        elif isinstance(module.features["references"], Value):  # the metric takes one reference
             number = module.features["references"].dtype.startswith("int")
             references = [int(one) if number else one for one, *_ in references]
         return module.compute(predictions=predictions, references=references, **settings | dict(metric.settings))
@@ -146,7 +149,7 @@ class Protocol:
         return benchmark.metrics_of(task)
 
     def settings(self, task: str, benchmark: Benchmark, samples: Sequence[Sample]) -> dict[str, Any]:
-        """Settings of the first metric of a task, but for those that the benchmark fixes."""
+        """Settings of the first metric of a task. The benchmark may override them."""
         if task == "classification":
             return {"class_names": benchmark.class_names, "parsing": self.class_parsing}
         if task == "vqa":
@@ -159,46 +162,46 @@ class Protocol:
         return {"thresholds": list(self.thresholds)} if task == "grounding" else {}
 
     def predictions(self, task: str, samples: Sequence[Sample], answers: Sequence[str]) -> list[Any]:
-        """Answers as metrics take them: texts, or for grounding, boxes in pixels."""
+        """Answers in the format of the metrics: texts, or for grounding, boxes in pixels."""
         if task != "grounding":
             return list(answers)
         read = [self.read_boxes(answer, sample.image_size) for sample, answer in zip(samples, answers, strict=True)]
-        # The numbers as they were written: in pixels one cannot see the scale.
+        # In pixels, a wrong scale cannot be detected, so the written numbers are checked.
         written = [self.read_boxes(answer, (self.box_scale, self.box_scale)) for answer in answers]
         largest = max((value for boxes in written for box in boxes for value in box), default=None)
         if largest is not None and largest <= 1:
             logger.warning(
                 f"No number of the {sum(map(len, written))} boxes in the answers is above 1. Protocol {self.name} asks for "
-                f"boxes from 0 to {self.box_scale} over the sides of the image: the model seems to answer with shares."
+                f"boxes scaled to 0-{self.box_scale}. The model seems to answer with boxes scaled to 0-1."
             )
         return [[list(box) for box in boxes] for boxes in read]
 
 
 class Strict(Protocol):
-    """Short prompts, exact answers (but for case, surrounding space and a full stop), COCO's caption metrics.
+    """Short prompts, exact match (except for case, surrounding space and a full stop), COCO's caption metrics.
 
-    Nothing but the answer is read to interpret the answer; an empty one is wrong. Boxes are asked for as
-    `[x_min, y_min, x_max, y_max]`, 0 to 1000 over the image's own sides. Counts and areas of RSVQA are compared in the
-    published classes (up to 10, 100, 1000, more), as that benchmark defines them.
+    Answers are parsed without the reference. An empty answer is wrong. Boxes have the format `[x_min, y_min, x_max, y_max]`,
+    scaled to 0-1000. Counts and areas of RSVQA are compared in the published bins (up to 10, 100, 1000, more).
     """
 
     name = "strict"
 
 
 class StrictWithoutJava(Strict):
-    """`strict`, but that captions are split into words by a plain rule and METEOR is left out: neither needs Java."""
+    """As `strict`, without Java: captions are split into words by a simple rule, and METEOR is left out."""
 
     name = "strict-without-java"
     captions = "coco_without_java"
 
 
 class Upstream(Protocol):
-    """The scripts published with MF-RSVLM: their prompts, 64 tokens, sacrebleu and NLTK for captions, IoU 0.5 and 0.75.
+    """The protocol of the scripts published with MF-RSVLM: 64 tokens, sacrebleu and NLTK for captions, IoU 0.5 and 0.75.
 
-    Instruction tuning used the literal tags `{IT}`, `{VQA}` and `{VG}`; of these, only boxes are asked for with theirs.
+    Instruction tuning used the literal tags `{IT}`, `{VQA}` and `{VG}`. The published prompts use only `{VG}`, for boxes.
 
-    Corrected: the published scripts look at the reference answers before they score, which is left out here, and swap width
-    and height where they scale boxes, which matters on images that are not square.
+    Corrected:
+    - The published scripts use the reference answers when they parse predictions.
+    - They swap width and height when they scale boxes, which gives wrong boxes on images that are not square.
     """
 
     name = "upstream"
@@ -223,19 +226,22 @@ class Upstream(Protocol):
 
 
 class RSEvalKit(Protocol):
-    """RSEvalKit, of the authors of VHM: a tag before every question, images padded to a square, 512 tokens.
+    """The protocol of RSEvalKit, by the authors of VHM: a tag before every question, images padded to a square, 512 tokens.
 
-    An answer is right if, in lower case and without spaces, it is contained in the reference; multiple choice goes by the
-    first letter; boxes are 0 to 1000 over the image's own sides, not those of the square. The tag follows the list:
-    `{IDK}` where the thing asked for may not be there, `{IT}` where there is no tag of its own.
+    An answer is correct if the reference contains it, in lower case and without spaces. For multiple choice, the first
+    letter is compared. Boxes are scaled to 0-1000 over the sides of the image, not of the padded square. Each list has a
+    tag: `{IDK}` if the object asked for may be absent, `{IT}` if the task has no tag.
 
-    Corrected: an empty answer, contained in everything, was right and is wrong here; width and height were swapped where
-    boxes are scaled; the tag of boxes was `{IT}`, since the script looked for another name of that task; the letter of a
-    multiple choice was the first of A to E anywhere, so that "Answer: B" was A. A fault that stays, because it is the
-    definition: "a" is contained in "baseball field".
+    Corrected:
+    - An empty answer was scored as correct, because every reference contains it. It is wrong here.
+    - Width and height were swapped when boxes were scaled.
+    - Prompts for boxes had the tag `{IT}`, since the script compared with another name of the task.
+    - The first letter A to E anywhere in an answer was taken as the choice, so that "Answer: B" was parsed as A.
 
-    Otherwise than published: the lists on presence and colour are scored by the rule above, where the kit looks for yes and
-    no, or for the reference, within the answer; counts by that rule too, where it has their mean absolute error.
+    Not corrected, because it is the published definition: "a" is contained in "baseball field".
+
+    Other differences from the published protocol: for the lists on presence and color, the kit searches the answer for yes
+    and no, or for the reference. For counts, it computes the mean absolute error. Here, the rule above scores all of them.
     """
 
     name = "rsevalkit"
@@ -255,7 +261,7 @@ class RSEvalKit(Protocol):
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         return square
 
-    # Counts are compared as the words of any other short answer.
+    # Counts are compared like other short answers.
 
     def metrics(self, benchmark: Benchmark, task: str) -> tuple[Metric, ...]:
         return super().metrics(benchmark, task) if task != "counting" else (Metric("vqa_accuracy"),)
@@ -265,11 +271,10 @@ class RSEvalKit(Protocol):
 
 
 class GeoChat(Protocol):
-    """GeoChat's: one word or phrase, exact match without spaces and full stops.
+    """The protocol of GeoChat: one word or phrase, exact match without spaces and full stops.
 
-    It leaves out RSVQA's counts and areas, and takes the second test set of RSVQA-HR, as published. Boxes are
-    `{<x1><y1><x2><y2>|<degrees>}`, 0 to 100 over the image's sides. They are turned about their centre where the reference
-    is oriented, clockwise, as y points down.
+    It skips the counts and areas of RSVQA, and uses the second test set of RSVQA-HR, as published. Boxes are
+    `{<x1><y1><x2><y2>|<degrees>}`, scaled to 0-100. Oriented boxes are rotated clockwise about their center.
     """
 
     name = "geochat"
@@ -303,10 +308,10 @@ class GeoChat(Protocol):
 
 
 class VRSBench(Protocol):
-    """VRSBench's: boxes `{<x1><y1><x2><y2>}` from 0 to 100, IoU 0.5 and 0.7, COCO's caption metrics.
+    """The protocol of VRSBench: boxes `{<x1><y1><x2><y2>}`, scaled to 0-100, IoU 0.5 and 0.7, COCO's caption metrics.
 
-    Its questions are published with a score that a commercial language model gives; here they are scored by exact match,
-    so figures of the task `vqa` are lower than published ones and not comparable with them.
+    Its published scores of questions come from a commercial language model. Here, questions are scored by exact match.
+    Figures of the task `vqa` are therefore lower than published ones and not comparable with them.
     """
 
     name = "vrsbench"
@@ -326,12 +331,12 @@ class VRSBench(Protocol):
 
 
 def bounds(box: Sequence[float]) -> Box:
-    """The upright box around four corners; an upright box as it is."""
+    """The axis-aligned bounding box of four corners. An axis-aligned box is returned unchanged."""
     return (min(box[0::2]), min(box[1::2]), max(box[0::2]), max(box[1::2]))
 
 
 def read_angled_boxes(text: str, size: tuple[int, int]) -> list[Box]:
-    """`{<x1><y1><x2><y2>}`, 0 to 100, in pixels: upright, or with an angle, which gives the four corners turned by it."""
+    """Boxes `{<x1><y1><x2><y2>}`, scaled to 0-100, in pixels. With an angle, the four corners of the rotated box."""
     width, height = size
     boxes: list[Box] = []
     for match in ANGLED_BOX.finditer(text):
@@ -340,12 +345,12 @@ def read_angled_boxes(text: str, size: tuple[int, int]) -> list[Box]:
             continue  # no box of this image
         x1, x2 = sorted((x1 * width / 100, x2 * width / 100))
         y1, y2 = sorted((y1 * height / 100, y2 * height / 100))
-        boxes.append(turned((x1, y1, x2, y2), angle) if angle else (x1, y1, x2, y2))
+        boxes.append(rotated((x1, y1, x2, y2), angle) if angle else (x1, y1, x2, y2))
     return boxes
 
 
-def turned(box: Box, degrees: float) -> Box:
-    """The four corners of an upright box turned about its centre, clockwise on an image, whose y points down."""
+def rotated(box: Box, degrees: float) -> Box:
+    """The four corners of an axis-aligned box, rotated clockwise about its center (y points down)."""
     x1, y1, x2, y2 = box
     x, y, sine, cosine = (x1 + x2) / 2, (y1 + y2) / 2, math.sin(math.radians(degrees)), math.cos(math.radians(degrees))
     corners = ((x1 - x, y1 - y), (x2 - x, y1 - y), (x2 - x, y2 - y), (x1 - x, y2 - y))

@@ -1,11 +1,11 @@
-"""Reads the summaries of runs, and writes tables beside published results and the `model-index` of a model card.
+"""Reads the summaries of runs, and writes tables with published results for comparison.
 
-A table holds results that can be compared: one benchmark, split, protocol and task. A run of a model on images is a row.
-Runs without images, the majority baseline and runs on a part of the split are rows in italics, since they are no results of
-the model. Published results stand below a line, each with its source and a note on how far it can be compared.
+A table contains comparable results: one benchmark, split, protocol and task. A run of a model with images is a row. Blind
+runs, the majority baseline and runs on a part of the split are rows in italics, since they are not results of the model on
+the full split. Published results follow, each with its source and a note on comparability.
 
-Shares are shown in per cent and CIDEr times 100, as in captioning papers; `PLAIN` figures are shown as they are. The CSV and
-the model card hold every value as it was measured.
+Shares are shown in per cent and CIDEr times 100, as in captioning papers. `PLAIN` figures are shown without scaling. The CSV
+contains all values without rounding.
 """
 
 import csv
@@ -23,13 +23,13 @@ from ..files.writing import write_file
 FORMAT = 2  # of summary.json
 MODES = ("image", "blind", "majority")
 PUBLISHED = Path(__file__).with_name("published.json")
-PLAIN = {"mae": 2, "ece": 3, "brier": 3}  # figures that are no shares, and their decimals
+PLAIN = {"mae": 2, "ece": 3, "brier": 3}  # figures that are not shares, and their decimals
 MAX_GROUPS = 10  # question types that get a column each
 UNITS = "Shares in per cent and CIDEr times 100, with 95 % bootstrap intervals; n is the number of samples."
 
 
 class ReportError(ValueError):
-    """A summary, a published row or a model card that cannot be reported. The message names it."""
+    """A summary or a published row that cannot be reported. The message names it."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ class Summary:
     """The results of one run, as read from its summary.json.
 
     Attributes:
-        weights: fingerprint of the weights, or their revision on the Hub where there is no fingerprint.
-        in_split: number of samples that the files held.
-        published: number of samples that the split was published with.
-        left_out: what was left out on purpose, and how many.
+        weights: fingerprint of the weights, or their revision on the Hub if there is no fingerprint.
+        in_split: number of samples in the files.
+        published: published number of samples of the split.
+        left_out: what was left out on purpose, with counts.
         results: figures by task.
     """
 
@@ -86,7 +86,7 @@ class Summary:
 
     @property
     def is_complete(self) -> bool:
-        """Whether this is a result of the model on the whole split."""
+        """Whether this is a result of the model on the full split."""
         return self.mode == "image" and not self.shortcomings
 
     @property
@@ -95,7 +95,7 @@ class Summary:
 
     @property
     def shortcomings(self) -> list[str]:
-        """Why the run is not one on the whole split."""
+        """Why this is not a result on the full split."""
         limit = [f"limit {self.limit}"] if self.limit is not None else []
         missing = [f"{self.missing_images} images missing"] if self.missing_images else []
         differs = self.published is not None and self.in_split != self.published
@@ -110,7 +110,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Reference:
-    """Where published results stand, and how far they can be compared."""
+    """Source of published results, and a note on comparability."""
 
     source: str
     url: str
@@ -134,8 +134,8 @@ class Table:
     """The runs and published rows of one benchmark, split, protocol and task.
 
     Attributes:
-        left_out: figures with too many groups for columns, and their number of groups.
-        runs: with the names of their models.
+        left_out: figures with too many groups for columns, with the number of groups.
+        runs: names of models, each with a run.
     """
 
     benchmark: str
@@ -156,14 +156,14 @@ class Table:
         return ["model", "mode", "n", *map(str, self.columns)]
 
     def texts(self, name: str, summary: Summary) -> list[str]:
-        """The row of a run. Its n is that of the whole task; the CSV has those of groups."""
+        """The row of a run. Its n is that of the task; the CSV has the n of each group."""
         cells = summary.results[self.task]
         n = max((cell.n or 0 for cell in cells.values()), default=0)
         return [name, summary.mode_in_words, str(n), *(show(column, cells.get(column)) for column in self.columns)]
 
     @property
     def shares(self) -> list[Column]:
-        """The columns that a plot has an axis for."""
+        """The columns that a plot shows."""
         measured = {column for _, summary in self.runs for column in summary.results[self.task]}
         return [column for column in self.columns if column.is_share and column in measured]
 
@@ -177,8 +177,8 @@ class Table:
         notes = [f"The {n} values of {figure} are in results.csv." for figure, n in self.left_out.items()]
         if any(not summary.is_complete for _, summary in self.runs):
             notes.append(
-                "Rows in italics are no results of the model on the whole split. Blind runs see no image. Majority gives "
-                "the most frequent answer to each kind of question. A limit draws some of the questions."
+                "Rows in italics are not results of the model on the full split. Blind runs get no image. Majority predicts "
+                "the most frequent answer to each kind of question. A limit samples some of the questions."
             )
         return notes
 
@@ -201,14 +201,14 @@ def read_summaries(folders: Iterable[str | Path]) -> list[Summary]:
     """Reads the summary.json of each folder, or those of all folders below it.
 
     Raises:
-        ReportError: a folder without a summary or with an unfinished run, a summary that is truncated, of another format or
-            without a field, or two runs of the same model on the same benchmark, split and protocol in the same mode.
+        ReportError: a folder without a summary or with an unfinished run; a summary that is truncated, of another format or
+            without a field; or two runs of the same model on the same benchmark, split and protocol in the same mode.
     """
     summaries: dict[tuple[str | None, ...], Summary] = {}
     for summary in (read_summary(path) for folder in folders for path in find_summaries(Path(folder))):
         run = (summary.model, summary.weights, summary.benchmark, summary.split, summary.protocol, summary.mode)
         if run in summaries:
-            raise ReportError(f"One run is given twice; leave out one of: {summaries[run]}; {summary}")
+            raise ReportError(f"A run is listed twice; leave out one of: {summaries[run]}; {summary}")
         summaries[run] = summary
     if not summaries:
         raise ReportError("There is nothing to report: name the folders of one or more runs.")
@@ -220,7 +220,7 @@ def find_summaries(folder: Path) -> list[Path]:
     runs = sorted({path.parent for name in ("summary.json", "settings.json") for path in folder.rglob(name)})
     for run in runs or [folder]:
         if not (run / "summary.json").is_file():
-            raise ReportError(f"{run} holds no summary.json, which a run writes at its end. Name folders of finished runs.")
+            raise ReportError(f"{run} has no summary.json, which a run writes at its end. Name folders of finished runs.")
     return [run / "summary.json" for run in runs]
 
 
@@ -228,7 +228,7 @@ def read_summary(path: Path) -> Summary:
     try:
         fields = read_json(path)
     except ValueError as error:
-        raise ReportError(f"The run was stopped while it wrote its summary, so run it again: {error}") from error
+        raise ReportError(f"The summary is incomplete. Repeat the run: {error}") from error
     return parse_summary(fields, path.parent)
 
 
@@ -236,7 +236,8 @@ def parse_summary(fields: Any, folder: Path) -> Summary:
     """The content of a summary.json, or what `evaluate` returns for one benchmark.
 
     Args:
-        folder: where the run lies; named in messages.
+        fields: the summary.
+        folder: folder of the run, for messages.
     """
     found = fields.get("format") if isinstance(fields, dict) else type(fields).__name__
     if found != FORMAT:
@@ -251,7 +252,7 @@ def parse_summary(fields: Any, folder: Path) -> Summary:
             protocol=fields["protocol"],
             mode=fields["mode"],
             model=fields["model"]["name"],
-            # The fingerprint goes first: a model that was trained further has the revision that it was loaded from.
+            # The fingerprint first, since training a loaded model does not change its revision.
             weights=fields["model"].get("fingerprint") or fields["model"].get("revision"),
             dtype=fields["model"].get("dtype"),
             limit=fields["limit"],
@@ -269,7 +270,7 @@ def parse_summary(fields: Any, folder: Path) -> Summary:
 
 
 def read_figures(figures: dict[str, Any], where: str, measured: bool) -> dict[Column, Cell]:
-    """Figures by name, or by name and group. Measured ones are objects with value, low, high and n, others are numbers."""
+    """Figures by name, or by name and group. Measured figures have value, low, high and n; published ones are numbers."""
     cells = {}
     for name, figure in figures.items():
         grouped = isinstance(figure, dict) and "value" not in figure
@@ -285,7 +286,7 @@ def read_figures(figures: dict[str, Any], where: str, measured: bool) -> dict[Co
             if not finite:
                 raise ReportError(f"{it} is {member!r}: nothing was measured.")
             if column.is_share and not 0 <= cell.value <= 1:
-                raise ReportError(f"{it} is {cell.value}, but a share lies from 0 to 1 (`PLAIN` names what is none).")
+                raise ReportError(f"{it} is {cell.value}, but a share lies from 0 to 1 (`PLAIN` lists other figures).")
             cells[column] = cell
     return cells
 
@@ -301,10 +302,10 @@ def read_published(path: str | Path = PUBLISHED) -> list[PublishedRow]:
         where = f"{path}, row {number} ({row.get('model')} on {row.get('benchmark')})"
         source = row.get("source")
         if not isinstance(source, dict) or source.keys() != {"title", "place", "url"}:
-            raise ReportError(f"{where} needs a source with title, place (a table or section) and url.")
+            raise ReportError(f"{where} needs a source with title, place (table or section) and url.")
         for name, text in {**source, "note": row.get("note")}.items():
             if not text:
-                raise ReportError(f"{where} has an empty {name}. Write where the numbers stand and how far they compare.")
+                raise ReportError(f"{where} has an empty {name}. State the source of the numbers and their comparability.")
         rows.append(
             PublishedRow(
                 model=row["model"],
@@ -325,7 +326,7 @@ def make_tables(summaries: Sequence[Summary], published: Sequence[PublishedRow] 
     """A table for each benchmark, split, protocol and task, in the order of the summaries."""
     versions = {(summary.model, summary.weights) for summary in summaries}
 
-    def name(summary: Summary) -> str:  # with the weights only where two models have one name
+    def name(summary: Summary) -> str:  # with the weights if two models have the same name
         several = sum(model == summary.model for model, _ in versions) > 1
         return f"{summary.model}@{str(summary.weights)[:7]}" if several else summary.model
 
@@ -414,7 +415,7 @@ def latex_row(texts: Iterable[str]) -> str:
 
 
 def as_csv(tables: Sequence[Table]) -> str:
-    """A line for each figure of a run, then one for each published figure. Fields that do not apply are empty."""
+    """A line for each figure of a run, then for each published figure. Fields that do not apply are empty."""
     lines = []
     for table in tables:
         for name, summary in table.runs:
@@ -423,7 +424,7 @@ def as_csv(tables: Sequence[Table]) -> str:
             lines += [run | asdict(column) | asdict(cell) for column, cell in summary.results[table.task].items()]
     seen: list[PublishedRow] = []
     for row in (row for table in tables for row in table.published):
-        if row not in seen:  # the table of each protocol has it
+        if row not in seen:  # the tables of several protocols may contain it
             seen.append(row)
             place = {
                 "benchmark": row.benchmark,
@@ -451,8 +452,8 @@ def write_report(
     """Writes `results.md` and `results.csv` into a folder. `plots.write_plots` adds plots.
 
     Args:
-        summaries: of `read_summaries`.
-        output: the folder, made if need be.
+        summaries: from `read_summaries`.
+        output: the folder; created if it does not exist.
         published: file of published rows, `None` for none.
         latex: also writes `results.tex`.
 

@@ -1,4 +1,4 @@
-"""How an evaluation runs."""
+"""Settings of an evaluation."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +11,14 @@ class EvaluationSettings:
 
     Attributes:
         output: folder for the files of each benchmark, `OUTPUT/BENCHMARK/SPLIT/`. `None`: nothing is written.
-        model_name: what reports call the model. `None`: its Hub id or the name of its folder.
+        model_name: name of the model in reports. `None`: its Hub id or the name of its folder.
         limit: number of samples to draw from each benchmark. `None`: all of them.
-        seed: seed of that draw.
+        seed: seed of the sampling with `limit`.
         blind: ask the questions without their images.
-        batch_size: questions that are answered together.
-        images_per_chunk: image groups whose features are kept together.
-        share_images: encode an image once for all of its questions. `False`: process every question on its own.
-        missing_images: an image that cannot be read stops the run ("error"), or its questions score 0 ("wrong").
+        batch_size: questions per batch.
+        images_per_chunk: image groups whose features are in memory at the same time.
+        share_images: encode an image once for all of its questions. `False`: encode it again for every question.
+        missing_images: an image that cannot be read raises an error ("error"), or its questions score 0 ("wrong").
         progress: show a progress bar.
 
     Raises:

@@ -2,7 +2,7 @@
 
     python examples/evaluate_model.py [MODEL_FOLDER_OR_HUB_ID] [LIMIT]
 
-The model may come from anywhere: just trained, merged, quantised. For a benchmark with files, write
+The model may come from anywhere: just trained, merged, quantized. For a benchmark with files, write
 `load_benchmark("rsvqa-lr", "data/RSVQA-LR")` in place of `"scenes"`. Two caption metrics of the protocol "strict" need Java.
 """
 

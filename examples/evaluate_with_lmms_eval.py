@@ -4,7 +4,7 @@
         --model_args pretrained=demo/model,trust_remote_code=True --tasks mme --batch_size 8 \\
         --output_path logs --log_samples
 
-The `huggingface` model of lmms-eval loads our checkpoints with `AutoModel`, which has no `generate`. This one loads
+The `huggingface` model of lmms-eval loads MF-RSVLM with `AutoModel`, which has no `generate`. This one loads
 `AutoModelForImageTextToText`. docs/evaluation.md explains how to run benchmarks of this package as tasks of lmms-eval, and
 how to score the samples that it logs.
 """

@@ -2,8 +2,8 @@
 
     python examples/finetune_lora.py [OUTPUT]
 
-The model knows ships and cars, but it was never asked about water. For your own data, replace `write_rows` and name your
-files in `DataArguments`; docs/training.md describes the rows.
+The model was trained on questions about objects, but not on questions about water. For your own data, replace `write_rows`
+and pass your files to `DataArguments`; docs/training.md describes the format of rows.
 """
 
 import json

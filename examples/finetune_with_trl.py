@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, Image, List
 from trl import SFTConfig, SFTTrainer
 
@@ -23,6 +24,8 @@ def main(model_id: str, rows: str, image_root: str, output_dir: str, **options: 
         row["images"] = [str(Path(image_root) / image) for image in row["images"]]
     dataset = Dataset.from_list(table).cast_column("images", List(Image()))
 
+    # TRL computes in bfloat16 by default, and rejects that where there is no accelerator and use_cpu is not set.
+    options = {"use_cpu": not torch.accelerator.is_available(), **options}
     trainer = SFTTrainer(
         model=model,
         # max_length is the collator's: TRL's own truncation does not know image tokens.

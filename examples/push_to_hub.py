@@ -17,7 +17,7 @@ from mfrsvlm.files.model_folder import load_model
 def push(folder: str, repo_id: str, private: bool = True) -> str:
     """Uploads the model and returns the address of its commit.
 
-    Loading it first, rather than uploading the folder, leaves out what does not belong to the model, and merges an adapter.
+    The model is loaded and saved again, so that other files in the folder are not uploaded, and an adapter is merged.
     """
     model, processor = load_model(folder)
     HfApi().create_repo(repo_id, private=private, exist_ok=True)

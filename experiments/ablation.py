@@ -1,12 +1,12 @@
-"""Compares windows and injection: the same data, budget and optimizer for every arm.
+"""Compares windows, injection and encoders, with the same data, steps and optimizer for every arm.
 
     python -m mfrsvlm.experiments.ablation --work DIR --table docs/ablation/table.md --plot docs/ablation/plot.png
 
-All arms of an encoder start from one small LLaVA-style model, trained on the global view only: a decoder needs hundreds of
-steps before it reads anything from an image, and no arm should be judged by its luck in that. Each arm then gets its windows
-and injectors, and continues on the frozen features of its encoder, on the same scenes and questions, for the same number of
-steps. It is evaluated on the same held-out scenes. The arms "global view only" continue as they are. The training is that of
-`training/configs/demo_model.yaml`. `linear_probe` compares features before any decoder, and `encoders` compares encoders.
+All arms of an encoder start from one small LLaVA-style model, trained on the global view only, since a decoder needs
+hundreds of steps before it uses the image. Each arm then adds its windows and injectors, and is trained on the frozen
+features of its encoder, on the same scenes and questions, for the same number of steps. All arms are evaluated on the same
+held-out scenes. The training settings are those of `training/configs/demo_model.yaml`. `linear_probe` compares features
+without a decoder, and `encoders` compares encoders.
 
 Features that arms have in common are encoded once. A finished run is a line of `runs.jsonl` in the work folder: started
 again, the command continues where it stopped.
@@ -54,7 +54,7 @@ from ..training.train_demo_model import CONFIG, PROTOCOL, DemoModelConfig
 
 TASKS = ("classification", "presence", "count", "comparison", "position", "grounding")
 # Two more measures of boxes, which say more than accuracy while most boxes miss: mean IoU, and the share of boxes whose
-# centre is at most the length of the longest object away from the true one.
+# center is at most the length of the longest object away from the true one.
 MEASURES = (*TASKS, "mean IoU", "pointing")
 MIX = {"classification": 1, "presence": 2, "count": 3, "comparison": 2, "position": 2, "grounding": 3}
 
@@ -196,8 +196,8 @@ def train_start(encoder: str, work: Path, scenes: int, steps: int) -> None:
     torch.save(model.state_dict(), path)
 
 
-def whole(features: Features) -> Features:
-    """What is encoded for them: fewer scales are slices of the features with both."""
+def encoded_features(features: Features) -> Features:
+    """The features to encode. Those with fewer scales are slices of the features with both scales."""
     if features.window_overlap == BOTH.window_overlap and features.window_encoding == BOTH.window_encoding:
         return replace(features, window_sizes=BOTH.window_sizes)
     return features
@@ -225,12 +225,12 @@ def encode_both(features: Features, counts: dict[str, int], work: Path) -> str:
 
 def features_of(features: Features, split: str, count: int, work: Path) -> np.ndarray:
     """(scenes, 1 + K, T, C) with the stacks that an arm sees."""
-    whole_features = whole(features)
-    encoded = encode(whole_features, split, count, work)
-    per_scale = (encoded.shape[1] - 1) // len(whole_features.window_sizes)
+    full = encoded_features(features)
+    encoded = encode(full, split, count, work)
+    per_scale = (encoded.shape[1] - 1) // len(full.window_sizes)
     kept = [0]
     for size in features.window_sizes:
-        first = 1 + whole_features.window_sizes.index(size) * per_scale
+        first = 1 + full.window_sizes.index(size) * per_scale
         kept += range(first, first + per_scale)
     return encoded if len(kept) == encoded.shape[1] else encoded[:, kept]
 
@@ -263,12 +263,12 @@ def scores_of(predictions: Iterable[dict[str, Any]]) -> dict[str, list[float]]:
         scores[task_of(row["task"], row["group"])].append(row["score"])
         if row["task"] == "grounding":
             scores["mean IoU"] += matched_ious(row["parsed"], row["boxes"])
-            scores["pointing"].append(float(centre_distance(row["parsed"], row["boxes"][0]) <= OBJECT_PIXELS[1]))
+            scores["pointing"].append(float(center_distance(row["parsed"], row["boxes"][0]) <= OBJECT_PIXELS[1]))
     return {name: values for name, values in scores.items() if values}
 
 
-def centre_distance(boxes: Sequence[Sequence[float]], true: Sequence[float]) -> float:
-    """Distance between the centres of the first of the boxes and the true one; infinite without a box."""
+def center_distance(boxes: Sequence[Sequence[float]], true: Sequence[float]) -> float:
+    """Distance between the centers of the first of the boxes and the true one; infinite without a box."""
     if not boxes:
         return math.inf
     (x, y), (true_x, true_y) = (((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for b in (boxes[0], true))
@@ -341,7 +341,7 @@ def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     with ProcessPoolExecutor(args.workers, max_tasks_per_child=1, mp_context=get_context("spawn")) as pool:
         for future in [pool.submit(train_start, each, work, args.start_scenes, args.start_steps) for each in encoders]:
             future.result()
-        sets = dict.fromkeys(whole(ARMS[name].features) for name, _ in wanted)
+        sets = dict.fromkeys(encoded_features(ARMS[name].features) for name, _ in wanted)
         for future in [pool.submit(encode_both, each, counts, work) for each in sets]:
             print(f"[{time.perf_counter() - start:.0f} s] encoded {future.result()}", flush=True)
         futures = [pool.submit(run, name, seed, work, args.steps, args.batch, counts) for name, seed in wanted]
@@ -456,10 +456,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, encoders, features and finished runs")
     parser.add_argument("--table", type=Path, required=True, help="Markdown file to write")
     parser.add_argument("--plot", type=Path, help="figure to write")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="only these")
-    parser.add_argument("--seeds", type=int, default=3, help="of an arm, at most")
-    parser.add_argument("--steps", type=int, default=250, help="of every arm")
-    parser.add_argument("--batch", type=int, default=12, help="scenes a step")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="run only these arms")
+    parser.add_argument("--seeds", type=int, default=3, help="maximum number of seeds per arm")
+    parser.add_argument("--steps", type=int, default=250, help="training steps of every arm")
+    parser.add_argument("--batch", type=int, default=12, help="scenes per step")
     parser.add_argument("--train-scenes", type=int, default=1600)
     parser.add_argument("--test-scenes", type=int, default=400)
     parser.add_argument("--crowded-scenes", type=int, default=4000, help="of the encoders")

@@ -1,4 +1,4 @@
-"""What the tokens of the pretrained encoders know of held-out scenes, before any language.
+"""Measures the predictions of the pretrained encoders from their tokens on held-out scenes, without a decoder.
 
 python -m mfrsvlm.experiments.encoders --work DIR --table docs/ablation/encoders.md
 """
@@ -49,8 +49,8 @@ def measure_tokens(encoder: str, path: Path, work: Path, scenes: int) -> dict[st
             pixels = to_pixels(source[index : index + 1])  # (1, 3, s, s)
             tiles = pixels.unfold(2, VIEW, VIEW).unfold(3, VIEW, VIEW).permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
             objects, _, classes = head(encode(model, tiles)[-1])
-            said = (objects[..., 0] > 0).sum((0, 1)).tolist()
-            for number, true in zip(said, scene.counts.values(), strict=True):
+            predicted = (objects[..., 0] > 0).sum((0, 1)).tolist()
+            for number, true in zip(predicted, scene.counts.values(), strict=True):
                 right["presence"].append(float((number > 0) == (true > 0)))
                 right["count"].append(float(number == true))
                 if true:

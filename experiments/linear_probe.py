@@ -1,4 +1,4 @@
-"""What a linear probe reads from the features of each arm of `ablation`, before any decoder.
+"""Linear probes on the features of each arm of `ablation`, without a decoder.
 
     python -m mfrsvlm.experiments.linear_probe --work DIR --table docs/ablation/linear_probe.md
 
@@ -23,7 +23,7 @@ from ..files.writing import write_file
 from ..scenes import KINDS, Scene
 from ..training.demo_model.architecture import make_config
 from ..training.demo_model.scene_images import CANVAS, SCENE_SIZE, SceneImages
-from .ablation import ARMS, REFERENCE, encode_both, encoder_passes, features_of, pretrain_encoders, whole
+from .ablation import ARMS, REFERENCE, encode_both, encoded_features, encoder_passes, features_of, pretrain_encoders
 from .estimates import Estimate, r_squared
 
 
@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     counts = {"train": args.train_scenes, "test": args.test_scenes}
     encoders = dict.fromkeys(features.encoder for features in SETS.values())
     pretrain_encoders(encoders, args.work, args.crowded_scenes, args.encoder_steps)
-    for features in dict.fromkeys(map(whole, SETS.values())):
+    for features in dict.fromkeys(map(encoded_features, SETS.values())):
         encode_both(features, counts, args.work)
 
     results = {name: measure(name, counts, args.work) for name in SETS}

@@ -1,1 +1,1 @@
-"""Files as training, evaluation and the demo read and write them."""
+"""Reading and writing of files for training, evaluation and the demo."""

@@ -1,4 +1,4 @@
-"""What a model folder is, and how its model and processor are loaded: for fine-tuning, evaluation, demo and converter."""
+"""Recognizes model folders and loads their model and processor. Used by fine-tuning, evaluation, demo and converter."""
 
 import contextlib
 import logging
@@ -22,25 +22,25 @@ logger = logging.getLogger(__name__)
 MODEL_TYPES = ("mfrsvlm", "vhm")  # released folders have either
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-NAMED = 5  # tensors that a message names
+NAMED = 5  # tensors listed in a message
 BASE_ADVICE = "Name it with base_model, or correct base_model_name_or_path in the adapter_config.json."
 
 
 class ModelFolderError(ValueError):
-    """A folder or Hub id that no model can be loaded from. The message says what it is, and what to do."""
+    """A folder or Hub id from which no model can be loaded. The message says what it contains, and what to do."""
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """What a folder or Hub id holds.
+    """The content of a folder or Hub id.
 
     Attributes:
         source: the folder or Hub id.
-        kind: `"whole"`, an MF-RSVLM (saved, merged, or a checkpoint of a training); `"adapter"`, weights of PEFT beside a
-            base model (also a checkpoint); `"released"`, the authors' layout; `"other"`, another model.
+        kind: `"full"`, a complete MF-RSVLM (saved, merged, or a training checkpoint); `"adapter"`, weights of PEFT without
+            their base model (also a training checkpoint); `"released"`, the authors' layout; `"other"`, another model.
         config: its `config.json`, or its `adapter_config.json`.
-        base: of an adapter, the folder or Hub id that it was trained on.
-        is_checkpoint: whether a trainer wrote it to resume from.
+        base: base model of an adapter, a folder or Hub id.
+        is_checkpoint: whether it is a training checkpoint.
     """
 
     source: str
@@ -51,17 +51,19 @@ class ModelFolder:
 
 
 def classify(source: str | Path, revision: str | None = None) -> ModelFolder:
-    """Finds out what a folder or Hub id holds. Nothing but its JSON files is read.
+    """Determines what a folder or Hub id contains. Only JSON files are read.
 
     Raises:
-        ModelFolderError: it holds no model, or its weights are missing.
+        ModelFolderError: it is not a model, or its weights are missing.
     """
     source = str(source)
+    if Path(source).is_file():  # and no Hub id, which would be looked for
+        raise ModelFolderError(f"{source} is a file. Name the folder of the model.")
     adapter = _read_config(source, "adapter_config.json", revision)
     config = _read_config(source, "config.json", revision)
     folder = Path(source)
     is_checkpoint = (folder / "trainer_state.json").is_file()
-    if adapter is not None:  # before config.json, which some trainers write beside it
+    if adapter is not None:  # before config.json, which some trainers write to the same folder
         if folder.is_dir() and not any(folder.glob("adapter_model*")):
             raise ModelFolderError(f"{source} has an adapter_config.json, but no adapter_model.safetensors. Copy it again.")
         return ModelFolder(source, "adapter", adapter, adapter.get("base_model_name_or_path"), is_checkpoint)
@@ -77,10 +79,10 @@ def classify(source: str | Path, revision: str | None = None) -> ModelFolder:
 
 
 def kind_of(config: dict[str, Any]) -> str:
-    """`"whole"`, `"released"` or `"other"`, of the content of a `config.json`."""
+    """`"full"`, `"released"` or `"other"`, from the content of a `config.json`."""
     if config.get("model_type") not in MODEL_TYPES:
         return "other"
-    return "whole" if "text_config" in config else "released"  # the authors have one flat config
+    return "full" if "text_config" in config else "released"  # the authors have one flat config
 
 
 def load_model(
@@ -92,18 +94,19 @@ def load_model(
     base_model: str | None = None,
     allow_incomplete: bool = False,
 ) -> tuple[Any, Any]:
-    """Loads the model and the processor of a folder or Hub id, whatever its kind. The model is in eval mode, on the CPU.
+    """Loads the model, in eval mode on the CPU, and the processor of a folder or Hub id.
 
-    An MF-RSVLM runs this package's code unless `trust_remote_code` is set. An adapter is merged into its base.
+    An MF-RSVLM uses the code of this package unless `trust_remote_code` is set. An adapter is merged into its base model.
 
     Args:
-        source: what `classify` calls whole, an adapter, or another image-text-to-text model.
-        revision: of a Hub id.
-        dtype: of the weights in memory; `"auto"` for the saved one.
+        source: a full MF-RSVLM, an adapter, or another image-text-to-text model.
+        revision: branch, tag or commit of a Hub id.
+        dtype: type of the weights in memory; `"auto"` for the saved type.
         attn_implementation: see `from_pretrained` of transformers.
         trust_remote_code: run the code in the folder.
-        base_model: in place of the base that an adapter names.
-        allow_incomplete: only warn where tensors are missing, unknown or of another shape. Missing ones are random then.
+        base_model: folder or Hub id that replaces the base model in the adapter's config.
+        allow_incomplete: warn, instead of raising, if tensors are missing, unknown or of another shape. Missing tensors
+            are then random.
 
     Returns:
         (model, processor).
@@ -121,7 +124,7 @@ def load_model(
             model, _ = load_model(base, trust_remote_code=trust_remote_code, allow_incomplete=allow_incomplete, **options)
         model = _merge_adapter(model, folder, base, revision)
     else:
-        model = _load_whole(folder, revision, trust_remote_code, allow_incomplete, options)
+        model = _load_full(folder, revision, trust_remote_code, allow_incomplete, options)
     return model.eval(), processor
 
 
@@ -132,16 +135,16 @@ def load_processor(
     folder = classify(source, revision)
     if folder.kind == "released":
         raise ModelFolderError(
-            f"{source} is in the released layout. Convert it first: python -m mfrsvlm.convert_checkpoint released {source} "
+            f"{source} is in the released layout. Convert it first: mfrsvlm convert released {source} "
             "--vision-tower DIR_OR_HUB_ID --output OUT"
         )
     has_own = any(_read_config(folder.source, name, revision) is not None for name in PROCESSOR_FILES)
-    if folder.kind == "adapter" and not has_own:  # PEFT alone saves none
+    if folder.kind == "adapter" and not has_own:  # PEFT saves no processor
         with _explain_base(folder):
             return load_processor(_base_of(folder, base_model), trust_remote_code=trust_remote_code)
     place = folder.source
     if folder.is_checkpoint and not has_own:
-        place = str(Path(place).parent)  # some trainers save the processor only beside their checkpoints
+        place = str(Path(place).parent)  # some trainers save the processor only in the parent folder
     if folder.kind == "other" or trust_remote_code:
         return AutoProcessor.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
     return MFRSVLMProcessor.from_pretrained(place, revision=revision)
@@ -176,14 +179,14 @@ def _read_config(source: str, name: str, revision: str | None) -> dict[str, Any]
     return content
 
 
-def _load_whole(
+def _load_full(
     folder: ModelFolder, revision: str | None, trust_remote_code: bool, allow_incomplete: bool, options: dict[str, Any]
 ) -> Any:
     model_class: Any = MFRSVLMForConditionalGeneration
     if folder.kind == "other" or trust_remote_code:
         model_class = AutoModelForImageTextToText
         options = {**options, "trust_remote_code": trust_remote_code}
-    with _quiet():  # the library prints as a table what is said below
+    with _quiet():  # the library also prints the errors below, as a table
         model, info = model_class.from_pretrained(
             folder.source, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
@@ -193,20 +196,20 @@ def _load_whole(
 
 def _check_complete(folder: ModelFolder, info: dict[str, Any], allow_incomplete: bool) -> None:
     """Raises, or warns, where a checkpoint and its model differ. Other models may leave tensors unread."""
-    shapes = [f"{key} {tuple(found)} in place of {tuple(wanted)}" for key, found, wanted in info["mismatched_keys"]]
+    shapes = [f"{key} {tuple(stored)} instead of {tuple(wanted)}" for key, stored, wanted in info["mismatched_keys"]]
     problems = {
         "missing": sorted(info["missing_keys"]),
-        "unknown to the model": sorted(info["unexpected_keys"]) if folder.kind == "whole" else [],
+        "unknown to the model": sorted(info["unexpected_keys"]) if folder.kind == "full" else [],
         "of another shape": sorted(shapes),
     }
-    told = [
+    found = [
         f"{len(keys)} tensors are {problem}: {', '.join(keys[:NAMED])}{', ...' if len(keys) > NAMED else ''}"
         for problem, keys in problems.items()
         if keys
     ]
-    if not told:
+    if not found:
         return
-    message = f"The weights of {folder.source} do not fit its config.json. {'; '.join(told)}."
+    message = f"The weights of {folder.source} do not fit its config.json. {'; '.join(found)}."
     if not allow_incomplete:
         raise ModelFolderError(f"{message} Copy or save it again.")
     logger.warning(message)
@@ -238,7 +241,7 @@ def _merge_adapter(model: Any, folder: ModelFolder, base: str, revision: str | N
     hub: dict[str, Any] = {"revision": revision} if revision else {}
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     try:
-        # Not `PeftModel.from_pretrained`, which only warns of missing tensors and says nothing of those it has no place for.
+        # Not `PeftModel.from_pretrained`, which only warns of missing tensors and ignores unknown ones.
         adapted = PeftModel(model, PeftConfig.from_pretrained(folder.source, **hub))
         result = adapted.load_adapter(folder.source, "default", **hub)
     except (RuntimeError, ValueError) as error:

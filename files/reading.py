@@ -1,4 +1,4 @@
-"""Reads text, JSON and folders of images, and loses nothing on the way."""
+"""Reads text, JSON rows and folders of images. Nothing is skipped or changed silently."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from typing import Any
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jp2", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 SHOWN = 80  # characters of a value in a message
-# UTF-32 begins as UTF-16 does, so it goes first.
+# UTF-32 before UTF-16, which starts with the same bytes.
 BYTE_ORDER_MARKS = {
     b"\xff\xfe\x00\x00": "UTF-32",
     b"\x00\x00\xfe\xff": "UTF-32",
@@ -19,15 +19,15 @@ BYTE_ORDER_MARKS = {
 
 
 class NotJSON:
-    """A line of a JSONL file that does not parse, with what the parser said."""
+    """A line of a JSONL file that is not JSON, with the message of the parser."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
 
 
 def shorten(value: Any, length: int = SHOWN) -> str:
-    """`repr` of a value for a message: its beginning and its size where it is long."""
-    # `repr` of a whole row with an image takes seconds, so text is cut first.
+    """`repr` of a value for a message. A long one is truncated, and its size is added."""
+    # The `repr` of a long text takes seconds, so text is truncated first.
     text = repr(value[: length + 1] if isinstance(value, (str, bytes)) else value)
     if len(text) <= length:
         return text
@@ -40,7 +40,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the file is not UTF-8. The message names the encoding if the file says it.
+        ValueError: the file is not UTF-8. The message names the encoding if a byte order mark shows it.
     """
     content = Path(path).read_bytes()
     encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if content.startswith(mark)), None)
@@ -62,20 +62,20 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON, or its end is missing: {error}.") from error
+        raise ValueError(f"{path} is not JSON, or it is truncated: {error}.") from error
     except RecursionError as error:
         raise ValueError(f"{path} is nested too deeply to be read.") from error
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[tuple[int, Any]]:
-    """The rows of a JSON list or, if the name ends in `.jsonl`, one JSON value a line.
+    """The rows of a JSON list or, if the name ends in `.jsonl`, one JSON value per line.
 
     Returns:
-        The number of each row, counted from one (of a JSONL file its line), and its value. A line that does not parse
-        is a `NotJSON`, so that the caller decides what it costs.
+        The number of each row, counted from one (for JSONL, the number of its line), and its value. A line that is not JSON
+        becomes a `NotJSON`, so that the caller can reject or skip it.
 
     Raises:
-        OSError, ValueError: see `read_json`; or the file holds no list, or no rows.
+        OSError, ValueError: see `read_json`; or the file is not a list, or has no rows.
     """
     path = Path(path)
     if path.suffix.lower() == ".jsonl":
@@ -83,7 +83,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[tuple[int, Any]]:
     else:
         values = read_json(path)
         if not isinstance(values, list):
-            raise ValueError(f"{path} holds a {type(values).__name__}, not a list. For one value a line, name it *.jsonl.")
+            raise ValueError(f"{path} holds a {type(values).__name__}, not a list. For one value per line, name it *.jsonl.")
         rows = list(enumerate(values, start=1))
     if not rows:
         raise ValueError(f"{path} holds no rows.")
@@ -91,7 +91,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[tuple[int, Any]]:
 
 
 def _parse_lines(text: str) -> Iterator[tuple[int, Any]]:
-    # Not `splitlines`: it also breaks at characters that JSON allows inside of a string.
+    # Not `splitlines`, which also splits at characters that JSON allows inside a string.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
@@ -101,20 +101,20 @@ def _parse_lines(text: str) -> Iterator[tuple[int, Any]]:
 
 
 def is_hidden(path: Path) -> bool:
-    """Whether an operating system put the file or folder there: `._x.jpg`, `.DS_Store`, `__MACOSX`, `Thumbs.db`."""
+    """Whether this is a hidden file, or one that an operating system adds: `._x.jpg`, `__MACOSX`, `Thumbs.db`."""
     return path.name.startswith(".") or path.name in ("__MACOSX", "Thumbs.db")
 
 
 def list_folders(folder: str | os.PathLike[str]) -> list[Path]:
-    """The folders in a folder, by name, without hidden ones."""
+    """The folders in a folder, sorted by name, without hidden ones."""
     return sorted(path for path in Path(folder).iterdir() if path.is_dir() and not is_hidden(path))
 
 
 def list_images(folder: str | os.PathLike[str], recursive: bool = False) -> list[Path]:
-    """The image files in a folder, by name, whatever the case of their suffix, without hidden ones.
+    """The image files in a folder, sorted by path, without hidden ones. The case of suffixes does not matter.
 
     Args:
-        recursive: also those in the folders below.
+        recursive: include subfolders.
     """
     images = [p for p in Path(folder).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() and not is_hidden(p)]
     if recursive:

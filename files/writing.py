@@ -1,4 +1,4 @@
-"""Writes files so that a reader finds the old one or the new one, and never a part."""
+"""Writes files atomically: a reader finds the old file or the new file, never a part of one."""
 
 import os
 import shutil
@@ -6,14 +6,14 @@ from pathlib import Path
 
 
 def write_file(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a file beside its place and renames it when it is whole.
+    """Writes a temporary file in the same folder and renames it when it is complete.
 
     Args:
-        path: file to write or to replace. A link is followed.
-        content: text, written as UTF-8 with the line ends it has; or bytes.
+        path: file to write or to replace. A symbolic link is followed.
+        content: bytes, or text, which is written as UTF-8 with its line endings unchanged.
 
     Raises:
-        OSError: it cannot be written. What stood there before is whole.
+        OSError: it cannot be written. An existing file is not changed.
     """
     path = Path(path).resolve()
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")

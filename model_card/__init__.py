@@ -1,1 +1,1 @@
-"""The Hub card of a model folder: its template and what fills it."""
+"""The model card of a model folder: its template, its metadata and its results."""

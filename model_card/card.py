@@ -1,4 +1,4 @@
-"""Fills the Hub card template for a model folder."""
+"""Writes the model card of a model folder."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,19 +12,19 @@ LICENSE_FIELDS = ("license", "license_name", "license_link")
 
 
 def read_part(part: str | Path) -> dict[str, Any]:
-    """What the card of a part says, `{}` where there is none to read.
+    """Base models and license of a part, from its model card.
 
     Args:
-        part: folder (its `README.md`) or Hub id of a model.
+        part: folder with a `README.md`, or Hub id of a model.
 
     Returns:
-        `base_model`: the ids to name as a base: the part's own, or those that the card of a folder names; and the fields of
-        its licence as far as the card states them.
+        `base_model`: for a Hub id, the id itself; for a folder, the base models that its card names, `[]` without a card.
+        Also the license fields that the card has.
     """
     is_folder = Path(part).is_dir()
     try:
         card = metadata_load(Path(part) / "README.md" if is_folder else hf_hub_download(str(part), "README.md")) or {}
-    except Exception:  # no card, no connection, damaged YAML: no reason for a folder to have no card of its own
+    except Exception:  # no card, no connection or damaged YAML must not prevent the new card
         card = {}
     bases = card.get("base_model") or [] if is_folder else [str(part)]
     return {
@@ -45,14 +45,15 @@ def write_model_card(
     """Writes `README.md` into a model folder.
 
     Args:
-        folder: the Hub folder.
-        config: its `MFRSVLMConfig`, from which the architecture table is filled.
-        origin: how the weights came to be: `"converted"`, `"assembled"` or `"trained"`.
+        folder: the model folder.
+        config: its `MFRSVLMConfig`, for the architecture table.
+        origin: origin of the weights: `"converted"`, `"assembled"` or `"trained"`.
         name: heading of the card; "MF-RSVLM" if `None`.
-        evidence: Markdown on what the weights were trained on and how well they do, for the top of the card.
-        parts: what the weights were made from: a name for each, and its folder or Hub id. Base models and licence come from
-            their cards. The licence is left out unless all of them state the same one; the card lists them all.
-        **details: further fields of `ModelCardData` (`datasets`, `license`, `eval_results`, ...); they win over the parts'.
+        evidence: Markdown about training data and results, for the top of the card.
+        parts: names of the base models, each with its folder or Hub id. Base models and license are read from their cards.
+            The metadata have a license only if all parts have the same one. The table of the card lists all licenses.
+        **details: further fields of `ModelCardData` (`datasets`, `license`, `eval_results`, ...). They override those of
+            the parts.
     """
     facts = {part: read_part(source) for part, source in (parts or {}).items() if source}
     licenses = [{field: fact[field] for field in LICENSE_FIELDS if field in fact} for fact in facts.values()]

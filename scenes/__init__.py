@@ -1,8 +1,7 @@
-"""Synthetic overhead scenes whose truth is known.
+"""Synthetic overhead scenes with exact annotations.
 
-`drawing` plans and draws a scene from a seed, and `questions` asks about it and knows the answers. `python -m
-mfrsvlm.scenes` writes images and the JSON that training and evaluation read. The benchmark `scenes` of `mfrsvlm.evaluation`
-scores answers.
+`drawing` plans a scene from a seed and draws it. `questions` makes questions and answers. `python -m mfrsvlm.scenes`
+writes images and a JSONL file for training and evaluation. The benchmark `scenes` of `mfrsvlm.evaluation` scores answers.
 """
 
 from .drawing import CLASSES, KINDS, Scene, SceneObject, draw, plan_change, plan_scene, scene_seed

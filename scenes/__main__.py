@@ -1,4 +1,4 @@
-"""Writes a data set of synthetic scenes, or a picture that shows what they look like.
+"""Writes a data set of synthetic scenes, or a contact sheet of example scenes.
 
 python -m mfrsvlm.scenes OUT --split train --count 1000
 python -m mfrsvlm.scenes --contact-sheet scenes.jpg
@@ -17,9 +17,9 @@ from .questions import TASKS
 
 def main(arguments: list[str] | None = None) -> int:
     parser = ArgumentParser(prog="mfrsvlm scenes", description=__doc__.splitlines()[0])
-    parser.add_argument("out", nargs="?", type=Path, help="folder to write images and questions to; must not hold anything")
-    parser.add_argument("--contact-sheet", type=Path, metavar="PATH", help="draw one labelled picture instead")
-    parser.add_argument("--split", choices=SPLITS, default="train", help="splits share no scene (default: %(default)s)")
+    parser.add_argument("out", nargs="?", type=Path, help="folder for images and questions; must be new or empty")
+    parser.add_argument("--contact-sheet", type=Path, metavar="PATH", help="write one image with example scenes instead")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="splits do not overlap (default: %(default)s)")
     parser.add_argument("--count", type=int, default=1000, help="number of scenes (default: %(default)s)")
     parser.add_argument("--size", type=int, default=512, help="side of the images, pixels (default: %(default)s)")
     parser.add_argument(
@@ -28,9 +28,11 @@ def main(arguments: list[str] | None = None) -> int:
         nargs=2,
         default=(8.0, 16.0),
         metavar=("MIN", "MAX"),
-        help="lengths of the objects (default: 8 16)",
+        help="shortest and longest object, pixels (default: 8 16)",
     )
-    parser.add_argument("--changes", type=int, default=0, help="for how many scenes to draw a later image, too, and ask")
+    parser.add_argument(
+        "--changes", type=int, default=0, help="number of scenes with a later image and a question about both (default: 0)"
+    )
     parser.add_argument(
         "--tasks", nargs="*", default=list(TASKS), metavar="TASK", help=f"any of {', '.join(TASKS)} (default: each once)"
     )

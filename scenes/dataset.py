@@ -1,4 +1,4 @@
-"""Writes scenes and their questions to a folder in the layout of LLaVA's training data."""
+"""Writes scenes and their questions to a folder in the format of LLaVA's training data."""
 
 import functools
 import json
@@ -20,18 +20,18 @@ IMAGES = "images"
 
 @dataclass(frozen=True)
 class DatasetPlan:
-    """What to write; see `write_dataset`.
+    """Settings of a data set, see `write_dataset`.
 
     Attributes:
         split: see `scene_seed`.
         count: number of scenes.
         size: side of the images, pixels.
-        object_pixels: shortest and longest length of an object.
-        changes: for how many scenes to draw, and ask about, a later image, too.
+        object_pixels: shortest and longest object, pixels.
+        changes: number of scenes with a later image and a question about both images.
         tasks: see `ask`.
 
     Raises:
-        ValueError: any of them makes no sense; the message names the value.
+        ValueError: a setting is invalid; the message names the value.
     """
 
     split: str
@@ -50,7 +50,7 @@ class DatasetPlan:
             )
         if not (self.tasks or self.changes):
             raise ValueError(f"tasks={list(self.tasks)} and changes={self.changes}: nothing to ask.")
-        ask(self.scene(self.count - 1), self.tasks)  # raises for whatever else is wrong
+        ask(self.scene(self.count - 1), self.tasks)  # raises if another setting is invalid
 
     def scene(self, index: int) -> Scene:
         return plan_scene(scene_seed(self.split, index), self.size, self.object_pixels)
@@ -59,15 +59,15 @@ class DatasetPlan:
 def write_dataset(folder: Path, plan: DatasetPlan, workers: int = 1) -> int:
     """Writes `images/*.png` and `{split}.jsonl`: scenes 0 to `count` - 1 of the split, one row per question.
 
-    The first `changes` scenes are also drawn as they are later, and one more row asks about both images. The same plan
-    gives the same files, however many workers draw them. The rows get their final name when all is written.
+    The first `changes` scenes also get a later image, and one more row with a question about both images. The output depends
+    only on the plan, not on the number of workers. The JSONL file gets its final name when it is complete.
 
     Returns:
         The number of rows.
 
     Raises:
-        FileExistsError: the folder holds something already.
-        ValueError: no workers.
+        FileExistsError: the folder is not empty.
+        ValueError: `workers` is less than 1.
     """
     if workers < 1:
         raise ValueError(f"workers={workers} must be at least 1.")
@@ -91,7 +91,7 @@ def write_dataset(folder: Path, plan: DatasetPlan, workers: int = 1) -> int:
 
 
 def _write_scene(folder: Path, plan: DatasetPlan, index: int) -> list[dict[str, Any]]:
-    """Draws what the questions about one scene need to show, and returns their rows."""
+    """Draws the images of one scene, and returns the rows of its questions."""
     scene = plan.scene(index)
     name = f"{plan.split}-{index:07d}"
     images = [f"{IMAGES}/{name}.png"]

@@ -1,7 +1,7 @@
 """Plans a scene from a seed and draws it: land cover, roads, rivers, coasts, fields, and small objects on top.
 
-A plan (`Scene`) is all the truth there is; drawing adds only looks. The same seed and sizes give the same plan and the
-same pixels. Lengths are pixels of the drawn image; boxes are (x1, y1, x2, y2) with the origin at the top left.
+A plan (`Scene`) determines all annotations; drawing adds only appearance. The same seed and sizes give the same plan and the
+same pixels. Lengths are in pixels of the drawn image. Boxes are (x1, y1, x2, y2) with the origin at the top left.
 """
 
 from dataclasses import dataclass, replace
@@ -12,8 +12,8 @@ from PIL import Image, ImageDraw
 
 KINDS = ("ship", "aircraft", "car", "tank", "building")
 
-# Scene class -> (rural or urban, has water). Several look alike on purpose: the residential ones differ only in the
-# spacing of their streets, meadow and farmland in the contrast of their fields, lake and wetland in how broken the shore is.
+# Scene class -> (rural or urban, has water). Several look similar on purpose: the residential classes differ only in the
+# spacing of their streets, meadow and farmland in the contrast of their fields, lake and wetland in the shape of the shore.
 CLASSES = {
     "airport": ("urban", False),
     "harbor": ("urban", True),
@@ -35,14 +35,22 @@ CLASSES = {
 SPLITS = {"train": 0, "validation": 10_000_000, "test": 20_000_000, "demo": 30_000_000}
 SCENES_PER_SPLIT = 10_000_000
 
-Colour = tuple[float, float, float]
+Color = tuple[float, float, float]
 GRASS, SOIL, SAND, WATER = (104, 122, 76), (150, 128, 96), (206, 188, 148), (52, 84, 108)
 CROWN, ASPHALT, CONCRETE = (56, 82, 48), (98, 98, 100), (158, 156, 150)
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One countable object: kind, centre, length of the longer side, heading in degrees, and a tint in [0, 1)."""
+    """One countable object.
+
+    Attributes:
+        kind: one of `KINDS`.
+        x, y: center, pixels.
+        length: longer side, pixels.
+        angle: heading, degrees.
+        tint: variation of the color, in [0, 1).
+    """
 
     kind: str
     x: float
@@ -53,13 +61,13 @@ class SceneObject:
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """The tight upright box around the drawn outline."""
+        """The tight axis-aligned box (x1, y1, x2, y2) around the drawn outline, pixels."""
         points = np.concatenate([self._turned(part) for part, _ in _parts(self)])
         (left, top), (right, bottom) = points.min(0), points.max(0)
         return float(left), float(top), float(right), float(bottom)
 
     def _turned(self, outline: list[tuple[float, float]]) -> np.ndarray:
-        """An outline in units of the length, turned, scaled and moved to its place; (points, 2) pixels."""
+        """An outline in units of the length, rotated, scaled and moved to its position; (points, 2) pixels."""
         turn = np.deg2rad(self.angle)
         rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
         return np.array(outline) * self.length @ rotation + (self.x, self.y)
@@ -67,7 +75,14 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that is true of a scene."""
+    """The content of a scene, from which all questions and answers follow.
+
+    Attributes:
+        seed: see `scene_seed`.
+        size: side of the square image, pixels.
+        scene_class: one of `CLASSES`.
+        objects: all countable objects.
+    """
 
     seed: int
     size: int
@@ -88,7 +103,7 @@ class Scene:
 
 
 def scene_seed(split: str, index: int) -> int:
-    """The seed of scene `index` of a split. Splits own disjoint ranges, so they never share a scene.
+    """The seed of scene `index` of a split. Splits have disjoint ranges of seeds, so they do not overlap.
 
     Raises:
         ValueError: unknown split, or an index outside the split's range.
@@ -101,16 +116,16 @@ def scene_seed(split: str, index: int) -> int:
 
 
 def plan_scene(seed: int, size: int = 512, object_pixels: tuple[float, float] = (8.0, 16.0), crowding: int = 1) -> Scene:
-    """Samples the truth of a scene.
+    """Samples the content of a scene.
 
-    Two to four kinds are present. Half of them occur once, so that there is something to point at; the others occur two
-    to nine times. Apart from ships, which need water, kinds and counts do not depend on the class.
+    Two to four kinds are present. Half of them occur once, so that they can be located. The others occur two to nine times.
+    Ships need water. Otherwise, kinds and counts are independent of the class.
 
     Args:
         seed: see `scene_seed`.
-        size: side of the square image.
-        object_pixels: shortest and longest length of an object.
-        crowding: multiplies every count, as far as there is room: many examples an image, for training an encoder.
+        size: side of the square image, pixels.
+        object_pixels: shortest and longest object, pixels.
+        crowding: multiplies every count, as far as there is space. Crowded scenes train an encoder with few images.
 
     Raises:
         ValueError: sizes that cannot be drawn.
@@ -136,10 +151,10 @@ def plan_scene(seed: int, size: int = 512, object_pixels: tuple[float, float] = 
 
 
 def plan_change(scene: Scene, object_pixels: tuple[float, float] = (8.0, 16.0)) -> tuple[Scene, str, int]:
-    """The same place later: up to four objects of one kind have appeared or gone, or, in a fifth of scenes, none.
+    """The same place later. Up to four objects of one kind appear or disappear; in a fifth of scenes nothing changes.
 
     Returns:
-        The later scene, the kind that changed (empty if none), and by how many (negative if they have gone).
+        The later scene, the kind that changed ("" if none), and the number of objects (negative if they disappeared).
     """
     rng = np.random.default_rng([scene.seed, 1])
     kind = str(rng.choice([kind for kind in KINDS if kind != "ship" or scene.has_water]))
@@ -164,7 +179,7 @@ def _place(
     size: int,
     object_pixels: tuple[float, float],
 ) -> list[SceneObject]:
-    """Up to `count` objects of one kind, clear of each other, of the border, and of the shore on their own side of it."""
+    """Up to `count` objects of one kind that do not touch each other, the border of the image or the shore."""
     placed: list[SceneObject] = []
     heading = rng.uniform(0, 360)
     for _ in range(60 * count):
@@ -180,8 +195,8 @@ def _place(
     return placed
 
 
-def _parts(item: SceneObject) -> list[tuple[list[tuple[float, float]], Colour]]:
-    """Outlines of an object, in units of its length, heading along +x, each with its colour; the first is the largest."""
+def _parts(item: SceneObject) -> list[tuple[list[tuple[float, float]], Color]]:
+    """Outlines of an object with their colors, in units of its length, heading along +x. The first is the largest."""
     white = 218 + 30 * item.tint
     if item.kind == "ship":
         hull = [(-0.5, -0.19), (0.22, -0.19), (0.5, 0.0), (0.22, 0.19), (-0.5, 0.19)]
@@ -214,7 +229,7 @@ def draw(scene: Scene, look: int = 0) -> Image.Image:
     """Draws a scene as an RGB image of `scene.size` pixels a side.
 
     Args:
-        look: another number gives the same place another light, haze and noise, as on another day.
+        look: another number gives other light, haze and noise, as on another day.
     """
     rng = np.random.default_rng([scene.seed, 2])
     size = scene.size
@@ -232,7 +247,7 @@ def draw(scene: Scene, look: int = 0) -> Image.Image:
     for item in scene.objects:
         _draw_object(picture, item)
 
-    # Looks of the day: light, colour cast, haze and sensor noise. None of them carries any truth.
+    # Light, color cast, haze and sensor noise. No question is about them.
     if look:
         rng = np.random.default_rng([scene.seed, 6, look])
     pixels = np.asarray(picture, dtype=np.float32)
@@ -253,7 +268,7 @@ def _noise(rng: np.random.Generator, size: int, *cells: int) -> np.ndarray:
 
 
 def _shore(seed: int, size: int, scene_class: str) -> np.ndarray | None:
-    """Signed distance from the water's edge in pixels, roughly: negative on water. None for a class without water."""
+    """Approximate signed distance from the shore in pixels, (size, size), negative on water. `None` without water."""
     if not CLASSES[scene_class][1]:
         return None
     rng = np.random.default_rng([seed, 4])
@@ -287,8 +302,8 @@ def _land(rng: np.random.Generator, scene: Scene) -> np.ndarray:
         crops = crops.mean(0) + contrast * (crops - crops.mean(0))
         return crops[_plots(rng, size, rng.uniform(60, 110) * size / 512) % 5] + 3 * coarse + 4 * fine + tint
     if name == "industrial":
-        greys = np.linspace(-26, 26, 7, dtype=np.float32)[_plots(rng, size, rng.uniform(70, 130) * size / 512) % 7]
-        return np.array(CONCRETE) - 22 + greys[..., None] + 3 * coarse + 4 * fine + tint
+        grays = np.linspace(-26, 26, 7, dtype=np.float32)[_plots(rng, size, rng.uniform(70, 130) * size / 512) % 7]
+        return np.array(CONCRETE) - 22 + grays[..., None] + 3 * coarse + 4 * fine + tint
     if name.endswith("residential"):
         gardens = np.array(GRASS) * 0.6 + np.array(CONCRETE) * 0.4
         return gardens + 5 * coarse + 11 * fine + tint
@@ -302,7 +317,7 @@ def _land(rng: np.random.Generator, scene: Scene) -> np.ndarray:
 
 
 def _plots(rng: np.random.Generator, size: int, side: float) -> np.ndarray:
-    """A turned grid of plots, each with a random number; (size, size) int."""
+    """A rotated grid of plots, each with a random number; (size, size) int."""
     turn = rng.uniform(0, np.pi / 2)
     y, x = np.mgrid[:size, :size].astype(np.float32)
     column = ((x * np.cos(turn) + y * np.sin(turn)) / side + 64).astype(int)
@@ -311,7 +326,7 @@ def _plots(rng: np.random.Generator, size: int, side: float) -> np.ndarray:
 
 
 def _draw_roads(rng: np.random.Generator, picture: Image.Image, scene: Scene, shore: np.ndarray | None) -> None:
-    """Streets, highway, runway or a lane, drawn under everything countable. Water stays open for ships."""
+    """Draws streets, a highway, a runway or a lane below the objects. Roads do not cross water."""
     size, name = scene.size, scene.scene_class
     unit = size / 512
     layer = Image.new("L", picture.size)
@@ -319,10 +334,10 @@ def _draw_roads(rng: np.random.Generator, picture: Image.Image, scene: Scene, sh
     turn = rng.uniform(0, np.pi)
     direction, normal = np.array([np.cos(turn), np.sin(turn)]), np.array([-np.sin(turn), np.cos(turn)])
     middle = size / 2 + rng.uniform(-0.15, 0.15, 2) * size
-    colour, marks = ASPHALT, []
+    color, marks = ASPHALT, []
 
-    def street(centre: np.ndarray, heading: np.ndarray, width: float, length: float = 2.0) -> None:
-        ends = (*(centre - heading * size * length / 2), *(centre + heading * size * length / 2))
+    def street(center: np.ndarray, heading: np.ndarray, width: float, length: float = 2.0) -> None:
+        ends = (*(center - heading * size * length / 2), *(center + heading * size * length / 2))
         pen.line(ends, fill=255, width=max(1, round(width * unit)))
 
     if name.endswith("residential"):
@@ -337,7 +352,7 @@ def _draw_roads(rng: np.random.Generator, picture: Image.Image, scene: Scene, sh
         street(middle, normal if rng.random() < 0.5 else direction, 18)
         marks = [middle]
     elif name == "airport":
-        colour = (124, 124, 126)
+        color = (124, 124, 126)
         street(middle, direction, 46, 1.1)
         street(middle + 90 * unit * normal, direction, 16, 0.9)
         marks = [middle]
@@ -345,16 +360,16 @@ def _draw_roads(rng: np.random.Generator, picture: Image.Image, scene: Scene, sh
         street(middle, direction, rng.uniform(4, 9))
     if shore is not None:
         layer = Image.fromarray(np.where(shore > 0, np.asarray(layer), 0).astype(np.uint8))
-    picture.paste(tuple(int(value + rng.uniform(-8, 8)) for value in colour), mask=layer)
+    picture.paste(tuple(int(value + rng.uniform(-8, 8)) for value in color), mask=layer)
     pen = ImageDraw.Draw(picture)
-    for centre in marks:
+    for center in marks:
         for k in range(-12, 13):
-            start, end = centre + direction * (40 * k) * unit, centre + direction * (40 * k + 14) * unit
+            start, end = center + direction * (40 * k) * unit, center + direction * (40 * k + 14) * unit
             pen.line((*start, *end), fill=(196, 196, 190), width=max(1, round(2 * unit)))
 
 
 def _draw_clutter(rng: np.random.Generator, picture: Image.Image, shore: np.ndarray | None) -> None:
-    """Bushes, rocks and foam: of the size of objects, and not to be counted."""
+    """Draws distractors of the size of objects: bushes, rocks and foam."""
     size = picture.width
     pen = ImageDraw.Draw(picture)
     for _ in range(int(rng.integers(5, 40))):
@@ -362,25 +377,23 @@ def _draw_clutter(rng: np.random.Generator, picture: Image.Image, shore: np.ndar
         radius = rng.uniform(2, 6) * size / 512
         wet = shore is not None and shore[int(y), int(x)] < 0
         tone = rng.uniform(-12, 12)
-        colour = (96, 122, 140) if wet else CROWN if rng.random() < 0.7 else (128, 120, 110)
+        color = (96, 122, 140) if wet else CROWN if rng.random() < 0.7 else (128, 120, 110)
         flat = rng.uniform(0.5, 1)
-        pen.ellipse(
-            (x - radius, y - flat * radius, x + radius, y + flat * radius), fill=tuple(int(c + tone) for c in colour)
-        )
+        pen.ellipse((x - radius, y - flat * radius, x + radius, y + flat * radius), fill=tuple(int(c + tone) for c in color))
 
 
 def _draw_object(picture: Image.Image, item: SceneObject) -> None:
-    """Draws one object eight times as large, with its shadow, and reduces it into its place: edges fall between pixels."""
+    """Draws one object and its shadow at eight times the resolution and downsamples them, for anti-aliased edges."""
     fine, margin = 8, int(item.length) + 3
     left, top = int(item.x) - margin, int(item.y) - margin
     patch = picture.crop((left, top, left + 2 * margin, top + 2 * margin))
     patch = patch.resize((patch.width * fine, patch.height * fine), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(patch)
-    parts = [(item._turned(outline) - (left, top), colour) for outline, colour in _parts(item)]
+    parts = [(item._turned(outline) - (left, top), color) for outline, color in _parts(item)]
     if item.kind != "ship":
         shift = 0.12 * item.length
         for points, _ in parts[:2]:
             pen.polygon([tuple(point) for point in (points + shift) * fine], fill=(44, 46, 44))
-    for points, colour in parts:
-        pen.polygon([tuple(point) for point in points * fine], fill=tuple(int(value) for value in colour))
+    for points, color in parts:
+        pen.polygon([tuple(point) for point in points * fine], fill=tuple(int(value) for value in color))
     picture.paste(patch.reduce(fine), (left, top))

@@ -1,7 +1,7 @@
 """Questions about a scene, with answers that follow from its plan.
 
-The wording is fixed, so that a change of score is a change of the model and not of the phrase. Answers are sampled to be
-balanced where that is possible: yes and no, larger and smaller, left and right, and the counts 0 to 9.
+The wording is fixed, so that scores do not depend on it. Answers are balanced where possible: yes and no, larger and
+smaller, left and right, and the counts 0 to 9.
 """
 
 import re
@@ -14,7 +14,7 @@ from .drawing import KINDS, Scene
 
 
 PLURALS = {"ship": "ships", "aircraft": "aircraft", "car": "cars", "tank": "tanks", "building": "buildings"}
-# Boxes are written as on the published grounding data: [x_min, y_min, x_max, y_max], 0 to 1000 over the image's sides.
+# Boxes are written as in the published grounding data: [x_min, y_min, x_max, y_max], scaled to 0-1000.
 BOX_SCALE = 1000
 
 _KIND = re.compile(rf"\b(an? )?({'|'.join(sorted([*PLURALS, *PLURALS.values()], key=len, reverse=True))})\b")
@@ -24,7 +24,14 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Question:
-    """One question, the exact answer, and, for grounding, the true box in pixels of the drawn image."""
+    """A question with its answer.
+
+    Attributes:
+        task: a key of `TASKS`, or "change".
+        text: the question.
+        answer: the exact answer.
+        boxes: for grounding, the true box (x1, y1, x2, y2) in pixels of the drawn image.
+    """
 
     task: str
     text: str
@@ -41,7 +48,7 @@ def _article(noun: str) -> str:
 
 
 def possible_kinds(scene: Scene) -> list[str]:
-    """Kinds that this scene could hold: nobody needs an image to know that there is no ship in a desert."""
+    """Kinds that the class of the scene permits. A question about ships in a desert would need no image."""
     return [kind for kind in KINDS if kind != "ship" or scene.has_water]
 
 
@@ -57,12 +64,12 @@ def _presence(scene: Scene, rng: np.random.Generator) -> Question | None:
     wanted = bool(rng.random() < 0.5)
     kinds = [kind for kind in possible_kinds(scene) if (scene.counts[kind] > 0) == wanted]
     if all(scene.counts[kind] for kind in possible_kinds(scene)):
-        return None  # not even where "yes" is wanted: it would tip the balance
+        return None  # also if "yes" is wanted, since the answers would not be balanced otherwise
     return Question("presence", f"Is there {_article(_one(rng, kinds))} in this scene?", "yes" if wanted else "no")
 
 
 def _count(scene: Scene, rng: np.random.Generator) -> Question | None:
-    # Of the present kinds half occur once and the rest are uniform over eight numbers: thin out 0 and 1 to match.
+    # Half of the present kinds occur once, the others two to nine times. Keep few zeros and ones, for uniform counts.
     kinds = [kind for kind in possible_kinds(scene) if scene.counts[kind] > 1 or rng.random() < 0.12]
     if not kinds:
         return None
@@ -107,13 +114,13 @@ def _caption(scene: Scene, rng: np.random.Generator) -> Question:
 
 
 def write_box(box: Box, size: int) -> str:
-    """A box in pixels as `[x_min, y_min, x_max, y_max]`, three digits a number, 0 to 1000 over the image's sides."""
+    """A box in pixels as the text `[x_min, y_min, x_max, y_max]`, scaled to 0-1000, at least three digits per number."""
     numbers = [round(min(max(value / size, 0.0), 1.0) * BOX_SCALE) for value in box]
     return "[" + ", ".join(f"{number:03d}" for number in numbers) + "]"
 
 
 def describe(scene: Scene) -> str:
-    """A caption: the class, then every kind of object with its number, in the fixed order of `KINDS`."""
+    """A caption: the class, then the count of every kind of object, in the order of `KINDS`."""
     found = [f"{count} {kind if count == 1 else PLURALS[kind]}" for kind, count in scene.counts.items() if count]
     listing = " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
     return f"{_article(scene.scene_class).capitalize()} scene with {listing or 'no objects'}."
@@ -132,11 +139,12 @@ TASKS: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {
 
 
 def ask(scene: Scene, tasks: Sequence[str] = tuple(TASKS), seed: int = 0) -> list[Question]:
-    """One question of every listed task, in that order; a task that the scene gives no question for is left out.
+    """One question per listed task, in that order. Tasks without a possible question are skipped.
 
     Args:
-        tasks: names from `TASKS`; repeated names give several questions, never the same one twice.
-        seed: which of the possible questions.
+        scene: the scene.
+        tasks: names from `TASKS`. A repeated name gives several different questions.
+        seed: selects among the possible questions.
 
     Raises:
         ValueError: an unknown task.
@@ -146,7 +154,7 @@ def ask(scene: Scene, tasks: Sequence[str] = tuple(TASKS), seed: int = 0) -> lis
         raise ValueError(f"Unknown tasks {sorted(unknown)}; the tasks are {list(TASKS)}.")
     asked: dict[str, Question] = {}
     for position, task in enumerate(tasks):
-        # A stream of its own for every question: what is asked does not depend on what else is asked.
+        # A separate random stream for every question, so that it does not depend on the other tasks.
         occurrence = list(tasks[:position]).count(task)
         rng = np.random.default_rng([scene.seed, 5, seed, list(TASKS).index(task), occurrence])
         question = TASKS[task](scene, rng)
@@ -161,7 +169,7 @@ def template(question: str) -> str:
 
 
 def ask_change(kind: str, change: int) -> Question:
-    """The question about an image before and one after (see `plan_change`), asked with both images."""
+    """The question about a pair of images, before and after a change; arguments as returned by `plan_change`."""
     answer = "nothing"
     if change:
         noun = kind if abs(change) == 1 else PLURALS[kind]

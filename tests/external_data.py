@@ -1,4 +1,4 @@
-"""Real rasters, labelled imagery and the full reference, in the folder that MFRSVLM_TEST_DATA names."""
+"""Real rasters, labeled imagery and the full reference, in the folder that MFRSVLM_TEST_DATA names."""
 
 import os
 from pathlib import Path

@@ -51,7 +51,7 @@ def parts(row, side: int = 28) -> tuple:
 
 
 def resized_by_pil(image: Image.Image, side: int) -> np.ndarray:
-    """The published preprocessing with Pillow and numpy: pad, resize, scale, normalise. (3, side, side)"""
+    """The published preprocessing with Pillow and numpy: pad, resize, scale, normalize. (3, side, side)"""
     long = max(image.size)
     square = Image.new("RGB", (long, long), (122, 116, 104))
     square.paste(image.convert("RGB"), ((long - image.width) // 2, (long - image.height) // 2))
@@ -60,7 +60,7 @@ def resized_by_pil(image: Image.Image, side: int) -> np.ndarray:
 
 
 def upsampled_twice(view: np.ndarray) -> np.ndarray:
-    """Bilinear upsampling by 2 with pixel centres aligned: every new pixel is 3/4 its nearest and 1/4 the next."""
+    """Bilinear upsampling by 2 with pixel centers aligned: every new pixel is 3/4 its nearest and 1/4 the next."""
     for axis in (1, 2):
         padded = np.pad(view, [(1, 1) if axis == i else (0, 0) for i in range(3)], mode="edge")
         nearest = padded.take(range(1, padded.shape[axis] - 1), axis)
@@ -112,7 +112,7 @@ def test_canvas_of_the_image_holds_more_detail():
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (4, 5), (5, 4), (4, 7), (7, 4), (1, 6), (6, 1)])
-def test_padding_is_centred_with_floor_divided_offsets(height, width):
+def test_padding_is_centered_with_floor_divided_offsets(height, width):
     (padded,) = image_processing_mfrsvlm.pad_to_square([Image.fromarray(noise(height, width))], tuple(MEAN))
     side = max(height, width)
     expected = np.empty((side, side, 3), np.uint8)
@@ -239,11 +239,11 @@ def test_a_4d_array_is_a_list_of_images(stack):
     assert_same(tiny()(stack(images), return_tensors="pt"), tiny()(images, return_tensors="pt"))
 
 
-@pytest.mark.parametrize("grey", [noise(20, 30, 1)[..., 0], noise(20, 30, 1), noise(20, 30, 1).transpose(2, 0, 1)])
-def test_grey_arrays(grey):
-    colour = np.repeat(grey.reshape(20, 30, 1), 3, axis=2)
-    assert_same(tiny()(grey, return_tensors="pt"), tiny()(colour, return_tensors="pt"))
-    assert_same(tiny()([grey], return_tensors="pt"), tiny()(colour, return_tensors="pt"))
+@pytest.mark.parametrize("gray", [noise(20, 30, 1)[..., 0], noise(20, 30, 1), noise(20, 30, 1).transpose(2, 0, 1)])
+def test_gray_arrays(gray):
+    color = np.repeat(gray.reshape(20, 30, 1), 3, axis=2)
+    assert_same(tiny()(gray, return_tensors="pt"), tiny()(color, return_tensors="pt"))
+    assert_same(tiny()([gray], return_tensors="pt"), tiny()(color, return_tensors="pt"))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"])
@@ -293,8 +293,8 @@ def test_floats_without_rescaling_are_resized_as_floats(dtype):
     view = np.asarray(tiny(do_rescale=False, do_normalize=False, window_sizes=[])(image)["pixel_values"][0]).reshape(
         3, 28, 28
     )
-    colour = np.array([122, 116, 104]) if dtype == "uint8" else MEAN
-    square = np.broadcast_to(colour, (60, 60, 3)).astype(dtype)
+    color = np.array([122, 116, 104]) if dtype == "uint8" else MEAN
+    square = np.broadcast_to(color, (60, 60, 3)).astype(dtype)
     square[10:50] = image
     channels = [
         Image.fromarray(np.ascontiguousarray(square[..., c])).resize((28, 28), Image.Resampling.BICUBIC) for c in range(3)
@@ -308,7 +308,7 @@ def test_floats_without_rescaling_are_resized_as_floats(dtype):
 @pytest.mark.parametrize("channels", [1, 2, 4, 6])
 @pytest.mark.parametrize("packing", ["windows_first", "channels_first"])
 def test_other_numbers_of_channels(channels, packing, tmp_path):
-    """Every band is resized by itself: the fourth is no alpha. Saved and loaded, cut and joined, padded and grey."""
+    """Every band is resized by itself: the fourth is no alpha. Saved and loaded, cut and joined, padded and gray."""
     mean, std = [0.1 * (c + 1) for c in range(channels)], [0.2 + 0.1 * c for c in range(channels)]
     made = tiny(num_channels=channels, image_mean=mean, image_std=std, window_packing=packing)
     made.save_pretrained(tmp_path)
@@ -354,8 +354,8 @@ def test_a_declared_range_is_scaled_linearly_and_clipped(dtype):
     for form in (torch.from_numpy(values), [values]):
         outputs = tiny(value_range=[low, high])(form, return_tensors="pt")
         assert_same(outputs, tiny()(seen, return_tensors="pt"))
-    grey = tiny().process_image(values[..., 0], value_range=(low, high))
-    np.testing.assert_array_equal(grey, np.repeat(seen[:1], 3, axis=0))
+    gray = tiny().process_image(values[..., 0], value_range=(low, high))
+    np.testing.assert_array_equal(gray, np.repeat(seen[:1], 3, axis=0))
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
@@ -484,7 +484,7 @@ def test_files_are_turned_upright(tmp_path):
 
 
 def test_overviews_and_masks_of_a_tiff_are_no_frames(tmp_path):
-    """As in a cloud-optimised GeoTIFF: page 1 is a smaller copy, page 2 a mask, page 3 both."""
+    """As in a cloud-optimized GeoTIFF: page 1 is a smaller copy, page 2 a mask, page 3 both."""
     image = Image.fromarray(noise(40, 60))
     pages = [image.resize((30, 20)), image.convert("1"), image.convert("1").resize((30, 20))]
     for page, kind in zip(pages, (1, 4, 5), strict=True):
@@ -594,6 +594,13 @@ def test_missing_file_says_so():
         tiny()("missing.png")
 
 
+def test_a_folder_whose_name_is_base64_is_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="'demo': it is a folder"):
+        tiny()("demo")
+
+
 # Size
 
 
@@ -653,7 +660,7 @@ ARRAYS = {
     "seven_channels": (noise(20, 30, 7), "channel"),
     "zero_height": (RGB[:0], "empty"),
     "zero_width": (RGB[:, :0], "empty"),
-    "zero_grey": (RGB[:0, :0, 0], "empty"),
+    "zero_gray": (RGB[:0, :0, 0], "empty"),
     "zero_channels": (RGB[..., :0], "channel"),
     "int8": ((RGB // 2).astype(np.int8), "int8 do not say what is white.*value_range"),
     "uint16": (RGB.astype(np.uint16), "uint16 do not say what is white.*value_range"),
@@ -832,7 +839,7 @@ def test_real_rasters(name):
 
 @pytest.mark.parametrize("name", ["rt_mosaic_cog1.tif", "og_landsat_2020.tif"])
 def test_rasters_that_pillow_cannot_read(name):
-    """Three bands of 16 bits, and four bands without a colour interpretation: the message says what to do."""
+    """Three bands of 16 bits, and four bands without a color interpretation: the message says what to do."""
     path = external_data(f"images/{name}")
     with pytest.raises(ValueError, match=rf"Image 0 of 1: .*{name}.*rasterio.*value_range"):
         tiny()(path)
@@ -895,8 +902,8 @@ def pil_images(draw):
     size = (draw(st.integers(0, 40)), draw(st.integers(0, 40)))
     mode = draw(st.sampled_from(MODES))
     bands = len(Image.new(mode, (1, 1)).getbands())
-    colour = tuple(draw(st.integers(0, 255)) for _ in range(bands))
-    return Image.new(mode, size, colour if bands > 1 else colour[0])
+    color = tuple(draw(st.integers(0, 255)) for _ in range(bands))
+    return Image.new(mode, size, color if bands > 1 else color[0])
 
 
 good_image = st.builds(noise, st.integers(1, 40), st.integers(5, 40)) | st.builds(

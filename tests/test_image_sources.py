@@ -1,6 +1,6 @@
 """Images come in by one door: whatever holds them, the pixels are those of the source, or they are refused.
 
-The grid writes files of every depth, number of bands, compression and colour by GDAL and by Pillow, and compares what the
+The grid writes files of every depth, number of bands, compression and color by GDAL and by Pillow, and compares what the
 processor sees with the array that was written. The doors hand the same turned photograph over in every form.
 """
 
@@ -118,7 +118,7 @@ def compression(name: str) -> dict:
 )
 @needs_gdal
 def test_tiffs_by_type_bands_and_layout(dtype, compress, tmp_path):
-    """As GDAL writes them by default: one band is grey, three and four of 8 bits are colours, all others nothing."""
+    """As GDAL writes them by default: one band is gray, three and four of 8 bits are colors, all others nothing."""
     cells = []
     for bands, (number, layout) in product((1, 2, 3, 4, 5, 6), enumerate(LAYOUTS)):
         array = samples(dtype, bands)
@@ -135,8 +135,8 @@ def test_tiffs_by_type_bands_and_layout(dtype, compress, tmp_path):
 @pytest.mark.integration
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 @needs_gdal
-def test_tiffs_by_colour_and_alpha(dtype, tmp_path):
-    """Declared colours are read, whatever bands follow; bands beside a grey one are refused, unless they are alpha."""
+def test_tiffs_by_color_and_alpha(dtype, tmp_path):
+    """Declared colors are read, whatever bands follow; bands beside a gray one are refused, unless they are alpha."""
     cells = []
     alphas = (None, "YES", "NO", "PREMULTIPLIED", "NON-PREMULTIPLIED", "UNSPECIFIED")
     for bands, photometric, alpha, layout in product(
@@ -148,16 +148,16 @@ def test_tiffs_by_colour_and_alpha(dtype, tmp_path):
         if path is None:
             continue
         with rasterio.open(path) as dataset:
-            colours = [colour.name for colour in dataset.colorinterp]
+            colors = [color.name for color in dataset.colorinterp]
         expected = 255 - array[:1] if photometric == "MINISWHITE" else array[: 3 if bands > 2 else 1]
         if photometric == "CMYK" and bands == 4:
             wide = 255 - array.astype(int)
             expected = np.rint(wide[:3] * wide[3] / 255)
-        grey_with_alpha = bands == 2 and colours[1] == "alpha"
+        gray_with_alpha = bands == 2 and colors[1] == "alpha"
         if dtype != "uint8":
             must = "refused"
         elif photometric in ("MINISBLACK", "MINISWHITE"):
-            must = "any" if bands == 1 or grey_with_alpha else "refused"
+            must = "any" if bands == 1 or gray_with_alpha else "refused"
             if bands == 1 and (photometric == "MINISBLACK" or layout["interleave"] == "pixel"):
                 must = "exact"
         elif photometric == "RGB":
@@ -226,10 +226,10 @@ def test_tiffs_in_jpeg(photometric, tmp_path):
 @needs_gdal
 def test_tiffs_with_a_palette(tmp_path):
     indices = samples("uint8", 1)
-    colours = {index: (index, 255 - index, index // 2, 255) for index in range(256)}
+    colors = {index: (index, 255 - index, index // 2, 255) for index in range(256)}
     path = write(tmp_path / "image.tif", indices, photometric="palette")
     with rasterio.open(path, "r+") as dataset:
-        dataset.write_colormap(1, colours)
+        dataset.write_colormap(1, colors)
     expected = np.stack([indices[0], 255 - indices[0], indices[0] // 2])
     assert verdict(path, expected) == "exact"
 
@@ -298,7 +298,7 @@ def test_other_formats_of_gdal(driver, options, readable, tmp_path):
     cells = []
     for dtype, bands in product(("uint8", "uint16", "int16", "float32"), (1, 2, 3, 4, 5)):
         array = samples(dtype, bands)
-        if driver == "JPEG":  # whose decoders differ in how they smooth colours
+        if driver == "JPEG":  # whose decoders differ in how they smooth colors
             array = np.broadcast_to(np.arange(WIDTH, dtype=dtype) * 3, array.shape)
         source = write(tmp_path / "source.tif", array, photometric="MINISBLACK")
         path = tmp_path / ("image.ppm" if driver == "PNM" and bands == 3 else "image.pgm")
@@ -314,7 +314,7 @@ def test_other_formats_of_gdal(driver, options, readable, tmp_path):
     check_cells(cells)
 
 
-def png(values: np.ndarray, bits: int, colour: int) -> bytes:
+def png(values: np.ndarray, bits: int, color: int) -> bytes:
     """A PNG encoder of our own, (height, width, channels): Pillow does not write all depths."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
@@ -327,22 +327,22 @@ def png(values: np.ndarray, bits: int, colour: int) -> bytes:
     else:
         digits = (rows[..., None] >> np.arange(bits - 1, -1, -1)) & 1
         lines = [np.packbits(line.ravel().astype(np.uint8)).tobytes() for line in digits]
-    palette = chunk(b"PLTE", bytes(3 * 2**bits - 1 - i for i in range(3 * 2**bits))) if colour == 3 and bits < 8 else b""
+    palette = chunk(b"PLTE", bytes(3 * 2**bits - 1 - i for i in range(3 * 2**bits))) if color == 3 and bits < 8 else b""
     content = zlib.compress(b"".join(b"\0" + line for line in lines))
-    parts = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)) + palette
+    parts = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)) + palette
     return b"\x89PNG\r\n\x1a\n" + parts + chunk(b"IDAT", content) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize(
-    ("colour", "bits"), [*product([0], [1, 2, 4, 8, 16]), *product([2, 4, 6], [8, 16]), *product([3], [1, 2, 4])]
+    ("color", "bits"), [*product([0], [1, 2, 4, 8, 16]), *product([2, 4, 6], [8, 16]), *product([3], [1, 2, 4])]
 )
-def test_pngs_of_every_depth(colour, bits, tmp_path):
-    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+def test_pngs_of_every_depth(color, bits, tmp_path):
+    channels = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color]
     values = np.random.default_rng(0).integers(0, 2**bits, (HEIGHT, WIDTH, channels))
     path = tmp_path / "image.png"
-    path.write_bytes(png(values, bits, colour))
+    path.write_bytes(png(values, bits, color))
     expected = np.moveaxis(values[..., :3] if channels > 2 else values[..., :1], -1, 0) * 255 // (2**bits - 1)
-    if colour == 3:
+    if color == 3:
         expected = 3 * 2**bits - 1 - (3 * values[..., 0] + np.arange(3)[:, None, None])
     assert verdict(path, expected) == ("exact" if bits <= 8 else "refused")
 
@@ -356,9 +356,9 @@ LOSSLESS = {"WEBP": {"lossless": True}}
 )
 def test_files_of_pillow(format, tmp_path):
     """What Pillow writes and Pillow reads, and formats whose depth nobody looks into, which are refused."""
-    cells, colours = [], Image.fromarray(np.moveaxis(samples("uint8", 3), 0, -1))
+    cells, colors = [], Image.fromarray(np.moveaxis(samples("uint8", 3), 0, -1))
     for mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "F"):
-        image = colours.convert("P").convert("PA") if mode == "PA" else colours.convert(mode)
+        image = colors.convert("P").convert("PA") if mode == "PA" else colors.convert(mode)
         path = tmp_path / mode
         attempt(image.save, path, format, **LOSSLESS.get(format, {}))
         try:
@@ -625,7 +625,7 @@ def test_files_of_the_folder_and_content_are_opened(folder):
         ({"type": "image_url", "image_url": {"url": "http://example.com/a.png"}}, "address"),
         ("missing.png", "no file"),
         ("s3://bucket/a.png", "no file"),
-        ("images", "no file"),
+        ("images", "it is a folder: name one of its files"),
         ("iVBORw0KGgo=", "no file"),
         ("a\0b", "cannot open image"),
     ],

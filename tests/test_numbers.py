@@ -224,7 +224,7 @@ def test_an_engine_that_drops_the_details_is_refused(engine):
     embeddings = model.get_input_embeddings()(inputs["input_ids"])
     AttentionInterface.register(engine, sdpa_attention_forward)
     model.model.language_model.config._attn_implementation = engine
-    with pytest.raises(NotImplementedError, match=f"runs under '{engine}', which hands it no detail stacks"):
+    with pytest.raises(NotImplementedError, match=f"runs under '{engine}', which does not pass detail stacks"):
         model.model.language_model(inputs_embeds=embeddings)
 
 

@@ -642,7 +642,7 @@ def test_an_image_without_pixels_is_an_error(tiny):
 @pytest.mark.parametrize("side", SIDES)
 def test_assistant_masks_cover_the_answers(tiny, side):
     """Several turns and images, batched: the masked ids are those of the answers and their ends, nothing else."""
-    answers = [["Yes, two.", "One."], ["A harbour with ships, seen from above."], ["No.", "Because it is night.", "Bye."]]
+    answers = [["Yes, two.", "One."], ["A harbor with ships, seen from above."], ["No.", "Because it is night.", "Bye."]]
     images = [[2, 0], [1], [0, 1, 1]]
     conversations = []
     for row, texts in enumerate(answers):

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from mfrsvlm.evaluation.benchmarks.registry import BENCHMARKS
+
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,6 +42,24 @@ def test_usage(monkeypatch, tmp_path, capsys):
 def test_rasters(monkeypatch, tmp_path, capsys):
     assert run_page("docs/rasters.md", monkeypatch, tmp_path) == 1
     assert capsys.readouterr().out.splitlines() == ["colour interpretation none 0.0", "9"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/evaluation.md", "docs/benchmarks.md"])
+def test_splits_that_pages_name_exist(page):
+    """A command of a page may need files that are not here, so no test runs it."""
+    text = (ROOT / page).read_text()
+    for name, info in BENCHMARKS.items():
+        named = set(re.findall(rf"(?<![\w/-]){name}/(\w+)", text))
+        assert named <= set(info.splits), name
+
+
+def test_training_page_writes_to_folders_of_its_own():
+    """Fine-tuning and scenes want empty folders, and a reader has run the commands of the first page before."""
+    first, page = ((ROOT / name).read_text() for name in ("README.md", "docs/training.md"))
+    before = re.findall(r"--output(?:_dir)? (\S+)", first) + re.findall(r"mfrsvlm scenes (\S+)", first)
+    own = re.findall(r"--output_dir (\S+)", page) + re.findall(r"mfrsvlm scenes (\S+)", page)
+    assert {"runs/lora", "runs/scenes", "data"} <= set(before) and len(own) >= 4
+    assert len(set(own)) == len(own) and not set(own) & set(before)
 
 
 def test_architecture(monkeypatch, tmp_path, capsys):

@@ -23,9 +23,9 @@ def edit_json(path: Path, change: Callable[[Any], Any]) -> None:
     path.write_text(json.dumps(content))
 
 
-def write_image(path: Path, size: tuple[int, int] = (8, 8), colour: tuple[int, int, int] = (90, 120, 60)) -> None:
+def write_image(path: Path, size: tuple[int, int] = (8, 8), color: tuple[int, int, int] = (90, 120, 60)) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
+    Image.new("RGB", size, color).save(path)
 
 
 def published_size(name: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Fine-tuning of MF-RSVLM: `mfrsvlm finetune CONFIG.yaml`, or the pieces below with any trainer."""
+"""Fine-tuning of MF-RSVLM: `mfrsvlm finetune CONFIG.yaml`, or the classes below with any trainer."""
 
 from typing import TYPE_CHECKING
 

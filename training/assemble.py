@@ -2,7 +2,7 @@
 
     mfrsvlm assemble --language-model ID --vision-tower ID --output OUT [--projector FILE]
 
-The injectors start at random, and so does the projector if none is given. The output appears whole or not at all.
+The injectors have random weights, and so has the projector if none is given. The output folder is written atomically.
 """
 
 import sys
@@ -42,8 +42,8 @@ from ..released_layout import (
 from .arguments import assemble_parser
 
 
-# What is new in a new model. Of a tower: its pooler, which is never read, and the norms that transformers puts after the
-# stages of a backbone, which a classifier lacks; new, they only normalise.
+# Parameters that may be missing in the parts. In a tower: the pooler, which is not used, and the norms after the stages of a
+# backbone, which classifiers lack. With initial weights, the norms only normalize.
 UNTRAINED = r"model\.(injectors|multi_modal_projector|stage_projections|visual_position_embedding)\."
 UNTRAINED_TOWER = r"(.*\.)?(pooler|hidden_states_norms)\."
 
@@ -59,21 +59,21 @@ def assemble(
     seed: int = 0,
     overwrite: bool = False,
 ) -> None:
-    """Makes a new model from trained parts; injectors, and the projector if none is given, start untrained.
+    """Makes a new model from trained parts. The injectors, and the projector if none is given, have random weights.
 
     Args:
         language_model: folder or Hub id of a causal language model with a list of layers.
         vision_tower: folder or Hub id of a ViT (CLIP, SigLIP, DINO, ...) or a hierarchical backbone (ResNet, Swin, ...).
-        output: folder to make.
-        projector: a LLaVA `mm_projector.bin` (the paper starts from Vicuna, CLIP and LLaVA's projector).
+        output: folder to write.
+        projector: `mm_projector.bin` of LLaVA (the paper starts from Vicuna, CLIP and LLaVA's projector).
         overrides: fields of `MFRSVLMConfig`, for example `{"injection_type": "cross_attention"}`.
         image_placement: `"inline"` or `"prefix"`, see `MFRSVLMProcessor`.
-        dtype: of the weights; the language model's own if `None`.
-        seed: of the untrained weights.
+        dtype: type of the weights; `None`: that of the language model.
+        seed: seed of the random weights.
         overwrite: whether an existing model folder at `output` may be replaced.
 
     Raises:
-        ConversionError: the parts make no model, one of them is incomplete, or the projector does not fit.
+        ConversionError: the parts do not fit together, one of them is incomplete, or the projector does not fit.
     """
     with explained(f"The config of language model {language_model} cannot be read"):
         text_config = AutoConfig.from_pretrained(language_model)
@@ -88,8 +88,7 @@ def assemble(
         tokenizer = AutoTokenizer.from_pretrained(language_model)
     with whole_output(output, overwrite, [Path(language_model), Path(vision_tower)]) as folder:
         decoder = load_part(AutoModelForCausalLM, language_model, dtype=config.dtype)
-        # Not through AutoBackbone, which cannot load from a folder. A full CLIP or a classifier holds more than its tower,
-        # and that is all that is wanted of it.
+        # Not AutoBackbone, which cannot load from a folder. Of a full CLIP or a classifier, only the tower is loaded.
         tower = load_part(tower_class, vision_tower, UNTRAINED_TOWER, dtype=config.dtype, config=config.vision_config)
         with explained(f"{language_model} has no decoder, or no head"):
             state = {f"model.language_model.{key}": value for key, value in decoder.get_decoder().state_dict().items()}
@@ -100,7 +99,7 @@ def assemble(
             new = UNTRAINED.replace("multi_modal_projector|", "")
             for key, tensor in read_shard(projector).items():
                 if "mm_projector." not in key:
-                    raise ConversionError(f"{projector} holds {key}, which is no tensor of a projector.")
+                    raise ConversionError(f"{projector} contains {key}, which is not a tensor of a projector.")
                 state |= rename(f"model.{key.removeprefix('model.')}", tensor.to(config.dtype))
         set_seed(seed)
         model = load_model(config, state, new)
@@ -113,11 +112,11 @@ def assemble(
 
 
 def assembled_config(vision_config: Any, text_config: Any, options: dict[str, Any], dtype: str | None) -> MFRSVLMConfig:
-    """The config of a new model. Fields that `options` do not set follow from the sizes of the parts.
+    """The config of a new model. Fields that are not in `options` are derived from the sizes of the parts.
 
-    Windows have the size of the global view and half of it. Depths are a third, two thirds and all of a ViT's layers, or
-    the last three stages of a backbone. Injection is before layers 4, 8, 12 and 16, counted from one, as far as the decoder
-    has them, and before the last layer of a decoder with fewer than four.
+    Windows have the size of the global view and half of it. Features are taken at one third, two thirds and all of a ViT's
+    layers, or at the last three stages of a backbone. Injection is before layers 3, 7, 11 and 15 (0-based), as far as the
+    decoder has them, or before the last layer of a decoder with fewer than four layers.
     """
     fields = set(MFRSVLMConfig.__annotations__) - {"vision_config", "text_config", "image_token_id", "tie_word_embeddings"}
     unknown = sorted(set(options) - fields)
@@ -126,7 +125,7 @@ def assembled_config(vision_config: Any, text_config: Any, options: dict[str, An
     with explained("These parts and options make no model"):
         side, patch_size = (getattr(vision_config, name, None) for name in ("image_size", "patch_size"))
         if not hasattr(vision_config, "depths") and isinstance(side, int) and isinstance(patch_size, int):
-            # Some ViTs drop the pixels beyond the last whole patch: SigLIP so400m reads 378 of 384.
+            # Some ViTs ignore pixels beyond the last full patch: SigLIP so400m uses 378 of 384.
             options = {"image_size": side - side % patch_size, **options}
         sizes: dict[str, Any] = {name: options[name] for name in ("image_size", "patch_size") if name in options}
         bare: dict[str, Any] = {"window_sizes": [], "injection_layers": [], "detail_feature_layers": []}
@@ -143,7 +142,7 @@ def assembled_config(vision_config: Any, text_config: Any, options: dict[str, An
 
 
 def load_part(model_class: Any, name: str, new: str = NOTHING, **kwargs: Any) -> Any:
-    """Loads a trained part, and raises if tensors are missing, which `transformers` fills with random numbers."""
+    """Loads a trained part. Raises if tensors are missing, which `transformers` would initialize randomly."""
     with explained(f"{name} cannot be loaded"):
         part, info = model_class.from_pretrained(name, output_loading_info=True, **kwargs)
     refuse_missing(name, info["missing_keys"], new)

@@ -1,8 +1,8 @@
-"""Independent questions about one image in one row, so that the image is computed once.
+"""Packs independent questions about one image into one row, so that the image is processed once.
 
-An image costs far more tokens than a question. `BranchCollator` packs the turns of a conversation behind one copy of the
-image. Every question with its answer is a *branch*, which sees the image and itself, and no other branch. Token by token, a
-branch is the same computation as a conversation of its own.
+An image has far more tokens than a question. `BranchCollator` packs the turns of a conversation after one copy of the image.
+Every question with its answer is a *branch*. It attends to the image and to itself, and to no other branch. The result for a
+branch equals that of a separate conversation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,20 +17,20 @@ from .collator import IGNORED
 from .data import BadRow, open_images, to_messages
 
 
-# Stand for the question and the answer in a rendered prompt; no text holds a null character.
+# Placeholders for question and answer in a rendered prompt. Texts contain no null characters.
 QUESTION, ANSWER = "\0question\0", "\0answer\0"
 
 
 class BranchCollator:
-    """Encodes conversations as branches behind one image and pads them to a batch.
+    """Encodes conversations as branches after one image and pads them to a batch.
 
-    Images belong to the first user turn, and all questions share them. Labels cover the answers. Each answer counts once in
-    the loss, however many tokens it has; `weight` of an assistant message (1 by default) makes it count more.
+    Images belong to the first user turn, and all questions share them. Labels cover the answers. The loss of an answer is
+    averaged over its tokens and multiplied by the `weight` of its assistant message (default: 1).
 
     Args:
         processor: an `MFRSVLMProcessor` with inline placement of images.
-        image_root: folder that the images of rows must lie in, see `open_image`. `None` opens everything.
-        max_length: longest row in tokens, visual tokens included. No limit if `None`.
+        image_root: folder that must contain the images of rows, see `open_image`. `None`: no restriction.
+        max_length: maximum length of a row in tokens, including visual tokens. `None`: no limit.
 
     Raises:
         ValueError: the processor puts images before the text ("prefix" placement).
@@ -39,7 +39,7 @@ class BranchCollator:
     def __init__(self, processor: Any, image_root: Any = None, max_length: int | None = None) -> None:
         if processor.image_placement != "inline":
             raise ValueError(
-                f"image_placement={processor.image_placement!r}: branches share what comes before the question, which needs "
+                f"image_placement={processor.image_placement!r}: branches share the tokens before the question, which needs "
                 '"inline". Use ConversationCollator.'
             )
         self.processor, self.tokenizer = processor, processor.tokenizer
@@ -47,7 +47,7 @@ class BranchCollator:
         self.templates: dict[tuple[str | None, int], tuple[str, ...]] = {}
 
     def _template(self, system: str | None, num_images: int) -> tuple[str, ...]:
-        """What the chat template writes before the question, after it, before the answer, and after that."""
+        """The text of the chat template before and after the question, and before and after the answer."""
         if (system, num_images) not in self.templates:
             messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
             content = [*[{"type": "image"}] * num_images, {"type": "text", "text": QUESTION}]
@@ -63,16 +63,16 @@ class BranchCollator:
 
         Args:
             messages: chat messages of content parts, questions and answers in turn, after at most one system message. A user
-                message may hold `marks`: (end, number) of words of its text, `end` being the offset behind the word.
-            **inputs: kept in the sample, such as `image_features` (N, 1 + K, T, C). With them, or with `pixel_values`,
+                message may have `marks`: (end, number) of words of its text, where `end` is the offset after the word.
+            **inputs: added to the sample, such as `image_features` (N, 1 + K, T, C). With them, or with `pixel_values`,
                 images are not opened.
 
         Returns:
-            `prefix`, the ids that all branches begin with; `branches`, a list of (prompt ids, answer ids, weight, marks),
-            marks being (position in the branch, number); for N > 0 images `pixel_values` (N, L) unless given; and `inputs`.
+            `prefix`, the common ids of all branches; `branches`, a list of (prompt ids, answer ids, weight, marks), with
+            marks as (position in the branch, number); for N > 0 images `pixel_values` (N, L) unless given; and `inputs`.
 
         Raises:
-            BadRow: an image outside the first user turn, an answer that is not learned, or a row longer than `max_length`.
+            BadRow: an image outside the first user turn, an answer without loss, or a row longer than `max_length`.
         """
         system = None
         if messages[0]["role"] == "system":
@@ -82,14 +82,14 @@ class BranchCollator:
         num_images = sum(part["type"] == "image" for part in questions[0]["content"])
         for number, question in enumerate(questions[1:], start=2):
             if any(part["type"] == "image" for part in question["content"]):
-                raise BadRow(f"question {number} holds an image: in branches, all images belong to the first question.")
+                raise BadRow(f"question {number} has an image: in branches, all images belong to the first question.")
         if not all(answer.get("learn", True) for answer in answers):
-            raise BadRow("it holds an answer that is not learned: branches are independent, so it would be context to none.")
+            raise BadRow("it has an answer without loss, which branches cannot use as context, since they are independent.")
         before, between, opening, closing = self._template(system, num_images)
         asked = ["".join(part["text"] for part in message["content"] if part["type"] == "text") for message in questions]
-        said = ["".join(part["text"] for part in message["content"]) for message in answers]
+        answered = ["".join(part["text"] for part in message["content"]) for message in answers]
         prompts = [f"{before}{question}{between}" for question in asked]
-        texts = [f"{p}{opening}{answer}{closing}" for p, answer in zip(prompts, said, strict=True)]
+        texts = [f"{p}{opening}{answer}{closing}" for p, answer in zip(prompts, answered, strict=True)]
         written = bool(self.tokenizer.bos_token) and before.startswith(self.tokenizer.bos_token)
         encodings = self.tokenizer(texts, add_special_tokens=not written, return_offsets_mapping=True)
 
@@ -98,8 +98,8 @@ class BranchCollator:
             starts.append(next(i for i, (_, end) in enumerate(pairs) if end > len(prompt)))
         shared = sum(end <= len(before) for _, end in offsets[0])
         while shared and any(row[:shared] != rows[0][:shared] for row in rows):
-            shared -= 1  # a token that reaches into the question
-        sample: dict[str, Any] = {"prefix": self._widen(rows[0][:shared]), "branches": [], **inputs}
+            shared -= 1  # the token also covers a part of the question
+        sample: dict[str, Any] = {"prefix": self._expand(rows[0][:shared]), "branches": [], **inputs}
         for index, (row, start) in enumerate(zip(rows, starts, strict=True)):
             marks = [
                 (encodings.char_to_token(index, len(before) + end - 1) - shared, number)
@@ -108,7 +108,7 @@ class BranchCollator:
             sample["branches"].append((row[shared:start], row[start:], answers[index].get("weight", 1.0), marks))
         length = len(sample["prefix"]) + sum(len(prompt) + len(answer) for prompt, answer, _, _ in sample["branches"])
         if self.max_length is not None and length > self.max_length:
-            raise BadRow(f"its {len(rows)} questions make {length} tokens, but max_length={self.max_length}. Split the row.")
+            raise BadRow(f"its {len(rows)} questions have {length} tokens, but max_length={self.max_length}. Split the row.")
         if num_images and not {"pixel_values", "image_features"} & set(inputs):
             opened = [dict(message) for message in questions[:1]]
             open_images(opened, self.image_root)
@@ -117,8 +117,8 @@ class BranchCollator:
             sample["pixel_values"] = torch.from_numpy(np.stack(list(pixels)))
         return sample
 
-    def _widen(self, ids: list[int]) -> list[int]:
-        """The ids with each placeholder as often as an image has visual tokens."""
+    def _expand(self, ids: list[int]) -> list[int]:
+        """The ids with each placeholder repeated once per visual token of an image."""
         image, tokens = self.processor.image_token_id, self.processor.image_processor.num_image_tokens
         return [token for each in ids for token in ([each] * tokens if each == image else [each])]
 
@@ -129,10 +129,10 @@ class BranchCollator:
             samples: what `encode` returns, or rows (see `training.data`), which are encoded here.
 
         Returns:
-            `input_ids` and `position_ids` (B, S); `attention_mask` (B, 1, S, S) bool; `labels` (B, S), -100 where there is
-            no loss; `loss_weights` (B, S); `marks` (n, 3), row of the batch, position and number of every marked word;
-            `prefix_lengths` (B,). `pixel_values` (N, L) or `image_features` (N, 1 + K, T, C) of all images. Further inputs
-            of the samples as lists of B.
+            `input_ids` and `position_ids` (B, S); `attention_mask` (B, 1, S, S) bool; `labels` (B, S), -100 for positions
+            without loss; `loss_weights` (B, S); `marks` (n, 3), row of the batch, position and number of every marked
+            word; `prefix_lengths` (B,). `pixel_values` (N, L) or `image_features` (N, 1 + K, T, C) of all images. Further
+            inputs of the samples as lists of length B.
         """
         samples = [sample if "branches" in sample else self.encode(to_messages(sample)) for sample in samples]
         lengths = [len(s["prefix"]) + sum(len(p) + len(a) for p, a, _, _ in s["branches"]) for s in samples]
@@ -167,7 +167,7 @@ class BranchCollator:
             images = name in ("pixel_values", "image_features")
             batch[name] = torch.cat([each for each in given if each is not None]) if images else given
         if "pixel_values" in batch and "image_features" in batch:
-            raise ValueError("A batch holds both pixels and cached features: cache the features of all rows, or of none.")
+            raise ValueError("A batch has both pixels and cached features: cache the features of all rows, or of none.")
         return batch
 
 
@@ -182,10 +182,10 @@ def short_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention over a few hundred tokens, all (B, H, S, d), in the precision of the values.
 
-    Half the time of `scaled_dot_product_attention`, whose backward pass in bfloat16 is slow on CPUs.
+    On CPUs, it takes half the time of `scaled_dot_product_attention`, whose backward pass in bfloat16 is slow there.
     """
     batch, heads = query.shape[:2]
-    with torch.autocast(value.device.type, enabled=False):  # it takes softmax in float32
+    with torch.autocast(value.device.type, enabled=False):  # autocast would compute the softmax in float32
         bias = torch.zeros_like(attention_mask, dtype=value.dtype).masked_fill(~attention_mask, -torch.inf)
         bias = bias.expand(-1, heads, -1, -1).flatten(0, 1)  # (B * H, S, S)
         query, key, value = (states.to(value.dtype).flatten(0, 1) for states in (query, key, value))

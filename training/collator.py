@@ -1,4 +1,4 @@
-"""Conversations to batches: ids, labels on the answers only, pixels."""
+"""Encodes conversations to batches: ids, labels of the answers, and pixels."""
 
 import os
 from collections.abc import Sequence
@@ -17,18 +17,19 @@ class ConversationCollator:
     """Encodes conversations with a processor and pads them to a batch.
 
     Labels cover the answers, from the space after "ASSISTANT:" to the end-of-sequence token, as in training of the
-    published model; of a prompt and its completion, only the completion. Samples with and without images may be mixed.
+    published model. For a prompt and its completion, they cover the completion only. Samples with and without images may be
+    mixed.
 
     Args:
         processor: an `MFRSVLMProcessor`.
         template: `"chat"`, the processor's chat template; or `"plain"`, for captions: the image tokens, the answer and a
-            line break, with the loss on the last two. What the user says is left out.
-        prompt_version: of the chat template; `"v1"` is what the published model was trained with. The template's own
-            default if `None`.
-        max_length: longest sample in tokens, image tokens included. Longer text is truncated; image tokens never are.
-            No limit if `None`.
-        pad_to_multiple_of: pads batches to such a length.
-        image_root: folder that the images of rows must lie in, see `open_image`. `None` opens everything.
+            line break, with the loss on the last two. The user message is dropped.
+        prompt_version: version of the prompt in the chat template; `"v1"` is that of the published training. `None`: the
+            default of the template.
+        max_length: maximum length of a sample in tokens, including image tokens. Longer text is truncated; image tokens
+            never are. `None`: no limit.
+        pad_to_multiple_of: pads the length of batches to a multiple of this.
+        image_root: folder that must contain the images of rows, see `open_image`. `None`: no restriction.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class ConversationCollator:
         if template not in ("chat", "plain"):
             raise ValueError(f"template={template!r} must be 'chat' or 'plain'.")
         if max_length is not None and max_length < 2:
-            raise ValueError(f"max_length={max_length} leaves room for no answer.")
+            raise ValueError(f"max_length={max_length} leaves no space for an answer.")
         self.processor = processor
         self.template = template
         self.prompt_version = prompt_version
@@ -55,15 +56,15 @@ class ConversationCollator:
         """Encodes one conversation.
 
         Args:
-            messages: chat messages; images as parts that `open_image` takes, or opened by `ConversationDataset`. The
-                answers of those with `"learn": False` have no labels.
+            messages: chat messages; images as parts that `open_image` takes, or opened by `ConversationDataset`.
+                Assistant messages with `"learn": False` have no labels.
 
         Returns:
-            `input_ids` and `labels`, lists of S numbers, and for N > 0 images `pixel_values` (N, L), one row an image.
+            `input_ids` and `labels`, lists of S numbers, and for N > 0 images `pixel_values` (N, L), one row per image.
 
         Raises:
-            BadRow: the images alone do not fit `max_length`, no answer is left within it, or the conversation does not
-                fit the template.
+            BadRow: the images alone exceed `max_length`, all answers are truncated, or the conversation does not fit the
+                template.
             ValueError: an image cannot be read.
         """
         learned = [message.get("learn", True) for message in messages if message["role"] == "assistant"]
@@ -84,13 +85,13 @@ class ConversationCollator:
             room = self.max_length - is_image.sum()
             if room < 1:
                 raise BadRow(
-                    f"its images alone take {is_image.sum()} tokens, and max_length={self.max_length} has to hold text too. "
-                    "Raise max_length."
+                    f"its images alone have {is_image.sum()} tokens, so max_length={self.max_length} leaves no space for "
+                    "text. Raise max_length."
                 )
             keep = is_image | (np.cumsum(~is_image) <= room)
             ids, answer = ids[keep], answer[keep]
         if not answer.any():
-            raise BadRow(f"no token of an answer lies within max_length={self.max_length}. Raise it or shorten the text.")
+            raise BadRow(f"max_length={self.max_length} truncates all answers. Raise it or shorten the text.")
         sample = {"input_ids": ids.tolist(), "labels": np.where(answer, ids, IGNORED).tolist()}
         for name in self.processor.image_processor.model_input_names:
             if outputs.get(name) is not None:
@@ -140,7 +141,7 @@ class ConversationCollator:
 
 
 def _keep_runs(mask: np.ndarray, kept: Sequence[bool]) -> np.ndarray:
-    """A mask without the runs of true values that are not kept."""
+    """A copy of a mask in which only the runs of true values with `kept[i]` remain."""
     if all(kept):
         return mask
     starts = mask & ~np.concatenate([[False], mask[:-1]])

@@ -1,6 +1,6 @@
-"""Conversations to train on: rows of a file or of a `datasets` object, checked, as chat messages.
+"""Training data: rows of a file or of a `datasets` object, checked and converted to chat messages.
 
-A row holds one conversation about any number of images, in one of three forms. LLaVA's:
+A row is one conversation about any number of images, in one of three formats. LLaVA's:
 
     {"id": "7", "image": "a.png", "source_dataset": "...", "conversations": [
         {"from": "human", "value": "<image>\\nIs there a river?"}, {"from": "gpt", "value": "Yes."}]}
@@ -10,7 +10,7 @@ TRL's `messages`, whose `content` is text or a list of parts:
     {"images": ["a.png"], "messages": [
         {"role": "user", "content": "Is there a river?"}, {"role": "assistant", "content": "Yes."}]}
 
-TRL's `prompt` and `completion`, each a list of messages, or a text that stands for one turn. Only the completion is learned:
+TRL's `prompt` and `completion`, each a list of messages, or a text as one turn. The loss covers only the completion:
 
     {"images": ["a.png"], "prompt": "Is there a river?", "completion": "Yes."}
 
@@ -38,11 +38,11 @@ from ..image_sources_mfrsvlm import open_image
 
 logger = logging.getLogger(__name__)
 
-IMAGE_TOKEN = "<image>"  # the marker in the text of a row, whatever the tokenizer calls its own
+IMAGE_TOKEN = "<image>"  # the marker in the text of a row; the tokenizer may use another token
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 TURN_KEYS = {"conversations": ("from", "value"), "messages": ("role", "content")}
 READ = frozenset({"conversations", "messages", "prompt", "completion", "images", "image", "id", "source_dataset"})
-# Fields that change what a row says, so that a row without them would be another one.
+# Fields with media or instructions. Ignoring them would change the meaning of a row.
 MEDIA_FIELD = re.compile(
     r"(?i)(images?|imgs?|pictures?|photos?|videos?|audios?|clips?|frames?|pixel_values)"
     r"(_(paths?|files?|names?|file_names?|urls?|bytes|base64|list|[0-9a-d]|before|after|pre|post|t[12]))?"
@@ -56,30 +56,29 @@ MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, ".gif", ".npy", ".mp4", ".avi", ".mov", ".mkv
 LONGEST_PATH = 1024  # characters
 NUMBER = r"\s*(-?[0-9]+(?:\.[0-9]+)?)\s*"
 BOX = re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]")
-BOX_SCALE = 1000  # what stands for the right and the lower edge in a written box
+BOX_SCALE = 1000  # value of the right and lower edge in written boxes
 LONGEST_MESSAGE = 600  # characters
 SHOWN_FIELDS = 8
 
 
 class BadRow(ValueError):
-    """A row that cannot be trained on. The message says why, and in a dataset also which row."""
+    """A row that cannot be used for training. The message states the reason, and for a dataset also the row."""
 
 
 def to_messages(row: Any) -> list[dict[str, Any]]:
-    """Brings a row to chat messages whose images are parts of the content, first in their turn.
+    """Converts a row to chat messages with images as content parts, at the beginning of their turn.
 
-    That is where training of the published model moved `<image>`, wherever it stood in the turn, and where the chat
-    template puts it in inference. Where `messages` or a `prompt` have no marker at all, their images go to the first turn
-    of the user, as in TRL.
+    The published training also moved `<image>` to the beginning of the turn, and the chat template does so in inference. If
+    `messages` or a `prompt` have no marker, their images go to the first user turn, as in TRL.
 
     Returns:
-        Messages with content parts `{"type": "image", "image": ...}` (as the row names the image, not yet opened) and
-        `{"type": "text", "text": ...}`. Answers of a `prompt` have `"learn": False`.
+        Messages with content parts `{"type": "image", "image": ...}` (as in the row, not yet opened) and
+        `{"type": "text", "text": ...}`. Assistant messages in a `prompt` have `"learn": False`.
 
     Raises:
-        BadRow: the row has no turns, an unknown role or shape, turns out of order, a question without an answer, an
-            image outside a user's turn, another number of images than of markers, media or instructions that are not
-            read, or a box outside of 0 to 1000.
+        BadRow: the row has no turns, an unknown role or format, turns out of order, a question without an answer, an
+            image outside a user turn, another number of images than of markers, unsupported media or instructions, or a
+            box outside of 0 to 1000.
     """
     if isinstance(row, NotJSON):
         raise BadRow(f"it is not JSON: {row.reason}.")
@@ -107,27 +106,27 @@ def to_messages(row: Any) -> list[dict[str, Any]]:
     roles = [message["role"] for message in messages if message is not messages[0] or message["role"] != "system"]
     if roles != ["user", "assistant"] * (len(roles) // 2) or not roles:
         raise BadRow(
-            f"user and assistant must take turns and each question have an answer, but the turns are {shorten(roles)}."
+            f"user and assistant must alternate, and each question needs an answer, but the turns are {shorten(roles)}."
         )
     if parts:
         for box in written_boxes(messages):
             if min(box) < 0 or max(box) > BOX_SCALE:
-                scale = "likely in pixels" if max(box) > BOX_SCALE else "partly beside its image"
+                scale = "likely in pixels" if max(box) > BOX_SCALE else "partly outside of its image"
                 raise BadRow(
-                    f"its box {list(box)} is {scale}: it lies outside of 0 to {BOX_SCALE}, which answers count in. Write "
-                    f"{BOX_SCALE} * x / width and {BOX_SCALE} * y / height, rounded and within the image."
+                    f"its box {list(box)} is {scale}: boxes must be scaled to 0-{BOX_SCALE}. Write "
+                    f"{BOX_SCALE} * x / width and {BOX_SCALE} * y / height, rounded and clipped to the image."
                 )
     return messages
 
 
 def written_boxes(messages: list[dict[str, Any]]) -> list[tuple[float, ...]]:
-    """The boxes `[x1, y1, x2, y2]` in the answers of chat messages, on whatever scale."""
+    """The boxes `[x1, y1, x2, y2]` in the answers of chat messages, without conversion."""
     texts = [part["text"] for message in messages if message["role"] == "assistant" for part in message["content"]]
     return [tuple(float(number) for number in match.groups()) for text in texts for match in BOX.finditer(text)]
 
 
 def open_images(messages: list[dict[str, Any]], folder: str | os.PathLike[str] | None, allow_outside: bool = False) -> None:
-    """Puts an opened image into every image part of chat messages. Arguments and errors are those of `open_image`."""
+    """Opens the image of every image part of chat messages, in place. Arguments and errors are those of `open_image`."""
     for message in messages:
         if not isinstance(message["content"], str):
             message["content"] = [
@@ -137,12 +136,12 @@ def open_images(messages: list[dict[str, Any]], folder: str | os.PathLike[str] |
 
 
 def unread_fields(row: Mapping[str, Any]) -> list[str]:
-    """Fields of a row that hold something and are not read."""
+    """Fields of a row that are neither empty nor used."""
     return [str(name) for name, value in row.items() if name not in READ and not _is_empty(value)]
 
 
 def _is_empty(value: Any) -> bool:
-    """Tables have every column in every row, so a row without images has `None`, an empty list or an empty path."""
+    """Whether a value counts as absent: `None`, "", or a list or mapping of such values, as in rows of tables."""
     if isinstance(value, (list, tuple, Mapping)):
         return all(map(_is_empty, value.values() if isinstance(value, Mapping) else value))
     return value is None or (isinstance(value, (str, bytes)) and not value)
@@ -157,7 +156,7 @@ def _images_of(row: Mapping[str, Any]) -> list[Any]:
 
 
 def _turns_of(row: Mapping[str, Any]) -> tuple[Sequence[Any], str, int]:
-    """The turns of a row, the name of their form, and how many of them are the prompt of a completion."""
+    """The turns of a row, the name of their format, and the number of turns in the prompt of a completion."""
     prompt, completion = row.get("prompt"), row.get("completion")
     forms = [name for name in TURN_KEYS if not _is_empty(row.get(name))]
     if not _is_empty(prompt) or not _is_empty(completion):
@@ -185,29 +184,29 @@ def _turns_of(row: Mapping[str, Any]) -> tuple[Sequence[Any], str, int]:
 
 
 def _check_unread(values: Mapping[str, Any], known: frozenset[str], images: Sequence[Any], owner: str) -> None:
-    """Raises for a field whose loss would change what is learned."""
+    """Raises for an unused field that contains media or instructions."""
     for name, value in values.items():
         if name in known or _is_empty(value):
             continue
         if str(name).lower() in INSTRUCTION_FIELDS:
             raise BadRow(
-                f"{owner} has instructions in `{name}`, which is not read. Make them the first turn, with the role system."
+                f"{owner} has instructions in `{name}`, which is not supported. Put them into a first turn with role system."
             )
         is_media = _is_media(value) and not any(_same(value, image) for image in images)
         if is_media or (MEDIA_FIELD.fullmatch(str(name)) and not isinstance(value, (int, float))):
             raise BadRow(
-                f"{owner} has media in `{name}`, which is not read: {shorten(value)}. Put images into `image` or `images`."
+                f"{owner} has media in `{name}`, which is not supported: {shorten(value)}. Use `image` or `images`."
             )
 
 
 def _same(value: Any, image: Any) -> bool:
-    """Whether a field repeats the name of an image that is read."""
+    """Whether a value and an image have the same file name."""
     names = [os.path.basename(each) for each in (value, image) if isinstance(each, str)]
     return len(names) == 2 and names[0] == names[1]
 
 
 def _is_media(value: Any) -> bool:
-    """Whether a value holds an image, a video or a sound, or names a file of one."""
+    """Whether a value is an image, a video or audio, or the name of such a file."""
     if isinstance(value, (list, tuple)):
         return any(map(_is_media, value[:SHOWN_FIELDS]))
     if isinstance(value, Mapping):
@@ -220,33 +219,33 @@ def _is_media(value: Any) -> bool:
 
 
 def _to_message(turn: Any, number: int, keys: tuple[str, str]) -> dict[str, Any]:
-    """A turn as a message. Of an image that the row's own list names, the part holds `None`."""
+    """A turn as a message. An image from the list of the row is `None`."""
     if not isinstance(turn, Mapping) or any(turn.get(key) is None for key in keys):
         raise BadRow(f"turn {number} must be an object with `{keys[0]}` and `{keys[1]}`, got {shorten(turn)}.")
     role = ROLES.get(turn[keys[0]]) if isinstance(turn[keys[0]], str) else None
     if role is None:
-        raise BadRow(f"turn {number} is of {shorten(turn[keys[0]])}; known roles are {', '.join(ROLES)}.")
+        raise BadRow(f"turn {number} has the role {shorten(turn[keys[0]])}; known roles are {', '.join(ROLES)}.")
     _check_unread(turn, frozenset(keys), (), f"turn {number}")
     parts, text = _split_content(turn[keys[1]], number)
     if parts and role != "user":
-        raise BadRow(f"turn {number} of the {role} holds an image: only a user's turn may.")
+        raise BadRow(f"turn {number} of the {role} has an image: only user turns may have images.")
     if role == "assistant" and not text.strip():
         raise BadRow(f"the answer in turn {number} is empty.")
     tag = MEDIA_TAG.search(text) if role != "assistant" else None
     if tag:
-        raise BadRow(f"turn {number} has the marker {tag[0]}, which is not read. Only {IMAGE_TOKEN} stands for an image.")
+        raise BadRow(f"turn {number} has the marker {tag[0]}, which is not supported. Use {IMAGE_TOKEN} for images.")
     return {"role": role, "content": [*parts, {"type": "text", "text": text}]}
 
 
 def _split_content(content: Any, number: int) -> tuple[list[dict[str, Any]], str]:
-    """Image parts (`None` for one that the row's own list names) and text of the content of turn `number`."""
+    """Image parts (`None` for an image from the list of the row) and text of the content of turn `number`."""
     parts: list[dict[str, Any]] = []
     texts = []
     wanted = "text, or a list of parts of type image and text, is needed"
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     elif not isinstance(content, (list, tuple)):
-        raise BadRow(f"turn {number} holds {shorten(content)}: {wanted}.")
+        raise BadRow(f"turn {number} contains {shorten(content)}: {wanted}.")
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "image":
@@ -260,12 +259,12 @@ def _split_content(content: Any, number: int) -> tuple[list[dict[str, Any]], str
             parts += [{"type": "image", "image": None} for _ in range(markers)]
             texts.append(text.replace(IMAGE_TOKEN, "").strip() if markers else text)
         else:
-            raise BadRow(f"turn {number} holds {shorten(part)}: {wanted}.")
+            raise BadRow(f"turn {number} contains {shorten(part)}: {wanted}.")
     return parts, "".join(texts)
 
 
 class _Rows:
-    """What the two datasets below share: the path of a row to a sample, and what happens to a bad one."""
+    """Base class of the two datasets below: conversion of a row to a sample, and handling of bad rows."""
 
     name: str
     image_root: Path
@@ -293,19 +292,19 @@ class _Rows:
         for message in messages:
             for index, part in enumerate(message["content"]):
                 if part["type"] == "image":
-                    # An image column of `datasets` holds files that `datasets` itself found and would open.
+                    # `datasets` itself found the files of an image column, so they may be outside of `image_root`.
                     own = self.has_image_column and isinstance(part["image"], Mapping)
                     opened = open_image(part["image"], self.image_root, self.allow_outside_images or own)
                     message["content"][index] = {"type": "image", "image": opened}
         return {"messages": messages} if self.encode is None else self.encode(messages)
 
     def _describe(self, place: str, row: Any, error: Exception) -> str:
-        """An error with its row, in one line."""
+        """A message about a bad row, in one line."""
         shown = ""
-        with contextlib.suppress(Exception):  # a row that cannot be read is named by its place alone
+        with contextlib.suppress(Exception):  # a row that cannot be read has no id
             shown = f" (id {shorten(row['id'])})" if not _is_empty(row["id"]) else ""
         text = " ".join(str(error).split())
-        if not isinstance(error, (ValueError, OSError)):  # others say too little without their kind
+        if not isinstance(error, (ValueError, OSError)):  # messages of other types are unclear without the type
             text = f"{type(error).__name__}: {text}"
         if len(text) > LONGEST_MESSAGE:
             text = f"{text[:LONGEST_MESSAGE]}… ({len(text)} characters)"
@@ -315,22 +314,22 @@ class _Rows:
 class ConversationDataset(_Rows, Dataset):
     """Conversations of a file or of a `datasets` object, by index.
 
-    The form of every row is checked at once. Images are opened when a row is used. What happens to a bad row is
-    `on_bad_row`: `"fail"` raises; `"skip"` logs it, counts it in `num_bad_rows`, and the next good row stands in for it,
-    so that batches stay full and the number of steps does not change.
+    The format of every row is checked at once. Images are opened when a row is used. `on_bad_row="fail"` raises for a bad
+    row. `"skip"` logs it, counts it in `num_bad_rows`, and uses the next good row instead, so that the number of steps does
+    not change.
 
     Args:
         rows: path of a JSON or JSONL file, a `datasets.Dataset`, or another sequence of rows (see the module).
-        image_root: folder of the images; the current one if `None`. An image that a row names must be a local file in it.
-        allow_outside_images: whether rows may name addresses, and files outside of `image_root`. By default they may only
-            where the rows are no file and no `image_root` is given, since the caller has made them.
+        image_root: folder of the images; `None`: the current folder. Images must be local files in this folder.
         on_bad_row: `"fail"` or `"skip"`.
-        encode: what makes a sample of messages, usually `ConversationCollator.encode`. Without it, a sample is
+        encode: function from messages to a sample, usually `ConversationCollator.encode`. `None`: a sample is
             `{"messages": messages}`.
+        allow_outside_images: whether rows may refer to URLs, and to files outside of `image_root`. Default: only if the
+            rows are not a file and there is no `image_root`.
 
     Raises:
-        BadRow: a row is bad and `on_bad_row="fail"`, or no row is good. Names the file and the row.
-        TypeError: the rows have no length. Use `ConversationStream` for those.
+        BadRow: a row is bad and `on_bad_row="fail"`, no row is good, or the file holds no list of rows. Names file and row.
+        TypeError: the rows have no length. Use `ConversationStream`.
     """
 
     def __init__(
@@ -344,23 +343,26 @@ class ConversationDataset(_Rows, Dataset):
         self._set_up(rows, image_root, on_bad_row, encode, allow_outside_images)
         self.lines: list[int] | None = None
         if isinstance(rows, (str, os.PathLike)):
-            numbers, rows = zip(*reading.read_rows(rows), strict=True)
+            try:
+                numbers, rows = zip(*reading.read_rows(rows), strict=True)
+            except ValueError as error:  # the whole file: no JSON, no list, no rows
+                raise BadRow(str(error)) from error
             self.lines = list(numbers) if self.name.lower().endswith(".jsonl") else None
         elif not hasattr(rows, "__len__"):
             raise TypeError(f"{self.name} has no length: use ConversationStream, or load it without streaming.")
         self.rows = _without_decoding(rows) if hasattr(rows, "features") else rows
-        # Shared memory, so that rows found bad in the workers of a DataLoader count here as well.
+        # Shared memory, so that bad rows found in the workers of a DataLoader are counted.
         self.bad = torch.zeros(len(self.rows), dtype=torch.bool).share_memory_()
         self.good: list[int] = []
         self._sizes: list[tuple[int, int]] = []  # (words, images) of every good row
         self.sources: Counter[str] = Counter()
-        self.unread: Counter[str] = Counter()  # rows of every field that is not read
+        self.unread: Counter[str] = Counter()  # number of rows with each unused field
         fractions: list[int] = []
         for index in range(len(self.rows)):
             try:
                 row = self.rows[index]
                 messages = to_messages(row)
-            except Exception as error:  # whatever it is, it belongs to this row
+            except Exception as error:  # any error belongs to this row
                 self._reject(index, error)
                 continue
             parts = [part for message in messages for part in message["content"]]
@@ -378,34 +380,34 @@ class ConversationDataset(_Rows, Dataset):
         if self.unread:
             fields = [f"{name} ({count} rows)" for name, count in self.unread.most_common(SHOWN_FIELDS)]
             more = f" and {len(self.unread) - len(fields)} more" if len(self.unread) > len(fields) else ""
-            logger.warning(f"{self.name}: these fields are not read: {', '.join(fields)}{more}.")
+            logger.warning(f"{self.name}: these fields are not used: {', '.join(fields)}{more}.")
         if fractions:
             logger.warning(
                 f"{self.name}: in {len(fractions)} rows no box exceeds 1, first in {self.where(fractions[0])}. They are "
-                f"likely fractions of the image, but answers count from 0 to {BOX_SCALE}: multiply them by {BOX_SCALE}."
+                f"probably fractions, but boxes must be scaled to 0-{BOX_SCALE}: multiply them by {BOX_SCALE}."
             )
 
     @property
     def num_bad_rows(self) -> int:
-        """Rows found bad so far: by their form at once, by their images and length when they are used."""
+        """Number of bad rows found so far. The format is checked at once, images and length when a row is used."""
         return int(self.bad.sum())
 
     def modality_lengths(self, tokens_per_image: int) -> list[int]:
-        """Rough length of every sample, words and visual tokens, negative for one without an image."""
+        """Approximate length of every sample in words and visual tokens, negative for samples without an image."""
         return [words + tokens_per_image * images if images else -max(words, 1) for words, images in self._sizes]
 
     def where(self, index: int) -> str:
-        """Place of row `index` in its file: the line of JSONL, else the position counted from zero."""
+        """Position of row `index` in its file: the line of JSONL, or else the index, counted from zero."""
         return f"row {index}" if self.lines is None else f"line {self.lines[index]}"
 
     def _reject(self, index: int, error: Exception) -> None:
         try:
             row = self.rows[index]
-        except Exception:  # the error at hand says so
+        except Exception:  # `error` already reports this
             row = None
         message = self._describe(self.where(index), row, error)
         if self.on_bad_row == "fail":
-            raise BadRow(f"{message} To leave such rows out, set on_bad_row='skip'.") from error
+            raise BadRow(f"{message.removesuffix('.')}. To skip such rows, set on_bad_row='skip'.") from error
         if not self.bad[index]:
             self.bad[index] = True
             logger.warning(f"Skipped {message}")
@@ -415,25 +417,25 @@ class ConversationDataset(_Rows, Dataset):
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         if not 0 <= position < len(self):
-            raise IndexError(f"{self.name} has {len(self)} good rows, so there is no number {position}.")
+            raise IndexError(f"{self.name} has {len(self)} good rows, so index {position} is out of range.")
         for offset in range(len(self)):
             index = self.good[(position + offset) % len(self)]
             if self.bad[index]:
                 continue
             try:
                 return self._to_sample(self.rows[index])
-            except Exception as error:  # an unreadable image, a text that does not fit, whatever else a row can cause
+            except Exception as error:  # an unreadable image, a text that is too long, or any other error of the row
                 self._reject(index, error)
         raise BadRow(f"{self.name}: none of {len(self.rows)} rows can be used.")
 
 
 class ConversationStream(_Rows, IterableDataset):
-    """Conversations of a streaming `datasets` object, in its order. Every row is checked when it comes.
+    """Conversations of a streaming `datasets` object, in its order. A row is checked when it is read.
 
     Args:
-        rows: a `datasets.IterableDataset`, or what else yields rows (see the module) each time it is iterated.
-        image_root, on_bad_row, encode, allow_outside_images: see `ConversationDataset`. A bad row is left out with
-            `"skip"`, and counted in `num_bad_rows`.
+        rows: a `datasets.IterableDataset`, or another iterable of rows (see the module).
+        image_root, on_bad_row, encode, allow_outside_images: see `ConversationDataset`. With `"skip"`, bad rows are skipped
+            and counted in `num_bad_rows`.
 
     Raises:
         BadRow: while iterating: a row is bad and `on_bad_row="fail"`, or no row is good.
@@ -449,16 +451,16 @@ class ConversationStream(_Rows, IterableDataset):
     ) -> None:
         self._set_up(rows, image_root, on_bad_row, encode, allow_outside_images)
         self.rows = _without_decoding(rows) if getattr(rows, "features", None) else rows
-        self._num_bad = torch.zeros(1, dtype=torch.long).share_memory_()  # workers of a DataLoader count here as well
-        self._told: set[str] = set()
+        self._num_bad = torch.zeros(1, dtype=torch.long).share_memory_()  # shared with the workers of a DataLoader
+        self._reported: set[str] = set()
 
     @property
     def num_bad_rows(self) -> int:
-        """Rows left out so far, in every pass over the stream."""
+        """Number of skipped rows so far, over all passes."""
         return int(self._num_bad)
 
     def set_epoch(self, epoch: int) -> None:
-        """Shuffles anew, where the rows are shuffled at all."""
+        """Changes the order for a new epoch, if the rows are shuffled."""
         if hasattr(self.rows, "set_epoch"):
             self.rows.set_epoch(epoch)
 
@@ -467,17 +469,17 @@ class ConversationStream(_Rows, IterableDataset):
         for number, row in enumerate(self.rows, start=1):
             try:
                 sample = self._to_sample(row)
-            except Exception as error:  # whatever it is, it belongs to this row
+            except Exception as error:  # any error belongs to this row
                 message = self._describe(f"row {number - 1}", row, error)
                 if self.on_bad_row == "fail":
-                    raise BadRow(f"{message} To leave such rows out, set on_bad_row='skip'.") from error
+                    raise BadRow(f"{message.removesuffix('.')}. To skip such rows, set on_bad_row='skip'.") from error
                 self._num_bad += 1
                 logger.warning(f"Skipped {message}")
                 continue
-            new = [name for name in unread_fields(row) if name not in self._told]
+            new = [name for name in unread_fields(row) if name not in self._reported]
             if new:
-                self._told.update(new)
-                logger.warning(f"{self.name}: these fields are not read: {', '.join(new)}.")
+                self._reported.update(new)
+                logger.warning(f"{self.name}: these fields are not used: {', '.join(new)}.")
             num_good += 1
             yield sample
         if number and not num_good:
@@ -485,7 +487,7 @@ class ConversationStream(_Rows, IterableDataset):
 
 
 def _without_decoding(dataset: Any) -> Any:
-    """A `datasets` object whose images stay encoded until they are used, so that a pass over its rows is cheap."""
+    """A `datasets` object whose images are decoded only when they are used, so that a pass over its rows is fast."""
     from datasets import Image as ImageFeature
     from datasets import List
 

@@ -1,8 +1,8 @@
 """Fine-tunes MF-RSVLM: `python -m mfrsvlm.training.finetune CONFIG.yaml [--key value ...]`.
 
-The keys are the fields of `ModelArguments`, `DataArguments` and `MFRSVLMTrainingArguments`. The last has all fields of
-`transformers.TrainingArguments`, and freezes parts of the model or gives them their own learning rates. The command line
-overrides the file.
+The keys are the fields of `ModelArguments`, `DataArguments` and `MFRSVLMTrainingArguments`. The last extends
+`transformers.TrainingArguments` with settings to freeze parts of the model and to set their learning rates. Keys on the
+command line override the file.
 """
 
 import difflib
@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,16 @@ from .data import BadRow, ConversationDataset, ConversationStream
 from .trainer import UNFINISHED, MFRSVLMTrainer, MFRSVLMTrainingArguments, SettingsError, freeze_parts
 
 
-logger = logging.getLogger("mfrsvlm.training.finetune")  # also where this file is the main program
+logger = logging.getLogger("mfrsvlm.training.finetune")  # the same name if this file is the main program
 
-SHUFFLED_ROWS = 1000  # of a stream, at a time
-# Data that the command line names replace the data that the file names.
+SHUFFLED_ROWS = 1000  # size of the shuffle buffer of a stream
+# Data settings on the command line remove these settings from the file.
 OTHER_DATA = {"dataset_name": ("train_file", "image_root"), "train_file": ("dataset_name", "dataset_streaming")}
-# Linear layers of the decoder, and of nothing else: neither tower nor injectors.
+# Linear layers of the decoder only, not of tower and injectors.
 DECODER_LINEARS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"
-# Trained whole beside the adapter, as in every stage of the published training: they are small or new. PEFT rejects a
-# list of modules, so each of its modules is named.
-SAVED_WHOLE = {
+# Modules that are fully trained in addition to the adapter, since they are small or new, and the part of each. PEFT rejects
+# a module list, so each of its modules is listed.
+FULLY_TRAINED = {
     r"injectors\.\d+": "injectors",
     "multi_modal_projector": "projector",
     "visual_position_embedding": "projector",
@@ -53,61 +54,61 @@ class ModelArguments:
     dtype: str = field(
         default="float32",
         metadata={
-            "help": "Of the weights in training; of an adapter's, of those that are frozen. With bf16=true, float32 weights "
-            "are the master copy.",
+            "help": "Type of the weights in training; with lora, of the frozen weights. With bf16=true, float32 weights are "
+            "the master copy.",
             "choices": ["float32", "bfloat16", "float16"],
         },
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flash_attention_2, eager."})
     lora: bool = field(default=False, metadata={"help": "Train an adapter (LoRA) instead of the weights."})
     lora_r: int = field(default=64, metadata={"help": "Rank of the adapter."})
-    lora_alpha: int = field(default=128, metadata={"help": "Scale of the adapter times its rank."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapter."})
+    lora_alpha: int = field(default=128, metadata={"help": "Alpha of the adapter; its scale is lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of the adapter."})
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={"help": "Names of linear layers, or one regular expression. Default: those of the decoder's layers."},
     )
     lora_modules_to_save: list[str] | None = field(
         default=None,
-        metadata={"help": "Modules trained whole beside the adapter. Default: injectors and projector, unless frozen."},
+        metadata={"help": "Modules that are fully trained. Default: injectors and projector, unless frozen."},
     )
-    lora_merge: bool = field(default=False, metadata={"help": "Save the merged model at the end, not the adapter."})
+    lora_merge: bool = field(default=False, metadata={"help": "Save the merged model instead of the adapter."})
 
 
 @dataclass
 class DataArguments:
-    train_file: str | None = field(default=None, metadata={"help": "JSON or JSONL of conversations to train on."})
-    eval_file: str | None = field(default=None, metadata={"help": "The same, to evaluate on."})
+    train_file: str | None = field(default=None, metadata={"help": "JSON or JSONL file of conversations for training."})
+    eval_file: str | None = field(default=None, metadata={"help": "JSON or JSONL file of conversations for evaluation."})
     dataset_name: str | None = field(
-        default=None, metadata={"help": "In place of train_file: a folder or Hub id for `datasets.load_dataset`."}
+        default=None, metadata={"help": "Folder or Hub id for `datasets.load_dataset`, instead of train_file."}
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Its split to train on."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split of the dataset for training."})
     dataset_test_split: str = field(
-        default="test", metadata={"help": "Its split to evaluate on, if eval_strategy is set and eval_file is not."}
+        default="test", metadata={"help": "Split for evaluation, if eval_strategy is set and eval_file is not."}
     )
     dataset_streaming: bool = field(
-        default=False, metadata={"help": "Read the dataset while training, without storing it. Needs max_steps."}
+        default=False, metadata={"help": "Read the dataset during training, without a local copy. Needs max_steps."}
     )
     image_root: str | None = field(
         default=None, metadata={"help": "Folder of the images. Default: dataset_name if it is a folder, or the current one."}
     )
     allow_outside_images: bool = field(
-        default=False, metadata={"help": "Open images at addresses and outside of image_root, too."}
+        default=False, metadata={"help": "Also open images at URLs and outside of image_root."}
     )
     on_bad_row: str = field(
-        default="fail", metadata={"help": "fail, or skip: left out, logged and counted.", "choices": ["fail", "skip"]}
+        default="fail", metadata={"help": "fail: stop; skip: log and count bad rows.", "choices": ["fail", "skip"]}
     )
     template: str = field(
         default="chat",
-        metadata={"help": "chat, or plain: image and caption only.", "choices": ["chat", "plain"]},
+        metadata={"help": "chat: the chat template; plain: image and caption only.", "choices": ["chat", "plain"]},
     )
     prompt_version: str | None = field(
-        default=None, metadata={"help": "Of the chat template; v1 is what the published model was trained with."}
+        default=None, metadata={"help": "Prompt version of the chat template; v1 is that of the published training."}
     )
-    max_length: int = field(default=2048, metadata={"help": "Longest sample in tokens, image tokens included."})
+    max_length: int = field(default=2048, metadata={"help": "Maximum length of a sample in tokens, with image tokens."})
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Write to an output_dir that holds files, replacing those of the same name."}
+        default=False, metadata={"help": "Permit an output_dir with files; those of the same name are replaced."}
     )
     base_model: str | None = field(
         default=None,
@@ -117,7 +118,7 @@ class DataArguments:
 
 
 class ConfigParser(HfArgumentParser):
-    """Reads a YAML file and overrides. Every error is a `SettingsError` that names the key."""
+    """Reads a YAML file and command-line overrides. Every error is a `SettingsError` that names the key."""
 
     def __init__(self) -> None:
         super().__init__([ModelArguments, DataArguments, MFRSVLMTrainingArguments], allow_abbrev=False, prog="finetune")
@@ -143,12 +144,12 @@ class ConfigParser(HfArgumentParser):
         except yaml.YAMLError as error:
             raise SettingsError(f"{config} is not YAML: {' '.join(str(error).split())}") from error
         if not isinstance(values, dict):
-            raise SettingsError(f"{config} holds a {type(values).__name__}, not keys and values.")
+            raise SettingsError(f"{config} contains a {type(values).__name__}, not keys and values.")
         named = {word[2:].partition("=")[0] for word in overrides if word.startswith("--")}
         for name, others in OTHER_DATA.items():
             if name in named:
                 values = {key: value for key, value in values.items() if key not in others}
-        # Through the command line, so that the type of every value is checked in one place. (YAML reads 2e-5 as text.)
+        # Converted to command-line arguments, so that one parser checks all types. (YAML reads 2e-5 as text.)
         words = []
         for key, value in values.items():
             self.check_key(str(key), str(config))
@@ -163,18 +164,20 @@ class ConfigParser(HfArgumentParser):
                 self.check_key(word[2:].partition("=")[0].replace("-", "_").removeprefix("no_"), "command line")
         try:
             return self.parse_args_into_dataclasses([*words, *overrides])
-        except (ValueError, ImportError) as error:  # settings that contradict each other, or need another library
-            raise SettingsError(" ".join(str(error).split())) from error
+        except (ValueError, ImportError) as error:  # contradictory settings, or settings that need another library
+            hint = "" if find_spec("accelerate") else ". Install what training needs: pip install 'mfrsvlm[training]'"
+            raise SettingsError(" ".join(str(error).split()) + hint) from error
 
 
 def check_output_dir(args: MFRSVLMTrainingArguments, overwrite: bool) -> str | None:
-    """Finds the checkpoint to resume from, and protects files of the user.
+    """Finds the checkpoint to resume from, and protects existing files.
 
     Returns:
-        The checkpoint that `resume_from_checkpoint` means: a path, or `last` for the last one in `output_dir`.
+        The path of the checkpoint in `resume_from_checkpoint`, which may be `last` for the last one in `output_dir`; `None`
+        for a new training.
 
     Raises:
-        SettingsError: there is no such checkpoint, or the folder holds files and is neither to be resumed nor overwritten.
+        SettingsError: the checkpoint does not exist, or the folder is not empty and neither resumed nor overwritten.
     """
     folder = Path(args.output_dir)
     content = [path.name for path in folder.iterdir()] if folder.is_dir() else []
@@ -182,12 +185,12 @@ def check_output_dir(args: MFRSVLMTrainingArguments, overwrite: bool) -> str | N
     if wanted is not None:
         checkpoint = (get_last_checkpoint(folder) if content else None) if wanted in ("last", "true", "True") else wanted
         if checkpoint is None or not (Path(checkpoint) / "trainer_state.json").is_file():
-            raise SettingsError(f"resume_from_checkpoint={wanted}: there is no whole checkpoint in {checkpoint or folder}.")
+            raise SettingsError(f"resume_from_checkpoint={wanted}: no complete checkpoint in {checkpoint or folder}.")
         return str(checkpoint)
     runs = [name for name in content if name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") or name == UNFINISHED]
     if runs:
         raise SettingsError(
-            f"output_dir={folder} holds checkpoints of another run ({', '.join(sorted(runs))}). Go on with "
+            f"output_dir={folder} contains checkpoints of another run ({', '.join(sorted(runs))}). Resume it with "
             "--resume_from_checkpoint last, remove them, or choose another folder."
         )
     if content and not overwrite:
@@ -199,60 +202,60 @@ def check_output_dir(args: MFRSVLMTrainingArguments, overwrite: bool) -> str | N
 
 
 def add_lora(model: MFRSVLMForConditionalGeneration, options: ModelArguments, frozen_parts: list[str]) -> Any:
-    """Wraps the model in an adapter, see `ModelArguments`. What is trained becomes float32, the rest `options.dtype`."""
+    """Adds an adapter, see `ModelArguments`. Trained parameters become float32, all others `options.dtype`."""
     from peft import LoraConfig, get_peft_model
 
     targets: Any = options.lora_target_modules or [DECODER_LINEARS]
-    whole = options.lora_modules_to_save
-    if whole is None:
+    saved = options.lora_modules_to_save
+    if saved is None:
         names = [name for name, _ in model.model.named_modules()]
-        patterns = [pattern for pattern, part in SAVED_WHOLE.items() if part not in frozen_parts]
-        whole = [name for name in names if any(re.fullmatch(pattern, name) for pattern in patterns)]
+        patterns = [pattern for pattern, part in FULLY_TRAINED.items() if part not in frozen_parts]
+        saved = [name for name in names if any(re.fullmatch(pattern, name) for pattern in patterns)]
     config = LoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         target_modules=targets[0] if len(targets) == 1 else targets,  # one string is a regular expression
-        modules_to_save=whole or None,
+        modules_to_save=saved or None,
     )
     model = get_peft_model(model, config)
-    for tensor in model.state_dict(keep_vars=True).values():  # not of buffers that are computed, which stay float32
+    for tensor in model.state_dict(keep_vars=True).values():  # without non-persistent buffers, which stay float32
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(torch.float32 if tensor.requires_grad else getattr(torch, options.dtype))
     return model
 
 
 def check_start(options: ModelArguments) -> None:
-    """Rejects settings whose result would not be the model that the training started from, were nothing learned.
+    """Rejects settings with which training at a learning rate of 0 would not return the same model.
 
     Raises:
-        SettingsError: the start is another model or an adapter that a new one would not contain, or `dtype` rounds weights
-            that are saved.
+        SettingsError: the start is not an MF-RSVLM, or an adapter that the new adapter would not contain; or `dtype` would
+            round saved weights.
         ModelFolderError: there is no model, see `classify`.
     """
     start = classify(options.model_name_or_path)
     stored = start.config.get("dtype") or start.config.get("torch_dtype") or "float32"
     if start.kind == "other":
-        raise SettingsError(f"{start.source} is a {start.config.get('model_type')}, and only an MF-RSVLM is trained here.")
+        raise SettingsError(f"{start.source} is a {start.config.get('model_type')}, but only an MF-RSVLM can be trained.")
     if start.kind == "adapter":
-        stored = "float32"  # of the adapter's own weights, whatever its base has
+        stored = "float32"  # type of the adapter's own weights
         if options.lora and not options.lora_merge:
             raise SettingsError(
-                f"{start.source} is an adapter, and a new one would be saved without it. Set lora_merge=true to save "
-                "the whole model, or resume_from_checkpoint to go on with the first one."
+                f"{start.source} is an adapter, and a new adapter would be saved without it. Set lora_merge=true to save "
+                "the full model, or resume_from_checkpoint to continue the training of the first adapter."
             )
     keeps_base = options.lora and not options.lora_merge
     if options.dtype not in ("float32", stored) and not keeps_base and start.kind != "released":
         raise SettingsError(
-            f"dtype={options.dtype} would round the {stored} weights of {start.source}, and the result is saved. Set "
+            f"dtype={options.dtype} would round the {stored} weights of {start.source} in the saved model. Set "
             "dtype=float32, and bf16=true to compute in bfloat16."
         )
 
 
 def prepare_model(options: ModelArguments, args: MFRSVLMTrainingArguments) -> Any:
     """Loads the model, adds the adapter, freezes parts. Errors are those of `load_model`, `add_lora` and `freeze_parts`."""
-    set_seed(args.seed)  # for the adapter's first weights
-    # The parts that are trained beside an adapter are saved, so they must not have been rounded.
+    set_seed(args.seed)  # for the initial weights of the adapter
+    # The fully trained modules are saved with the adapter, so they must not be rounded.
     keeps_base = options.lora and not options.lora_merge
     dtype = "auto" if keeps_base else options.dtype
     model, _ = load_model(options.model_name_or_path, dtype=dtype, attn_implementation=options.attn_implementation)
@@ -260,8 +263,8 @@ def prepare_model(options: ModelArguments, args: MFRSVLMTrainingArguments) -> An
         args.fsdp or args.deepspeed or os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_USE_DEEPSPEED")
     )
     if sharded and model.config.window_chunk_size is not None:
-        # Parameters are gathered pass by pass, so ranks with more images would wait for the others for ever.
-        logger.warning("window_chunk_size is set to None: where parameters are sharded, ranks must make as many passes.")
+        # Parameters are gathered in each pass, so ranks with more images would wait for the others forever.
+        logger.warning("window_chunk_size is set to None: with sharded parameters, all ranks must make the same passes.")
         model.config.window_chunk_size = None
     if options.lora:
         model = add_lora(model, options, args.frozen_parts)
@@ -273,10 +276,10 @@ def prepare_model(options: ModelArguments, args: MFRSVLMTrainingArguments) -> An
 def load_data(
     data: DataArguments, args: MFRSVLMTrainingArguments, encode: Any
 ) -> dict[str, ConversationDataset | ConversationStream]:
-    """The conversations to train on (`"train"`) and, if there are any, those to evaluate on (`"eval"`).
+    """The conversations for training (`"train"`) and, if given, for evaluation (`"eval"`).
 
     Raises:
-        SettingsError: the settings of the data contradict each other, or the dataset or a split of it cannot be loaded.
+        SettingsError: the dataset or a split of it cannot be loaded.
         BadRow: see `ConversationDataset`.
     """
     rows: dict[str, Any] = {"train": data.train_file, "eval": data.eval_file}
@@ -290,7 +293,7 @@ def load_data(
     for name, source in rows.items():
         if source is None:
             continue
-        if hasattr(source, "__len__"):  # a path has one, too
+        if hasattr(source, "__len__"):  # also a path
             dataset = ConversationDataset(source, root, data.on_bad_row, encode, data.allow_outside_images)
             logger.info(f"{name}: {len(dataset)} conversations {dict(dataset.sources.most_common(10))}")
         else:
@@ -301,12 +304,12 @@ def load_data(
 
 
 def load_splits(data: DataArguments, splits: list[str]) -> dict[str, Any]:
-    """Splits of a dataset by `datasets.load_dataset`: the first is `"train"`, the second, if any, `"eval"`."""
+    """Splits of a dataset from `datasets.load_dataset`: the first as `"train"`, the second, if any, as `"eval"`."""
     import datasets
 
     try:
         loaded = datasets.load_dataset(data.dataset_name, data.dataset_config, streaming=data.dataset_streaming)
-    except Exception as error:  # readers of many formats, the Hub and its cache raise almost anything
+    except Exception as error:  # readers of many formats, the Hub and its cache raise many types
         text = " ".join(str(error).split()) or type(error).__name__
         raise SettingsError(f"dataset_name={data.dataset_name} cannot be loaded: {text[:500]}") from error
     for split in splits:
@@ -319,7 +322,7 @@ def load_splits(data: DataArguments, splits: list[str]) -> dict[str, Any]:
 
 
 def is_at_its_end(args: MFRSVLMTrainingArguments, checkpoint: str | None) -> bool:
-    """Whether `checkpoint` has as many steps as the training has."""
+    """Whether `checkpoint` is the end of the training."""
     if checkpoint is None:
         return False
     state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
@@ -329,14 +332,14 @@ def is_at_its_end(args: MFRSVLMTrainingArguments, checkpoint: str | None) -> boo
 
 
 def is_saved(args: MFRSVLMTrainingArguments, checkpoint: str | None) -> bool:
-    """Whether `output_dir` holds the result of the training that wrote `checkpoint`."""
+    """Whether `output_dir` contains the result of the training that wrote `checkpoint`."""
     folder = Path(args.output_dir)
     is_own = checkpoint is not None and Path(checkpoint).resolve().parent == folder.resolve()
     return is_own and any(folder.glob("*.safetensors")) and (folder / "train_results.json").is_file()
 
 
 def check_settings(options: ModelArguments, data: DataArguments, args: MFRSVLMTrainingArguments) -> None:
-    """Raises `SettingsError` for what is missing and what contradicts itself."""
+    """Raises `SettingsError` for missing and contradictory settings."""
     if not options.model_name_or_path:
         raise SettingsError("model_name_or_path is missing.")
     if not data.train_file and not data.dataset_name:
@@ -350,27 +353,27 @@ def check_settings(options: ModelArguments, data: DataArguments, args: MFRSVLMTr
     if data.dataset_streaming and not data.dataset_name:
         raise SettingsError("dataset_streaming=true needs a dataset_name.")
     if data.dataset_streaming and args.max_steps <= 0:
-        raise SettingsError("dataset_streaming=true needs max_steps: a stream has no length, so its epochs have no end.")
+        raise SettingsError("dataset_streaming=true needs max_steps, since a stream has no length.")
 
 
 def finetune(options: ModelArguments, data: DataArguments, args: MFRSVLMTrainingArguments) -> MFRSVLMTrainer | None:
-    """Trains, evaluates, saves model, processor, code and card to `output_dir`, and pushes if asked to.
+    """Trains, evaluates, saves model, processor, code and card to `output_dir`, and pushes them with `push_to_hub`.
 
     Returns:
-        The trainer, or `None` if the training that is to be resumed has reached its end.
+        The trainer, or `None` if the resumed training had already ended.
 
     Raises:
-        SettingsError: an argument is missing or makes no sense.
+        SettingsError: an argument is missing or invalid.
         ModelFolderError: the model cannot be loaded.
         BadRow: a row is bad and `on_bad_row="fail"`.
     """
     check_settings(options, data, args)
     checkpoint = None
-    if args.process_index == 0 or args.resume_from_checkpoint is not None:  # the first rank looks before any writes
+    if args.process_index == 0 or args.resume_from_checkpoint is not None:  # the first rank checks before any rank writes
         checkpoint = check_output_dir(args, data.overwrite_output_dir)
     is_over = is_at_its_end(args, checkpoint)
     if is_over and is_saved(args, checkpoint):
-        logger.info(f"Nothing to do: this training ended at {checkpoint}. To go on, raise num_train_epochs or max_steps.")
+        logger.info(f"Nothing to do: training ended at {checkpoint}. To continue, raise num_train_epochs or max_steps.")
         return None
     check_start(options)
 
@@ -378,7 +381,7 @@ def finetune(options: ModelArguments, data: DataArguments, args: MFRSVLMTraining
     collator = ConversationCollator(processor, data.template, data.prompt_version, data.max_length)
     datasets = load_data(data, args, collator.encode)
     if data.dataset_streaming and args.accelerator_config.dispatch_batches is None:
-        args.accelerator_config.dispatch_batches = False  # else one process cuts batches, whose images do not divide
+        args.accelerator_config.dispatch_batches = False  # accelerate cannot split the images of a batch over processes
     trainer = MFRSVLMTrainer(
         model=prepare_model(options, args),
         args=args,
@@ -392,8 +395,8 @@ def finetune(options: ModelArguments, data: DataArguments, args: MFRSVLMTraining
         "datasets": data.card_datasets,
         "name": None if args.hub_model_id is None else args.hub_model_id.rpartition("/")[2],
     }
-    if is_over:  # the stock trainer would make a step more
-        logger.info(f"This training ended at {checkpoint}. Its result is saved without a further step.")
+    if is_over:  # the Trainer would make one more step
+        logger.info(f"Training ended at {checkpoint}. Its result is saved without a further step.")
         metrics = trainer.load_end(checkpoint)
     else:
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
@@ -406,10 +409,10 @@ def finetune(options: ModelArguments, data: DataArguments, args: MFRSVLMTraining
         trainer.save_metrics("eval", eval_metrics)
     if options.lora_merge:
         merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-        trainer.model = merged.to(getattr(torch, options.dtype))  # what was trained whole is float32 until here
+        trainer.model = merged.to(getattr(torch, options.dtype))  # fully trained modules are float32 until here
     trainer.save_model()
     trainer.create_model_card()
-    trainer.save_metrics("train", metrics)  # last, since it says that all is saved
+    trainer.save_metrics("train", metrics)  # last, since `is_saved` looks for this file
     if args.push_to_hub:
         trainer.push_to_hub()
     return trainer
@@ -430,10 +433,10 @@ def main(arguments: list[str] | None = None) -> MFRSVLMTrainer | None:
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """The command: an exit status, and what the user can correct on stderr in one line."""
+    """Runs the command and returns its exit status. Errors that the user can correct are printed in one line."""
     try:
         main(arguments)
-    except (SettingsError, ModelFolderError, BadRow, FileNotFoundError) as error:
+    except (SettingsError, ModelFolderError, BadRow, FileNotFoundError, IsADirectoryError, PermissionError) as error:
         print(f"error: {error}", file=sys.stderr)
     except ImportError as error:
         print(f"error: {error}. Install what training needs: pip install 'mfrsvlm[training]'", file=sys.stderr)

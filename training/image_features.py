@@ -1,4 +1,4 @@
-"""Features of a frozen encoder, computed once and kept in a file."""
+"""Features of a frozen encoder, computed once and cached in a file."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,12 +15,12 @@ from .branches import BranchCollator
 from .data import ConversationDataset
 
 
-# Parameters of the encoder: what lies before the projector.
+# Parameters of the encoder, before the projector.
 ENCODER = ("vision_tower.", "stage_projections.")
 
 
 def freeze_encoder(model: MFRSVLMForConditionalGeneration) -> None:
-    """Takes the parameters that cached features depend on out of training."""
+    """Freezes the parameters that cached features depend on."""
     for name, parameter in model.model.named_parameters():
         if name.startswith(ENCODER):
             parameter.requires_grad = False
@@ -33,15 +33,16 @@ def cache_image_features(
     """Visual tokens and detail stacks of images, before the projector and without position embeddings.
 
     Args:
+        model: the model, whose encoder computes the features.
         batches: rows of `pixel_values` (n, L), `count` in all. Not used if the file exists.
         count: number of images N.
-        path: file to keep them in. It gets its name when it is complete.
+        path: the cache file. It gets its name when it is complete.
 
     Returns:
-        (N, 1 + K, T, C) float16, read from the file as it is used.
+        (N, 1 + K, T, C) float16, memory-mapped.
 
     Raises:
-        ValueError: the file holds another number of images.
+        ValueError: the file contains another number of images.
     """
     if not path.exists():
         config = model.config
@@ -67,12 +68,12 @@ def cache_image_features(
         partial.rename(path)
     features = np.load(path, mmap_mode="r")
     if len(features) != count:
-        raise ValueError(f"{path} holds features of {len(features)} images, not of {count}. Remove it to encode again.")
+        raise ValueError(f"{path} has features of {len(features)} images, not of {count}. Remove it to encode again.")
     return features
 
 
 def project(model: MFRSVLMForConditionalGeneration, features: torch.Tensor) -> MFRSVLMImageFeatures:
-    """Cached features (N, 1 + K, T, C) to what `get_image_features` returns, with gradients into the projector."""
+    """Projects cached features (N, 1 + K, T, C) to the output of `get_image_features`, with gradients for the projector."""
     projected = model.model.multi_modal_projector(features)
     details = [list(stack) for stack in projected[:, 1:].unbind(1)] if features.shape[1] > 1 else None
     visual = projected[:, 0]
@@ -82,16 +83,16 @@ def project(model: MFRSVLMForConditionalGeneration, features: torch.Tensor) -> M
 
 
 class CachedRows(Dataset):
-    """Rows of a `ConversationDataset` with cached features in place of their images.
+    """Rows of a `ConversationDataset` with cached features instead of images.
 
     Args:
         conversations: the rows, made without `encode`.
         collator: encodes them.
-        model: its encoder makes the features, unless they are in the file.
+        model: its encoder computes the features, unless they are in the file.
         path: see `cache_image_features`.
 
     Raises:
-        ValueError: a row has no image, or several.
+        ValueError: a row has no image or several images.
     """
 
     def __init__(

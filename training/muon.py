@@ -1,4 +1,4 @@
-"""Muon for the matrices between hidden states, AdamW for everything else, as one optimizer."""
+"""One optimizer that combines Muon for the matrices between hidden states with AdamW for all other parameters."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,18 +7,18 @@ import torch
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """Steps the groups with `muon=True` by `torch.optim.Muon`, the others by `torch.optim.AdamW`.
+    """Optimizes groups with `muon=True` by `torch.optim.Muon`, the others by `torch.optim.AdamW`.
 
-    It is one optimizer to a `Trainer`: one list of groups for the schedule, and one state for checkpoints. Updates of Muon
-    are scaled to the size of those of AdamW.
+    A `Trainer` can use it as a single optimizer, with one list of groups for the schedule and one state for checkpoints.
+    Updates of Muon are scaled to the size of those of AdamW.
 
     Args:
         groups: parameter groups with `params`, `lr`, `weight_decay` and `muon`. Muon takes matrices only.
-        betas: of AdamW.
-        eps: of AdamW.
+        betas: betas of AdamW.
+        eps: epsilon of AdamW.
 
     Raises:
-        ValueError: a group with `muon=True` holds a parameter that is no matrix.
+        ValueError: a group with `muon=True` has a parameter that is not a matrix.
     """
 
     def __init__(

@@ -43,30 +43,30 @@ from .trainer import SettingsError
 
 logger = logging.getLogger("mfrsvlm.training.train_demo_model")  # also where this file is the main program
 
-# Boxes need to know which phase a feature came from, which the weights of whole stacks cannot say.
+# Boxes need the phase of a feature, which stack routing cannot select per token.
 ARCHITECTURE = {"routing": "token", "routing_size": 32, "injection_layers": [0, 1, 2, 3]}
 CONFIG = Path(__file__).with_name("configs") / "demo_model.yaml"
-PROTOCOL = "strict-without-java"  # METEOR, which needs Java, says nothing about captions of one form
+PROTOCOL = "strict-without-java"  # METEOR needs Java, and is not informative for captions of one form
 
 
 @dataclass
 class DemoModelArguments:
-    output: str | None = field(default=None, metadata={"help": "Model folder to write. It must be new or empty."})
+    output: str | None = field(default=None, metadata={"help": "Model folder to write. Must be new or empty."})
     work: str = field(default="runs/demo-model", metadata={"help": "Folder for scenes, encoder, features, checkpoints."})
     name: str = field(default="MF-RSVLM, a small model of synthetic scenes", metadata={"help": "Heading of the card."})
     encoder: str = field(default="resnet", metadata={"help": "resnet or vit.", "choices": ["resnet", "vit"]})
     crowded_scenes: int = field(default=8000, metadata={"help": "Scenes to pretrain the encoder on."})
-    encoder_steps: int = field(default=8000, metadata={"help": "Steps of its pretraining."})
+    encoder_steps: int = field(default=8000, metadata={"help": "Training steps of the encoder."})
     train_encoder: bool = field(
-        default=False, metadata={"help": "Train the encoder with the decoder. Otherwise its features are cached."}
+        default=False, metadata={"help": "Also train the encoder with the decoder. Otherwise, its features are cached."}
     )
     scenes: int = field(default=24000, metadata={"help": "Synthetic scenes to train the decoder on."})
     rounds: int = field(default=3, metadata={"help": "Sets of questions about each scene."})
     train_file: str | None = field(
         default=None, metadata={"help": "Further rows to train on: one image each, and independent questions."}
     )
-    image_root: str | None = field(default=None, metadata={"help": "Folder of their images. Default: the current one."})
-    vocab_size: int = field(default=700, metadata={"help": "Largest size of the tokenizer's vocabulary."})
+    image_root: str | None = field(default=None, metadata={"help": "Folder of their images. Default: the current folder."})
+    vocab_size: int = field(default=700, metadata={"help": "Maximum vocabulary size of the tokenizer."})
     test_scenes: int = field(default=1000, metadata={"help": "Held-out scenes to evaluate on. 0: no evaluation."})
 
 
@@ -102,7 +102,7 @@ def train_demo_model(options: DemoModelArguments, args: DemoModelTrainingArgumen
         The folder.
 
     Raises:
-        SettingsError: an argument is missing or makes no sense, or the output folder is not empty.
+        SettingsError: an argument is missing or invalid, or the output folder is not empty.
     """
     if not options.output:
         raise SettingsError("output is missing: --output DIR names the model folder to write.")
@@ -144,7 +144,7 @@ def train_demo_model(options: DemoModelArguments, args: DemoModelTrainingArgumen
 def prepare(
     options: DemoModelArguments, encoder: Path, seed: int
 ) -> tuple[MFRSVLMForConditionalGeneration, Any, Dataset[Any]]:
-    """The model to train, with its pretrained encoder, its processor, and the rows, with cached features or with pixels."""
+    """The model with its pretrained encoder, the processor, and the training rows with cached features or pixels."""
     work, texts = Path(options.work), []
     images = SceneImages(work / "scenes", "train", options.scenes) if options.scenes else None
     if images is not None:
@@ -153,8 +153,8 @@ def prepare(
     if conversations is not None:
         for index in conversations.good:
             messages = [m for m in to_messages(conversations.rows[index]) if m["role"] != "system"]
-            said = ["".join(part.get("text", "") for part in message["content"]) for message in messages]
-            texts += zip(said[::2], said[1::2], strict=True)
+            contents = ["".join(part.get("text", "") for part in message["content"]) for message in messages]
+            texts += zip(contents[::2], contents[1::2], strict=True)
     tokenizer = make_tokenizer(texts, options.vocab_size)
     set_seed(seed)
     model = MFRSVLMForConditionalGeneration(make_config(len(tokenizer), options.encoder, **ARCHITECTURE))
@@ -225,16 +225,16 @@ def evidence(
     sources = [f"{options.scenes} synthetic scenes (`mfrsvlm.scenes`)"] if options.scenes else []
     sources += [f"the rows of `{Path(options.train_file).name}`"] if options.train_file else []
     text = f"""\
-**A demonstration, not a product.** It was trained from random weights on {" and ".join(sources)}, to show on a CPU that
+**This model is a demonstration.** It was trained from random weights on {" and ".join(sources)}, to show on a CPU that
 every part works."""
     if figures:
         text += f"""
 
-The table shows accuracy in per cent on held-out synthetic scenes (`{PROTOCOL}` protocol, greedy decoding). Objects
-are {low:g} to {high:g} pixels long on the canvas of {CANVAS}, half of that in the global view. A box counts if its
-intersection over union with the true box is at least 0.5. A caption counts if it is exact; *caption facts* is the F1
-score of its facts. *Blind* is the same model without the image. *Majority* always gives the most frequent answer to a
-kind of question.
+The table reports accuracy in per cent on held-out synthetic scenes (`{PROTOCOL}` protocol, greedy decoding). Objects
+are {low:g} to {high:g} pixels long on the canvas of {CANVAS}, half of that in the global view. A box is correct if its
+intersection over union with the true box is at least 0.5. A caption is correct if it is exact; *caption facts* is the F1
+score of its facts. *Blind* is the same model without the image. *Majority* always predicts the most frequent answer to
+a kind of question.
 {above_majority(figures)}
 
 | task | accuracy | 95 % interval | n | blind | majority |
@@ -249,14 +249,14 @@ kind of question.
     threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
     trained = "Then encoder and decoder were trained together" if options.train_encoder else "Then the decoder was trained"
     guided = (
-        "\nBeside the answers, it was taught which visual tokens hold the objects that a question names; the heads of these"
-        " losses\nare not part of the model (`training/demo_model/guidance.py`)."
+        "\nAuxiliary losses taught it which visual tokens contain the objects that a question names. The heads of these"
+        "\nlosses are not part of the model (`training/demo_model/guidance.py`)."
         if args.guidance
         else ""
     )
     return f"""{text}
 
-First the encoder was trained to predict what stands in each token. {trained} to answer.{guided} Made by
+First the encoder was trained to predict the objects in each token. {trained} to answer.{guided} The command was
 
 `python -m mfrsvlm.training.train_demo_model training/configs/demo_model.yaml` with max_steps={args.max_steps},
 scenes={options.scenes}, encoder_steps={options.encoder_steps} and seed={args.seed}, on {threads} thread(s) of
@@ -286,7 +286,7 @@ def main(arguments: list[str] | None = None) -> Path:
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """The command: an exit status, and what the user can correct on stderr in one line."""
+    """Runs the command and returns its exit status. Errors that the user can correct are printed in one line."""
     try:
         print(main(arguments))
     except (SettingsError, BadRow, FileNotFoundError) as error:

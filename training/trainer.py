@@ -1,4 +1,4 @@
-"""The `Trainer` of transformers with learning rates for parts, batches of similar samples, and whole checkpoints."""
+"""The `Trainer` of transformers with learning rates per part, batches of similar length, and atomic checkpoints."""
 
 import os
 import re
@@ -20,7 +20,7 @@ from .data import ConversationDataset
 from .muon import MuonWithAdamW
 
 
-# Where each part's parameters lie. Names may have a prefix and inner names of PEFT, so these are searched for.
+# Names of the parameters of each part. PEFT adds prefixes and inner names, so these patterns are searched for.
 PARTS = {
     "vision_tower": re.compile(r"\bvision_tower\."),
     "projector": re.compile(r"\b(multi_modal_projector|visual_position_embedding|stage_projections)\."),
@@ -28,12 +28,12 @@ PARTS = {
     "decoder": re.compile(r"\blanguage_model\.|\blm_head\."),
 }
 
-# Checkpoints grow in this folder and move out when whole. Uploads leave out what begins with an underscore.
+# Checkpoints are written to this folder and moved when they are complete. Uploads skip names with a leading underscore.
 UNFINISHED = "_unfinished"
 
 
 class SettingsError(ValueError):
-    """Settings of a training that are missing, contradict each other or make no sense. The message says which."""
+    """Training settings that are missing, invalid or contradictory. The message names them."""
 
 
 def part_of(name: str) -> str:
@@ -67,15 +67,15 @@ def freeze_parts(model: nn.Module, parts: Sequence[str]) -> None:
 
 
 class ModalityLengthSampler(Sampler[int]):
-    """Random order in groups of similar length. A group has images or has none; only the last groups are mixed.
+    """Random order in groups of similar length, with images or without. Only the last groups are mixed.
 
-    The stock sampler draws from the global random state, so an interrupted epoch would be resumed in another order. This
-    order depends only on the seed and the epoch, and is the same on every rank.
+    The sampler of transformers uses the global random state, so that a resumed epoch would have another order. This order
+    depends only on the seed and the epoch, and is the same on every rank.
 
     Args:
-        lengths: of the samples; negative for those without an image.
-        group_size: samples of one optimizer step, over all ranks.
-        seed: of the order.
+        lengths: lengths of the samples; negative for samples without an image.
+        group_size: number of samples per optimizer step, over all ranks.
+        seed: seed of the order.
     """
 
     def __init__(self, lengths: Sequence[int], group_size: int, seed: int = 0) -> None:
@@ -115,25 +115,25 @@ class MFRSVLMTrainingArguments(TrainingArguments):
     """Arguments of the `Trainer`, and freezing and learning rates of the parts.
 
     The parts are the vision tower, the projector (with the stage projections and position embeddings of a backbone), the
-    injectors, and the decoder (with its embeddings and the language modelling head).
+    injectors, and the decoder (with its embeddings and the language modeling head).
     """
 
-    freeze_vision_tower: bool = field(default=False, metadata={"help": "Leave the vision tower as it is."})
-    freeze_projector: bool = field(default=False, metadata={"help": "Leave the projector as it is."})
-    freeze_injectors: bool = field(default=False, metadata={"help": "Leave the injectors as they are."})
-    freeze_decoder: bool = field(default=False, metadata={"help": "Leave the decoder and the head as they are."})
-    vision_tower_learning_rate: float | None = field(default=None, metadata={"help": "Else learning_rate."})
-    projector_learning_rate: float | None = field(default=None, metadata={"help": "Else learning_rate."})
-    injectors_learning_rate: float | None = field(default=None, metadata={"help": "Else learning_rate."})
-    decoder_learning_rate: float | None = field(default=None, metadata={"help": "Else learning_rate."})
+    freeze_vision_tower: bool = field(default=False, metadata={"help": "Do not train the vision tower."})
+    freeze_projector: bool = field(default=False, metadata={"help": "Do not train the projector."})
+    freeze_injectors: bool = field(default=False, metadata={"help": "Do not train the injectors."})
+    freeze_decoder: bool = field(default=False, metadata={"help": "Do not train the decoder and the head."})
+    vision_tower_learning_rate: float | None = field(default=None, metadata={"help": "Default: learning_rate."})
+    projector_learning_rate: float | None = field(default=None, metadata={"help": "Default: learning_rate."})
+    injectors_learning_rate: float | None = field(default=None, metadata={"help": "Default: learning_rate."})
+    decoder_learning_rate: float | None = field(default=None, metadata={"help": "Default: learning_rate."})
     muon: bool = field(default=False, metadata={"help": "Train matrices between hidden states by Muon, the rest by AdamW."})
-    muon_factor: float = field(default=3.0, metadata={"help": "Learning rate of Muon over that of AdamW."})
+    muon_factor: float = field(default=3.0, metadata={"help": "Learning rate of Muon divided by that of AdamW."})
     group_by_modality_length: bool = field(
         default=True, metadata={"help": "Make batches of similar length, with images or without."}
     )
-    # Off in the stock arguments, which then stands in the saved config. The loss is computed without a cache all the same.
-    use_cache: bool = field(default=True, metadata={"help": "What the saved config says of the cache."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must be off: the collator needs whole rows."})
+    # The default of transformers is False, which would be written to the saved config. The loss never uses a cache.
+    use_cache: bool = field(default=True, metadata={"help": "Value of use_cache in the saved config."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must be false: the collator needs all columns."})
 
     @property
     def frozen_parts(self) -> list[str]:
@@ -145,10 +145,10 @@ class MFRSVLMTrainingArguments(TrainingArguments):
 
 
 class ZeroGradients(TrainerCallback):
-    """Sets the gradients of parameters that a step does not use to zero.
+    """Sets missing gradients to zero in a single process.
 
-    A step with text only leaves the tower without gradients, and the optimizer would skip it together with its momentum.
-    On several ranks, the tower runs on a blank image and has gradients of zero. This callback makes both the same.
+    In a step with text only, the tower has no gradients, and the optimizer would skip it together with its momentum. On
+    several ranks, the tower encodes a blank image and its gradients are zero. This callback makes both cases equal.
     """
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -159,25 +159,25 @@ class ZeroGradients(TrainerCallback):
 
 
 class MFRSVLMTrainer(Trainer):
-    """The stock `Trainer`, and:
+    """The `Trainer` of transformers, with:
 
     - a learning rate for each part, and Muon as an optimizer;
     - batches of similar length, with images or without, for a `ConversationDataset`;
     - the same steps on any number of ranks, see `ZeroGradients`;
-    - a checkpoint gets its name when it is whole, so that the last one can always be resumed;
-    - the model card of this package, and the code of the model in everything that is pushed during training.
+    - atomic checkpoints, so that the last one can always be resumed;
+    - the model card of this package, and the code of the model in every push to the Hub during training.
     """
 
     args: MFRSVLMTrainingArguments
     card_details: dict[str, Any] = {}  # further fields of the card, see `write_model_card`
-    _run_dir: str | None = None  # in place of the output folder while a checkpoint grows
+    _run_dir: str | None = None  # replaces the output folder while a checkpoint is written
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.add_callback(ZeroGradients)
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """What the optimizer trains: a group for each part, with and without weight decay, and with Muon or AdamW."""
+        """Parameter groups of the optimizer: by part, with or without weight decay, and by Muon or AdamW."""
         decayed = set(self.get_decay_parameter_names(model))
         groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
@@ -188,7 +188,7 @@ class MFRSVLMTrainer(Trainer):
             {
                 "params": parameters,
                 "lr": self.args.learning_rate_of(part) * (self.args.muon_factor if muon else 1.0),
-                # What decays in a step is the product of the two.
+                # A step multiplies the weight decay by the learning rate.
                 "weight_decay": (self.args.weight_decay if decay else 0.0) / (self.args.muon_factor if muon else 1.0),
                 **({"muon": muon} if self.args.muon else {}),
             }
@@ -216,16 +216,16 @@ class MFRSVLMTrainer(Trainer):
         return ModalityLengthSampler(lengths, group_size, seed)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        # The stock Trainer switches the cache off in the outer config only, and the decoder reads its own.
+        # The Trainer disables the cache in the outer config only, but the decoder reads its own config.
         result = super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
-        if torch.is_grad_enabled() and not loss.requires_grad:  # text alone, where all that reads text is frozen
+        if torch.is_grad_enabled() and not loss.requires_grad:  # a batch of text, if all parts that process text are frozen
             trained = next(parameter for parameter in model.parameters() if parameter.requires_grad)
             loss = loss + 0 * trained.sum()
         return (loss, *result[1:]) if isinstance(result, tuple) else loss
 
     def load_end(self, checkpoint: str) -> dict[str, float]:
-        """Loads the weights and the state that a training ended with, and returns its metrics."""
+        """Loads the final weights and state of a training, and returns its metrics."""
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         self._load_from_checkpoint(best or checkpoint)
@@ -238,7 +238,7 @@ class MFRSVLMTrainer(Trainer):
         run_dir = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         unfinished, finished = run_dir / UNFINISHED / name, run_dir / name
-        if self.is_local_process_zero():  # of a run that was killed; machines that share a disk may both find it
+        if self.is_local_process_zero():  # left by a killed run; machines with a shared disk may both find it
             shutil.rmtree(unfinished.parent, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self._run_dir = str(unfinished.parent)
@@ -250,8 +250,8 @@ class MFRSVLMTrainer(Trainer):
                     self.state.save_to_json(str(unfinished / "trainer_state.json"))
         except Exception as error:
             error.add_note(
-                f"{name} could not be saved, {shutil.disk_usage(run_dir).free / 2**30:.1f} GiB are free in {run_dir}. What "
-                f"there is of it lies in {unfinished}; earlier checkpoints are whole, and resume_from_checkpoint=last "
+                f"{name} could not be saved, {shutil.disk_usage(run_dir).free / 2**30:.1f} GiB are free in {run_dir}. The "
+                f"incomplete checkpoint is in {unfinished}. Earlier checkpoints are complete; resume_from_checkpoint=last "
                 "resumes the last of them."
             )
             raise
@@ -262,7 +262,7 @@ class MFRSVLMTrainer(Trainer):
         if self.is_world_process_zero():
             _move(unfinished, finished)
         self.accelerator.wait_for_everyone()
-        if self.is_local_process_zero() and unfinished.exists():  # on a machine with a disk of its own
+        if self.is_local_process_zero() and unfinished.exists():  # on machines without a shared disk
             _move(unfinished, finished)
         if self.args.should_save:
             rotate_checkpoints(str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
@@ -271,14 +271,14 @@ class MFRSVLMTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._run_dir is not None or not self.is_world_process_zero():
-            return  # not whole yet: `_save_checkpoint` calls again
+            return  # incomplete: `_save_checkpoint` calls again
         for code in Path(checkpoint_folder).glob("*.py"):
             shutil.copy(code, self.args.output_dir)
         self.create_model_card()
         super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes the card of this package in place of the stock one, whose arguments are not used."""
+        """Writes the model card of this package. Arguments are ignored."""
         if self.is_world_process_zero():
             config = self.accelerator.unwrap_model(self.model).config
             details = {"parts": {"trained from": config.name_or_path}, **self.card_details}

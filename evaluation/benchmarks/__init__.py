@@ -1,8 +1,8 @@
-"""Loads the benchmarks that a user has on disk, each in the layout it is published in. Nothing is downloaded.
+"""Loads benchmarks from disk, each in its published layout. Nothing is downloaded.
 
-`load_benchmark` gives the samples of one split; `BENCHMARKS` says which there are. Every benchmark is one file of this
-folder that holds a `BENCHMARK`. The other files read layouts that benchmarks share. docs/benchmarks.md says which files each
-benchmark needs, and how to add one.
+`load_benchmark` loads one split; `BENCHMARKS` lists all benchmarks. Every benchmark is one file of this folder that defines
+`BENCHMARK`. The other files read layouts that several benchmarks share. docs/benchmarks.md lists the files that each
+benchmark needs, and describes how to add one.
 """
 
 from .info import BenchmarkInfo

@@ -1,7 +1,7 @@
-"""Scene classification with one folder for each class, as AID, NWPU-RESISC45 or EuroSAT.
+"""Scene classification with one folder per class, such as AID, NWPU-RESISC45 or EuroSAT.
 
-None of them comes with a split of its own. The split "all" is every image; any other split is a list that the user puts
-beside the folders, `ROOT/SPLIT.txt`, with one image a line: its path from the folder of the classes, or its bare name.
+These data sets have no official split. The split "all" contains every image. Any other split is a list by the user,
+`ROOT/SPLIT.txt`, with one image per line: its path relative to the folder of the classes, or its file name.
 """
 
 from collections import Counter
@@ -20,13 +20,13 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class ClassFolders:
-    """Where the folders are and what they mean.
+    """Layout of a benchmark with one folder per class.
 
     Attributes:
         classes: readable names. A folder belongs to the class whose name has the same letters (see `class_name`).
-        inside: folders of the published archive that may lie around the folders of the classes.
-        aliases: other spellings of folders, by their letters.
-        optional: classes whose folder may be absent.
+        inside: parent folders of the class folders in the published archive.
+        aliases: class names by other spellings of folders (letters and digits only, lower case).
+        optional: classes whose folder may be missing.
     """
 
     classes: tuple[str, ...]
@@ -35,14 +35,14 @@ class ClassFolders:
     optional: tuple[str, ...] = ()
 
     def load(self, name: str, root: Path, split: str, check_counts: bool, classes: Sequence[str] | None = None) -> Benchmark:
-        """Every image in the folder of its class, by class and name; or those that `ROOT/SPLIT.txt` lists.
+        """Every image in the folder of its class, sorted by class and name; or the images listed in `ROOT/SPLIT.txt`.
 
         Args:
-            classes: readable names of the classes to load; the answer is then one of these. All by default.
+            classes: readable names of the classes to load; the answer is then one of these. Default: all.
 
         Raises:
-            BenchmarkError: a class has no images, a folder is of no known class, or the list names an image twice or one
-                that is not there.
+            BenchmarkError: a class has no images, a folder has no known class, or the list names an image twice or a
+                missing image.
         """
         chosen = chosen_classes(classes, self.classes, name)
         base = next((root / inner for inner in ("", *self.inside) if _holds_classes(root / inner, self)), None)
@@ -60,7 +60,7 @@ class ClassFolders:
             label = class_name(folder.name, self)
             if label is None:
                 raise BenchmarkError(
-                    f"{name}: folder {folder} holds images but is none of the classes {', '.join(self.classes)}. "
+                    f"{name}: folder {folder} has images but is none of the classes {', '.join(self.classes)}. "
                     "Is it another data set?"
                 )
             if label in folder_of:
@@ -79,7 +79,7 @@ class ClassFolders:
             ]
         absent = [label for label in chosen if label not in folder_of and label not in self.optional]
         if absent:
-            raise BenchmarkError(f"{name}: no images of {', '.join(absent)} under {base}. Unpack the folder of every class.")
+            raise BenchmarkError(f"{name}: no images of {', '.join(absent)} in {base}. Unpack the folder of every class.")
         if split != ALL:
             samples = _listed(samples, root / f"{split}.txt", name)
         return Benchmark(
@@ -93,10 +93,9 @@ class ClassFolders:
 
 
 def class_name(folder: str, layout: ClassFolders) -> str | None:
-    """The readable name of a folder: the class with the same letters and digits, whatever their case and what is between.
+    """The class of a folder: the one with the same letters and digits, ignoring case and separators; `None` if none.
 
-    "BaseballField", "baseball_field" and "baseballfield" are all "baseball field". A table knows the names, since no rule
-    finds the words in "mobilehomepark". `None` if no class is called so.
+    "BaseballField", "baseball_field" and "baseballfield" are all "baseball field".
     """
     return layout.aliases.get(_letters(folder)) or next(
         (name for name in layout.classes if _letters(name) == _letters(folder)), None
@@ -104,10 +103,10 @@ def class_name(folder: str, layout: ClassFolders) -> str | None:
 
 
 def _listed(samples: list[Sample], path: Path, name: str) -> list[Sample]:
-    """The samples that a list names, in its order."""
+    """The samples in a list, in its order."""
     if not path.is_file():
         raise BenchmarkError(
-            f"{name} has no official split, and there is no list {path}. Use split={ALL!r}, or write one image a line."
+            f"{name} has no official split, and there is no list {path}. Use split={ALL!r}, or write one image per line."
         )
     lines = [line.strip() for _, line in read_lines(path)]
     repeated = [line for line, count in Counter(lines).items() if count > 1]
@@ -119,7 +118,7 @@ def _listed(samples: list[Sample], path: Path, name: str) -> list[Sample]:
     unknown = [line for line in lines if line not in by_path]
     if unknown:
         raise BenchmarkError(
-            f"{path} names {len(unknown)} images that are not there, or whose bare name is in several folders: "
+            f"{path} names {len(unknown)} images that do not exist, or whose file name is in several folders: "
             f"{', '.join(unknown[:SHOWN])}."
         )
     return [by_path[line] for line in lines]

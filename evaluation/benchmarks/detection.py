@@ -1,11 +1,11 @@
-"""Boxes of object detection as questions: in YOLO's, Pascal VOC's or DeepForest's files, or in one JSON file.
+"""Questions from annotations of object detection: YOLO, Pascal VOC, CSV (DeepForest), or one JSON file.
 
     ROOT/images/*.jpg, ROOT/labels/*.txt, ROOT/classes.txt    YOLO; or the names in ROOT/data.yaml
     ROOT/JPEGImages/*.jpg, ROOT/Annotations/*.xml             VOC
     ROOT/*.csv                                                image_path, xmin, ymin, xmax, ymax, label
     ROOT/boxes.json                                           [{"image", "objects": [{"class", "box": [x1, y1, x2, y2]}]}]
 
-Images may also lie in the root or in `images/`, and annotations beside them.
+Images may also be in the root or in `images/`, and annotations in the same folder.
 """
 
 import csv
@@ -41,7 +41,7 @@ CSV_FIELDS = ("image_path", "xmin", "ymin", "xmax", "ymax", "label")
 
 @dataclass
 class ImageObjects:
-    """The objects of one image: their classes and boxes in pixels."""
+    """The objects of one image: classes and boxes in pixels. `size` is (width, height) in pixels."""
 
     image: str
     size: tuple[int, int]
@@ -56,7 +56,7 @@ def load_grounding(
     classes: Sequence[str] | None = None,
     annotations: str | None = None,
 ) -> Benchmark:
-    """One sample for each object that is the only one of its class in its image, named as "the ship".
+    """One sample for each object that is the only one of its class in its image, with the expression "the CLASS".
 
     Args: see `_read`.
     """
@@ -89,7 +89,7 @@ def load_counting(
     classes: Sequence[str] | None = None,
     annotations: str | None = None,
 ) -> Benchmark:
-    """One question for each class that an image has objects of. Nothing is asked about a class that it has none of.
+    """One question for each class that is present in an image. Absent classes are not asked about.
 
     Args: see `_read`.
     """
@@ -114,25 +114,27 @@ def load_counting(
 def _read(
     name: str, root: Path, split: str, classes: Sequence[str] | None, annotations: str | None
 ) -> tuple[list[ImageObjects], list[str], dict[str, int]]:
-    """The objects of every image of the split, the classes that are asked about, and what is left out.
+    """The objects of every image of the split, the selected classes, and `Benchmark.left_out`.
 
     Args:
-        split: "all", or the name of a list `ROOT/SPLIT.txt` with one image a line.
-        classes: names of classes as the files have them; all by default.
-        annotations: "yolo", "voc", "csv" or "json", where the folder holds several of them.
+        split: "all", or the name of a list `ROOT/SPLIT.txt` with one image per line.
+        classes: class names as in the files; default: all.
+        annotations: "yolo", "voc", "csv" or "json", if the folder contains several formats.
 
     Raises:
-        BenchmarkError: no annotations or several kinds, a row that is not an object, a box outside of its image, or an
+        BenchmarkError: no annotations or several formats, a row that is not an object, a box outside of its image, or an
             annotation without its image.
     """
     there = [kind for kind, (holds, _) in READERS.items() if holds(root)]
     if annotations is not None and annotations not in READERS:
         raise BenchmarkError(f"{name}: annotations={annotations!r} is none of {', '.join(READERS)}.")
     if annotations is None and len(there) != 1:
-        found = f"annotations of several kinds: {', '.join(there)}. Say which with annotations={there[0]!r}" if there else (
-            f"no annotations: looked for those of {', '.join(READERS)}. See docs/benchmarks.md for the layout"
+        found = (
+            f"annotations in several formats: {', '.join(there)}. Set annotations={there[0]!r}, or leave only one"
+        ) if there else (
+            f"no annotations: looked for {', '.join(READERS)}. See docs/benchmarks.md for the layout"
         )  # fmt: skip
-        raise BenchmarkError(f"{root} holds {found}.")
+        raise BenchmarkError(f"{root} has {found}.")
     items = READERS[annotations or there[0]][1](root)
     known = sorted({label for item in items for label, _ in item.objects})
     chosen = chosen_classes(classes, known, name)
@@ -160,7 +162,7 @@ class Images:
         self.items: dict[str, ImageObjects] = {}
 
     def get(self, image: str, path: Path, number: int | str) -> ImageObjects:
-        """The objects of an image so far. Some releases hold another suffix than their annotations name."""
+        """The objects of an image read so far. In some releases, the suffix differs from the annotations."""
         name = Path(image.replace("\\", "/")).name
         place = self.places.get(name) or self.places.get(Path(name).stem)
         if place is None:
@@ -181,8 +183,8 @@ def _read_yolo(root: Path) -> list[ImageObjects]:
             if not (index.isdecimal() and int(index) < len(names)):
                 raise BenchmarkError(f"{path}, row {number}: class {index!r} is none of the {len(names)} names of {root}.")
             if not all(-0.01 <= value <= 1.01 for value in numbers):
-                raise BenchmarkError(f"{path}, row {number}: {shorten(line)} must hold shares of the sides, from 0 to 1.")
-            if len(numbers) == 4:  # centre and extent
+                raise BenchmarkError(f"{path}, row {number}: {shorten(line)} must be relative to the sides, from 0 to 1.")
+            if len(numbers) == 4:  # center, width and height
                 x, y, width, height = numbers
                 numbers = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
             pixels = tuple(value * side for value, side in zip(numbers, item.size * (len(numbers) // 2), strict=True))
@@ -192,7 +194,7 @@ def _read_yolo(root: Path) -> list[ImageObjects]:
 
 
 def _yolo_labels(root: Path) -> list[Path]:
-    """Files of labels: all in `labels/`, or those beside an image of the same name."""
+    """Label files: all in `labels/`, or those next to an image of the same name."""
     if (root / "labels").is_dir():
         paths = (root / "labels").rglob("*.txt")
         return sorted(path for path in paths if not is_hidden(path) and path.name != "classes.txt")
@@ -211,7 +213,7 @@ def _yolo_names(root: Path) -> list[str]:
             names = [names[index] for index in range(len(names))]
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
             return names
-    raise BenchmarkError(f"{root} holds labels of YOLO and no names of the classes: add classes.txt with one name a line.")
+    raise BenchmarkError(f"{root} has labels of YOLO but no class names: add classes.txt with one name per line.")
 
 
 def _voc_folder(root: Path) -> Path:
@@ -225,7 +227,7 @@ def _read_voc(root: Path) -> list[ImageObjects]:
         item = images.get(annotation.image, path, 0)
         if item.size != annotation.size:
             raise BenchmarkError(
-                f"{path}: the annotation says {annotation.size[0]} x {annotation.size[1]} pixels, and {item.image} has "
+                f"{path}: the annotation states {annotation.size[0]} x {annotation.size[1]} pixels, but {item.image} has "
                 f"{item.size[0]} x {item.size[1]}. Was it resized?"
             )
         item.objects += [(found.name, found.box) for found in annotation.objects]
@@ -258,7 +260,7 @@ def _read_json(root: Path) -> list[ImageObjects]:
     return list(images.items.values())
 
 
-# Kind of annotations -> whether a folder holds them, and what reads them.
+# Format of annotations -> whether a folder contains them, and the function that reads them.
 READERS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], list[ImageObjects]]]] = {
     "yolo": (lambda root: bool(_yolo_labels(root)), _read_yolo),
     "voc": (lambda root: bool(xml_files(_voc_folder(root))), _read_voc),

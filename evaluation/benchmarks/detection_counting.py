@@ -1,4 +1,4 @@
-"""Your own boxes: how many objects of a class are there? The layouts are those of `detection`."""
+"""Counting questions from your own boxes: the number of objects of a class. The layouts are those of `detection`."""
 
 from .detection import ALL, load_counting
 from .info import BenchmarkInfo

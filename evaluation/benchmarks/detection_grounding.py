@@ -1,4 +1,4 @@
-"""Your own boxes: where is the object that is the only one of its class? The layouts are those of `detection`."""
+"""Grounding questions from your own boxes: objects that are the only one of their class. Layouts: see `detection`."""
 
 from .detection import ALL, load_grounding
 from .info import BenchmarkInfo

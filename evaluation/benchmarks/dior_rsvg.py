@@ -1,4 +1,4 @@
-"""DIOR-RSVG: referring expressions in the VOC annotations of the objects, and splits that list objects by their number."""
+"""DIOR-RSVG: referring expressions in VOC annotations, and splits as lists of object numbers."""
 
 from collections import Counter
 from pathlib import Path
@@ -9,33 +9,33 @@ from .sample import Benchmark, BenchmarkError, Sample
 from .voc import read_voc, text, xml_files
 
 
-OBJECTS = 38320  # in all annotations: with another number of them, the numbers in the lists mean other objects
+OBJECTS = 38320  # in all annotations; if one is missing, the numbers in the lists refer to other objects
 
 
 def load_dior_rsvg(name: str, root: Path, split: str, check_counts: bool) -> Benchmark:
-    """The objects that `ROOT/SPLIT.txt` names, counted from 0 over all annotations in the order of their file names.
+    """The objects listed in `ROOT/SPLIT.txt`, numbered from 0 over all annotations in the order of their file names.
 
     The group is the class of the object.
 
     Raises:
-        BenchmarkError: an annotation that is no XML or lacks a field, another number of objects than published, or a list
-            with a line that is no number of an object, or that is there twice.
+        BenchmarkError: an annotation that is not XML or lacks a field, another number of objects than published, or a list
+            with an invalid or repeated number.
     """
     folder = find(root, ("JPEGImages",), "folder of images").name
     paths = xml_files(find(root, ("Annotations",), "folder of annotations"))
     objects = [sample for path in paths for sample in _samples(path, folder)]
     if check_counts and len(objects) != OBJECTS:
         raise BenchmarkError(
-            f"{name}: {len(paths)} files in {root / 'Annotations'} hold {len(objects)} objects, not the published "
-            f"{OBJECTS}. The lists of the splits count objects over all files, so none may be missing. For a subset with "
-            "lists of its own, set check_counts=False."
+            f"{name}: {len(paths)} files in {root / 'Annotations'} have {len(objects)} objects, not the published "
+            f"{OBJECTS}. The lists of the splits number objects over all files, so none may be missing. For a subset with "
+            "its own lists, set check_counts=False."
         )
     path = root / f"{split}.txt"
     lines = read_text(path).split()
     wrong = [line for line in lines if not (line.isdecimal() and int(line) < len(objects))]
     if wrong:
         raise BenchmarkError(
-            f"{path}: {len(wrong)} lines are no number from 0 to {len(objects) - 1}, such as {', '.join(wrong[:SHOWN])}."
+            f"{path}: {len(wrong)} lines are not numbers from 0 to {len(objects) - 1}, such as {', '.join(wrong[:SHOWN])}."
         )
     repeated = [line for line, count in Counter(map(int, lines)).items() if count > 1]
     if repeated:

@@ -1,4 +1,4 @@
-"""What is known of a benchmark before it is loaded. The file of a benchmark holds one such object, `BENCHMARK`."""
+"""Facts about a benchmark that are known before it is loaded. The file of a benchmark defines one, `BENCHMARK`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,20 +11,18 @@ class BenchmarkInfo:
     """Facts about a benchmark. Its name is that of its file, with hyphens.
 
     Attributes:
-        loader: called with name, root, split and check_counts, and with the options of the user that it takes.
-        splits: number of samples of every split; `None` where no source for it was found.
-        tasks: tasks of its samples, which also say how they are asked.
-        source: where it is published.
+        loader: function of name, root, split and check_counts that returns a `Benchmark`. It may take further options.
+        splits: published number of samples of every split; `None` if no source was found.
+        tasks: tasks of its samples, which determine prompts and metrics.
+        source: URL of the publication or download.
         default_split: `None` if the user has to choose.
-        second_test_split: a further test split that some publications report in place of the default.
-        own_splits: further splits may be listed in `ROOT/SPLIT.txt`.
+        second_test_split: a further test split that some publications report instead of the default.
+        own_splits: whether further splits may be listed in `ROOT/SPLIT.txt`.
         needs_root: `False` if it can be loaded without files.
-        without_metric: published splits that no metric here can score, and what they ask for.
-        image_size: (width, height) in pixels of its images, if that is fixed.
-        size_tolerance: pixels by which the sides of published images differ from `image_size`.
-        metrics: see `Benchmark`, as the next two.
-        complete_prompts: whether the questions already say how to answer.
-        numeric_types: groups of questions whose answers are numbers, and that some publications leave out.
+        without_metric: published splits that no metric of this package can score, and what they ask for.
+        image_size: (width, height) in pixels, if all images have the same size.
+        size_tolerance: largest difference in pixels of published images from `image_size`.
+        metrics, complete_prompts, numeric_types: see `Benchmark`.
     """
 
     loader: Callable[..., Benchmark]

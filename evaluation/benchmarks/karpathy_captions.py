@@ -1,7 +1,7 @@
-"""Captions, as RSICD, Sydney captions, UCM captions and RSITMD are published: in Karpathy's JSON file, or in text files.
+"""Captions of RSICD, Sydney captions, UCM captions and RSITMD, in Karpathy's JSON file or in text files.
 
-Karpathy's layout is one JSON file for all splits. The other, `NAME_precomp` in work on image-text retrieval, has two text
-files a split: `train_caps.txt` with one caption a line, and `train_filename.txt` with the names of the images.
+Karpathy's layout is one JSON file for all splits. The other layout, `NAME_precomp` in image-text retrieval, has two text
+files per split: `train_caps.txt` with one caption per line, and `train_filename.txt` with the names of the images.
 """
 
 import logging
@@ -16,7 +16,7 @@ from .sample import Benchmark, BenchmarkError, Sample
 
 logger = logging.getLogger(__name__)
 
-# The JSON file has these; "trainval" is both, as the text files have it.
+# Splits of the benchmark -> splits of the JSON file. The text files merge train and val to "trainval".
 PARTS = {"train": ("train",), "val": ("val",), "test": ("test",), "trainval": ("train", "val")}
 SPLITS = ("train", "val", "test")
 Captions = tuple[str, list[str]]  # the name of an image, and its captions
@@ -24,11 +24,12 @@ Captions = tuple[str, list[str]]  # the name of an image, and its captions
 
 @dataclass(frozen=True)
 class CaptionFiles:
-    """Names under which the captions and the folder of the images are published.
+    """Published names of the caption files and of the image folder.
 
     Attributes:
-        captions: the JSON file.
-        precomp: folders that the text files may lie in. They may also lie in the root.
+        captions: names of the JSON file.
+        images: names of the image folder.
+        precomp: folders of the text files. They may also be in the root.
         precomp_splits: split of the benchmark -> split of the text files.
     """
 
@@ -40,14 +41,14 @@ class CaptionFiles:
     def load(self, name: str, root: Path, split: str, check_counts: bool, broken_rows: str = "error") -> Benchmark:
         """One sample for each image of the split, with all its captions as references.
 
-        The text files are read where the JSON file is absent.
+        The text files are read if there is no JSON file.
 
         Args:
-            broken_rows: "error", or "skip" to leave out images without a caption. They are counted in `left_out`.
+            broken_rows: "error", or "skip" to skip images without a caption. They are counted in `left_out`.
 
         Raises:
             BenchmarkError: see `reading`; or a row of an unknown split, an image without a caption, or text files that do
-                not fit each other.
+                not match.
         """
         texts = next((root / place for place in ("", *self.precomp) if any((root / place).glob("*_caps.txt"))), None)
         if texts is not None and not any((root / file).exists() for file in self.captions):
@@ -82,29 +83,29 @@ class CaptionFiles:
         return Benchmark(name, split, root, samples, left_out=left)
 
     def _read_texts(self, name: str, texts: Path, split: str) -> tuple[Path, list[Captions]]:
-        """The file of the captions, and what it holds."""
+        """The file of the captions, and its content."""
         if split not in self.precomp_splits:
             raise BenchmarkError(
-                f"{name}: the text files in {texts} hold the splits {', '.join(self.precomp_splits)}, not {split!r}."
+                f"{name}: the text files in {texts} have the splits {', '.join(self.precomp_splits)}, not {split!r}."
             )
         part = self.precomp_splits[split]
         path, names_path = texts / f"{part}_caps.txt", texts / f"{part}_filename.txt"
         captions, names = _lines(path), _lines(names_path)
         files = list(dict.fromkeys(names))
-        # Names stand once for each image, or once for each caption.
+        # A name is listed once per image, or once per caption.
         if "" in files or not files or len(names) not in (len(files), len(captions)) or len(captions) % len(files):
             raise BenchmarkError(
-                f"{path} holds {len(captions)} captions and {names_path} {len(names)} names of {len(files)} images. "
-                "Each image needs the same number of captions, and its name once, or once for each caption."
+                f"{path} has {len(captions)} captions and {names_path} {len(names)} names of {len(files)} images. "
+                "Each image needs the same number of captions. Its name must be listed once, or once per caption."
             )
         each = len(captions) // len(files)
         if len(names) == len(captions) and names != [file for file in files for _ in range(each)]:
-            raise BenchmarkError(f"{names_path}: the {each} captions of an image do not stand together.")
+            raise BenchmarkError(f"{names_path}: the {each} captions of an image are not consecutive.")
         return path, [(file, captions[each * number : each * (number + 1)]) for number, file in enumerate(files)]
 
 
 def _lines(path: Path) -> list[str]:
-    """Lines of a text file, blank ones too: their number says to which image they belong."""
+    """Lines of a text file, including blank ones, since the position of a line determines its image."""
     return [line.strip() for line in read_text(path).removesuffix("\n").split("\n")]
 
 
@@ -116,13 +117,13 @@ def take_split(row: Any, path: Path, number: int | str) -> str:
 
 
 def references(captions: list[str], path: Path, image: str) -> tuple[str, ...]:
-    """The captions of one image. Blank ones, which some releases hold, are left out with a warning."""
+    """The captions of one image. Blank captions, which some releases contain, are skipped with a warning."""
     kept = tuple(caption.strip() for caption in captions if caption.strip())
     if not kept:
         raise BenchmarkError(
-            f"{path}: image {image} has no caption. Set broken_rows='skip' to leave such images out, where the benchmark "
-            "takes it; the summary then says how many."
+            f"{path}: image {image} has no caption. Set broken_rows='skip', if the benchmark takes this option, to skip "
+            "such images; the summary then counts them."
         )
     if len(kept) < len(captions):
-        logger.warning(f"{path}: {len(captions) - len(kept)} of {len(captions)} captions of {image} are blank; left out.")
+        logger.warning(f"{path}: {len(captions) - len(kept)} of {len(captions)} captions of {image} are blank and skipped.")
     return kept

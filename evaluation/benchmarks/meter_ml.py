@@ -1,4 +1,4 @@
-"""METER-ML: sources of methane, as folders of classes."""
+"""METER-ML: classification of methane sources, as one folder per class."""
 
 from .class_folders import ALL, ClassFolders
 from .info import BenchmarkInfo

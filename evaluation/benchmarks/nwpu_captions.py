@@ -1,4 +1,4 @@
-"""NWPU-Captions: one JSON file, a list of images for each scene class, and five captions in the fields of each image."""
+"""NWPU-Captions: one JSON file with a list of images for each scene class, and five captions per image."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ CAPTIONS = ("raw", "raw_1", "raw_2", "raw_3", "raw_4")
 
 
 def load_nwpu_captions(name: str, root: Path, split: str, check_counts: bool) -> Benchmark:
-    """One sample for each image of the split; the group is the scene class. Images lie in folders of classes, or in one.
+    """One sample for each image of the split; the group is the scene class. Images are in one folder, or in one per class.
 
     Raises:
         BenchmarkError: see `reading` and `karpathy_captions`.

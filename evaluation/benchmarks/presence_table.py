@@ -1,4 +1,4 @@
-"""Tables of labels, one image a line and 0 or 1 for each label, as questions of yes and no."""
+"""Yes/no questions from a table of labels, with one image per line and 0 or 1 for each label."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,12 @@ ANSWERS = {"0": "no", "1": "yes"}
 
 @dataclass(frozen=True)
 class PresenceTable:
-    """Names of the table and of the folder of images, and what its labels are called in a question.
+    """Layout of a table of labels.
 
     Attributes:
-        labels: label in the head of the table -> what it names, as in "Does this image show cars?".
+        table: names of the file.
+        images: names of the image folder.
+        labels: label in the header of the table -> its wording in "Does this image show cars?".
     """
 
     table: tuple[str, ...]
@@ -27,10 +29,10 @@ class PresenceTable:
         """One question for each image and label; the group is the label.
 
         Args:
-            classes: labels to ask about; all by default.
+            classes: labels to ask about; default: all.
 
         Raises:
-            BenchmarkError: a head with other labels, a line with another number of fields or a value that is not 0 or 1.
+            BenchmarkError: a header with other labels, a line with another number of fields or a value that is not 0 or 1.
         """
         path = find(root, self.table, "table of labels")
         folder = find(root, self.images, "folder of images")
@@ -39,7 +41,7 @@ class PresenceTable:
         (_, head), *lines = list(read_lines(path)) or [(0, "")]
         labels = head.split()[1:]
         if set(labels) != set(self.labels) or len(labels) != len(self.labels):
-            raise BenchmarkError(f"{path}: its head names the labels {labels}, not {list(self.labels)}.")
+            raise BenchmarkError(f"{path}: its header has the labels {labels}, not {list(self.labels)}.")
         samples = []
         for number, line in lines:
             image, *values = line.split()

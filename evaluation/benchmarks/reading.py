@@ -1,4 +1,4 @@
-"""Reads the files of benchmarks and says what is wrong with them: the file, the row, the value, and what was expected."""
+"""Reads the files of benchmarks. Errors name the file, the row, the value, and what was expected."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from ...image_sources_mfrsvlm import image_size, open_image
 from .sample import BenchmarkError, Sample
 
 
-SHOWN = 5  # names in a message about many
+SHOWN = 5  # names listed in a message
 TURNED = range(5, 9)  # values of EXIF's orientation that swap width and height
 ORIENTATION = 0x0112
 
@@ -21,13 +21,13 @@ def find(root: Path, names: Iterable[str], what: str) -> Path:
     """The first of `names` that exists under `root`.
 
     Raises:
-        BenchmarkError: none does; the message lists them.
+        BenchmarkError: none exists; the message lists them.
     """
     names = tuple(names)
     for name in names:
         if (root / name).exists():
             return root / name
-    raise BenchmarkError(f"{root} holds no {what}: looked for {' or '.join(names)}. See docs/benchmarks.md for the layout.")
+    raise BenchmarkError(f"{root} has no {what}: looked for {' or '.join(names)}. See docs/benchmarks.md for the layout.")
 
 
 def read_text(path: Path) -> str:
@@ -35,7 +35,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path, kind: type) -> Any:
-    """A JSON file whose outermost value is a `kind`, `list` or `dict`."""
+    """A JSON file whose outermost value is of type `kind` (`list` or `dict`)."""
     value = _read(files.read_json, path)
     if not isinstance(value, kind):
         raise BenchmarkError(f"{path} holds a {type(value).__name__} where a {kind.__name__} is expected.")
@@ -47,7 +47,7 @@ def read_json_rows(path: Path) -> list[tuple[int, Any]]:
     rows = _read(files.read_rows, path)
     for number, row in rows:
         if isinstance(row, files.NotJSON):
-            raise BenchmarkError(f"{path}, row {number} is not JSON, or its end is missing: {row.reason}.")
+            raise BenchmarkError(f"{path}, row {number} is not JSON, or it is truncated: {row.reason}.")
     return rows
 
 
@@ -62,15 +62,15 @@ def _read(reader: Any, path: Path) -> Any:
     try:
         return reader(path)
     except FileNotFoundError as error:
-        raise BenchmarkError(f"There is no {path}. docs/benchmarks.md says which files the benchmark needs.") from error
+        raise BenchmarkError(f"{path} does not exist. docs/benchmarks.md lists the files of each benchmark.") from error
     except OSError as error:
         raise BenchmarkError(f"{path} cannot be read: {error}.") from error
     except ValueError as error:
-        raise BenchmarkError(f"{error} Download it again if it came like this.") from error
+        raise BenchmarkError(f"{error} If it was downloaded like this, download it again.") from error
 
 
 def take(row: Any, key: str, kind: type | tuple[type, ...], path: Path, number: int | str) -> Any:
-    """`row[key]`, checked to be there and to be of that type. A bool is no number."""
+    """`row[key]`, which must exist and have the type `kind`. A bool does not count as a number."""
     if not isinstance(row, dict):
         raise BenchmarkError(f"{path}, row {number}: a {type(row).__name__} where an object is expected: {shorten(row)}.")
     value = row.get(key)
@@ -85,10 +85,10 @@ def take(row: Any, key: str, kind: type | tuple[type, ...], path: Path, number: 
 
 
 def take_text(row: Any, key: str, path: Path, number: int | str, numbers: bool = False) -> str:
-    """`row[key]` as text that is not blank, without the space around it.
+    """`row[key]` as text, stripped of surrounding space. It must not be blank.
 
     Args:
-        numbers: also a number, as JSON writes it.
+        numbers: whether the value may also be a number.
     """
     text = str(take(row, key, (str, int, float) if numbers else str, path, number)).strip()
     if not text:
@@ -97,14 +97,14 @@ def take_text(row: Any, key: str, path: Path, number: int | str, numbers: bool =
 
 
 def take_box(values: Any, counts: tuple[int, ...], path: Path, number: int | str) -> tuple[float, ...]:
-    """The numbers of one box, checked to be as many as one of `counts`, finite, and numbers."""
+    """The numbers of one box. They must be finite, and their number must be one of `counts`."""
     try:
         box = tuple(float(value) for value in values)
     except (TypeError, ValueError):
         box = ()
     if len(box) not in counts or not all(abs(value) < 1e6 for value in box):
         raise BenchmarkError(
-            f"{path}, row {number}: {shorten(values)} is no box: expected {' or '.join(map(str, counts))} finite numbers."
+            f"{path}, row {number}: {shorten(values)} is not a box: expected {' or '.join(map(str, counts))} finite numbers."
         )
     return box
 
@@ -113,9 +113,9 @@ def take_box(values: Any, counts: tuple[int, ...], path: Path, number: int | str
 
 
 def find_images(folder: Path, root: Path) -> dict[str, str]:
-    """Images in a folder and the folders below: their names, with and without suffix, and their paths from `root`.
+    """Images in a folder and its subfolders: file names, with and without suffix, and paths relative to `root`.
 
-    A name that several images have is left out: it says nothing.
+    A name that several images share is left out, since it is ambiguous.
     """
     found: dict[str, str | None] = {}
     for path in files.list_images(folder, recursive=True):
@@ -125,23 +125,25 @@ def find_images(folder: Path, root: Path) -> dict[str, str]:
 
 
 def require_images(root: Path, names: Iterable[str]) -> None:
-    """Raises a `BenchmarkError` that counts and names the images which do not exist."""
+    """Raises a `BenchmarkError` with the number and the first names of missing images."""
     unique = list(dict.fromkeys(names))
     missing = [name for name in unique if not (root / name).is_file()]
     if missing:
         shown = ", ".join(missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
         raise BenchmarkError(
-            f"{len(missing)} of {len(unique)} images are missing under {root}: {shown}. "
-            "Unpack all images: a sample without its image cannot be asked, and leaving it out would change the score."
+            f"{len(missing)} of {len(unique)} images are missing in {root}: {shown}. "
+            "Unpack all images, since skipping samples would change the score."
         )
 
 
 def require_size(root: Path, names: Iterable[str], size: tuple[int, int], tolerance: int) -> None:
-    """Raises a `BenchmarkError` if images have not the published size. Broken images are left to `Benchmark.read_image`.
+    """Raises a `BenchmarkError` if images do not have the published size. Broken images are ignored here.
 
     Args:
+        root: folder of the images.
+        names: their names.
         size: published (width, height) in pixels.
-        tolerance: by how many pixels published images differ from it.
+        tolerance: largest difference in pixels of a published image.
     """
     unique = list(dict.fromkeys(names))
     wrong = {}
@@ -155,14 +157,14 @@ def require_size(root: Path, names: Iterable[str], size: tuple[int, int], tolera
     if wrong:
         shown = ", ".join(f"{name} with {width} x {height}" for name, (width, height) in list(wrong.items())[:SHOWN])
         raise BenchmarkError(
-            f"{len(wrong)} of {len(unique)} images under {root} have not the published size of {size[0]} x {size[1]} "
-            f"pixels: {shown}. Take the published images: resized ones lose detail. For other images on purpose, set "
+            f"{len(wrong)} of {len(unique)} images in {root} do not have the published size of {size[0]} x {size[1]} "
+            f"pixels: {shown}. Use the published images, since resized images lose detail. To accept other sizes, set "
             "check_sizes=False."
         )
 
 
 def require_sizes_of_annotations(root: Path, samples: Iterable[Sample]) -> None:
-    """Raises a `BenchmarkError` if an image has not the size that its annotation says, to which its boxes refer."""
+    """Raises a `BenchmarkError` if the size of an image differs from its annotation, to which its boxes refer."""
     sizes = {sample.images[0]: sample.image_size for sample in samples if sample.image_size}
     wrong = {}
     for name, size in sizes.items():
@@ -171,23 +173,24 @@ def require_sizes_of_annotations(root: Path, samples: Iterable[Sample]) -> None:
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
             continue
         if found != tuple(size):
-            wrong[name] = f"{name} has {found[0]} x {found[1]} and not {size[0]} x {size[1]}"
+            wrong[name] = f"{name} has {found[0]} x {found[1]}, not {size[0]} x {size[1]}"
     if wrong:
         raise BenchmarkError(
-            f"{len(wrong)} of {len(sizes)} images under {root} have not the size in pixels that their annotation says: "
-            f"{', '.join(list(wrong.values())[:SHOWN])}. Were they resized or turned? If on purpose, set check_sizes=False."
+            f"{len(wrong)} of {len(sizes)} images in {root} do not have the size in pixels of their annotation: "
+            f"{', '.join(list(wrong.values())[:SHOWN])}. Were they resized or rotated? "
+            "To accept them, set check_sizes=False."
         )
 
 
 def stored_size(path: Path) -> tuple[int, int]:
-    """(width, height) of an image as its EXIF data turn it, from its header alone, which is fast."""
+    """(width, height) of an image after its EXIF orientation, in pixels. Reads only the header, which is fast."""
     with Image.open(path) as image:
         width, height = image.size
         return (height, width) if image.getexif().get(ORIENTATION) in TURNED else (width, height)
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """(width, height) of an image in pixels, upright as its EXIF data say. Also checks that the image can be opened."""
+    """(width, height) of an image after its EXIF orientation, in pixels. Also checks that the image can be opened."""
     try:
         height, width = image_size(open_image(path))
     except ValueError as error:
@@ -199,18 +202,21 @@ def read_size(path: Path) -> tuple[int, int]:
 
 
 def inside(box: tuple[float, ...], size: tuple[int, int], path: Path, number: int | str) -> tuple[float, ...]:
-    """A box (x1, y1, x2, y2) cut to its image (width, height). One that is far beyond the image is rejected.
+    """A box (x1, y1, x2, y2) in pixels, clipped to its image of size (width, height).
 
-    Pixels counted from one, and rounded shares, reach a pixel or a hundredth of the side beyond. Farther, the box is written
-    in other units, or belongs to another image.
+    Pixels counted from one and rounded fractions exceed the image by up to a pixel or 1 % of the side. A box that exceeds it
+    by more has other units or belongs to another image.
+
+    Raises:
+        BenchmarkError: the box exceeds the image by more than that.
     """
     limits = size * 2
     if not all(-_slack(side) <= value <= side + _slack(side) for value, side in zip(box, limits, strict=True)):
         raise BenchmarkError(
-            f"{path}, row {number}: box {list(box)} reaches out of its image, {size[0]} pixels wide and {size[1]} high. "
+            f"{path}, row {number}: box {list(box)} exceeds its image, {size[0]} pixels wide and {size[1]} high. "
             f"{likely_scale(box, size)}"
         )
-    # A sum with 0 has no sign where it is 0: "-0.0" in an answer would not be read.
+    # Adding 0 turns -0.0 into 0.0. "-0.0" in an answer would not be parsed.
     cut = tuple(min(max(value, 0.0), float(limit)) + 0.0 for value, limit in zip(box, limits, strict=True))
     if _has_area(box) and not _has_area(cut):
         raise BenchmarkError(
@@ -220,9 +226,9 @@ def inside(box: tuple[float, ...], size: tuple[int, int], path: Path, number: in
 
 
 def likely_scale(box: Sequence[float], size: tuple[int, int]) -> str:
-    """What the numbers of a box that leaves its image may mean, as a sentence."""
+    """A sentence about the likely scale of a box that exceeds its image."""
     if min(box) < -1:
-        return "Negative numbers are no pixels: are its numbers centre and extent, or is it of another image?"
+        return "Negative numbers are no pixels: are its numbers center and extent, or is it of another image?"
     for scale in (100, 1000):
         if max(size) < max(box) <= scale:
             return f"Its numbers fit a scale of 0 to {scale} over the sides: convert them to pixels."
@@ -230,20 +236,20 @@ def likely_scale(box: Sequence[float], size: tuple[int, int]) -> str:
 
 
 def check_boxes(name: str, samples: Iterable[Sample]) -> None:
-    """Whether the boxes of all samples are pixels of their images.
+    """Checks that the boxes of all samples are in pixels of their images.
 
     Raises:
-        BenchmarkError: a box lies outside of its image, or all boxes seem to be on another scale. Names the sample.
+        BenchmarkError: a box lies outside of its image, or all boxes seem to have another scale. Names the sample.
     """
     grounded = [sample for sample in samples if sample.boxes]
     for sample in grounded:
         for box in sample.boxes:
-            # Corners of an oriented box at the edge of its image may lie beyond.
+            # Corners of an oriented box may lie outside of the image.
             if len(box) == 4:
                 inside(box, sample.image_size, Path(name), f"of sample {sample.id}")
     largest = max((value for sample in grounded for box in sample.boxes for value in box), default=0)
     smallest_side = min((side for sample in grounded for side in sample.image_size), default=0)
-    # Twenty true boxes do not all lie in one corner of their images. A single one may, but not within one pixel.
+    # Twenty boxes in pixels are unlikely to be all in one corner. A single box may be, but not within one pixel.
     scale = (
         1 if largest <= 1 < smallest_side / 8 else 100 if largest <= 100 < smallest_side / 2 and len(grounded) > 20 else None
     )
@@ -251,8 +257,8 @@ def check_boxes(name: str, samples: Iterable[Sample]) -> None:
         first = grounded[0]
         raise BenchmarkError(
             f"{name}: no number of the {len(grounded)} boxes is above {scale}, such as {list(first.boxes[0])} of sample "
-            f"{first.id}, in an image of {first.image_size[0]} x {first.image_size[1]} pixels. They seem to be on a scale "
-            f"of 0 to {scale} over the sides: convert them to pixels."
+            f"{first.id}, in an image of {first.image_size[0]} x {first.image_size[1]} pixels. They seem to be scaled to "
+            f"0-{scale}: convert them to pixels."
         )
 
 
@@ -268,29 +274,32 @@ def _has_area(box: Sequence[float]) -> bool:
 
 
 def chosen_classes(classes: Sequence[str] | None, known: Sequence[str], name: str) -> list[str]:
-    """The classes that the user wants, in the order of the benchmark; all of them for `None`.
+    """The classes that the user selected, in the order of the benchmark; all classes for `None`.
 
     Raises:
-        BenchmarkError: no class, or one that the benchmark has not.
+        BenchmarkError: no class, or an unknown class.
     """
     if classes is None:
         return list(known)
     unknown = sorted(set(classes) - set(known))
     if unknown or not classes or isinstance(classes, str):
         wrong = f"has no classes {unknown}" if unknown and not isinstance(classes, str) else f"got classes={classes!r}"
-        raise BenchmarkError(f"{name} {wrong}; choose a list of some of {', '.join(known)}.")
+        raise BenchmarkError(f"{name} {wrong}; pass a list of some of {', '.join(known)}.")
     return [label for label in known if label in classes]
 
 
 def left_out(rows: Mapping[int, str], total: int, path: Path, what: str, broken_rows: str) -> dict[str, int]:
-    """What to note of broken rows that the user leaves out.
+    """The entry of `Benchmark.left_out` for broken rows.
 
     Args:
         rows: broken rows by their number.
+        total: number of rows in the file.
+        path: the file, for messages.
+        what: what is wrong with the rows.
         broken_rows: "error" or "skip".
 
     Raises:
-        BenchmarkError: there are broken rows and the user did not say to skip them; or an unknown value.
+        BenchmarkError: there are broken rows and `broken_rows` is "error"; or an unknown value.
     """
     if broken_rows not in ("error", "skip"):
         raise BenchmarkError(f"broken_rows={broken_rows!r} must be 'error' or 'skip'.")
@@ -300,6 +309,6 @@ def left_out(rows: Mapping[int, str], total: int, path: Path, what: str, broken_
         shown = ", ".join(f"row {number} {shorten(text)}" for number, text in list(rows.items())[:SHOWN])
         raise BenchmarkError(
             f"{path}: {len(rows)} of {total} rows have {what}: {shown}{', ...' if len(rows) > SHOWN else ''}. "
-            "Set broken_rows='skip' to leave them out; the summary then says how many."
+            "Set broken_rows='skip' to skip them; the summary then counts them."
         )
     return {f"rows with {what}": len(rows)}

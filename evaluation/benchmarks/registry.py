@@ -1,4 +1,4 @@
-"""Finds the benchmarks of this folder, and loads one of them."""
+"""Finds the benchmarks of this folder and loads them."""
 
 import inspect
 import os
@@ -14,17 +14,17 @@ from .reading import SHOWN, check_boxes, require_images, require_size, require_s
 from .sample import Benchmark, BenchmarkError
 
 
-PASSED = 4  # arguments that every loader is called with
+PASSED = 4  # number of arguments that every loader takes
 
 
 def find_benchmarks(folders: Iterable[str] = (str(Path(__file__).parent),)) -> dict[str, BenchmarkInfo]:
-    """The `BENCHMARK` of every file that has one, by the name of the file with hyphens."""
+    """The `BENCHMARK` of every file that defines one, by the name of the file with hyphens."""
     names = sorted(info.name for info in pkgutil.iter_modules(folders) if info.name != "registry")
     modules = {name.replace("_", "-"): import_module(f".{name}", __package__) for name in names}
     return {name: module.BENCHMARK for name, module in modules.items() if hasattr(module, "BENCHMARK")}
 
 
-# docs/benchmarks.md says where each number comes from.
+# docs/benchmarks.md lists the source of each number.
 BENCHMARKS = find_benchmarks()
 
 
@@ -38,27 +38,26 @@ def load_benchmark(
     check_sizes: bool = True,
     **options: Any,
 ) -> Benchmark:
-    """Loads one split of a benchmark from disk, and checks that it is whole.
+    """Loads one split of a benchmark from disk, and checks that it is complete.
 
     Args:
         name: a key of `BENCHMARKS`.
         root: folder of its files (see docs/benchmarks.md); `None` only for `scenes`, which are then drawn.
-        split: the official test split by default.
-        check_counts: `False` for a deliberate subset.
-        check_images: `False` if missing images are no error yet. Their size is then not checked either.
-        allow_outside_images: whether images may lie outside of `root`, also by a link.
-        check_sizes: `False` if images are not as large as published, on purpose.
-        options: what only some benchmarks take: `classes`, a list of classes to load, all others being left out on purpose;
-            `broken_rows="skip"` to leave out rows that cannot be asked; `count` of `scenes`; `annotations` of boxes.
+        split: default: the official test split.
+        check_counts: `False` accepts another number of samples than published.
+        check_images: `False` skips the checks that images exist and have the right size.
+        allow_outside_images: whether images may be outside of `root`, also through symbolic links.
+        check_sizes: `False` accepts images of another size than published.
+        options: options of some benchmarks: `classes`, a list of the classes to load; `broken_rows="skip"` to skip rows that
+            cannot be used; `count`, the number of `scenes`; `annotations`, the format of boxes.
 
     Raises:
-        BenchmarkError: an unknown name, split or option, a file that is missing or broken, a row that lacks a field or has
-            one of the wrong type, an id that occurs twice, a number of samples that is not the published one, missing
-            images, images of another size than published, or a box outside of its image. Nothing is left out to make the
-            rest load, unless an option says so.
+        BenchmarkError: an unknown name, split or option; a missing or broken file; a row with a missing field or a field of
+            the wrong type; a repeated id; another number of samples than published; missing images; images of another size
+            than published; or a box outside of its image. No sample is skipped unless an option says so.
     """
     if name not in BENCHMARKS:
-        raise BenchmarkError(f"There is no benchmark {name!r}. Known are {', '.join(BENCHMARKS)}.")
+        raise BenchmarkError(f"Unknown benchmark {name!r}. Benchmarks are {', '.join(BENCHMARKS)}.")
     info = BENCHMARKS[name]
     split = split or info.default_split
     if split is None:
@@ -80,19 +79,19 @@ def load_benchmark(
     benchmark.metrics, benchmark.numeric_types = info.metrics, info.numeric_types
     benchmark.complete_prompts = info.complete_prompts
     found, expected = len(benchmark.samples), info.splits.get(split)
-    # Rows that were left out are counted; how many samples other classes have is not known.
-    whole = None if options.get("classes") is not None else found + sum(benchmark.left_out.values())
+    # Skipped rows count. With some classes left out, the complete number of samples is unknown.
+    total = None if options.get("classes") is not None else found + sum(benchmark.left_out.values())
     if not found:
-        raise BenchmarkError(f"{name}: split {split!r} under {root} holds no samples.")
+        raise BenchmarkError(f"{name}: split {split!r} in {root} has no samples.")
     repeated = [sample_id for sample_id, n in Counter(sample.id for sample in benchmark.samples).items() if n > 1]
     if repeated:
         raise BenchmarkError(
             f"{name}: {len(repeated)} ids of split {split!r} occur more than once, such as {', '.join(repeated[:SHOWN])}."
         )
-    if check_counts and expected is not None and whole not in (None, expected):
+    if check_counts and expected is not None and total not in (None, expected):
         raise BenchmarkError(
-            f"{name}: split {split!r} under {root} holds {whole} samples, not the published {expected}. Figures would not "
-            "be comparable with published ones. Complete the files, or set check_counts=False for a deliberate subset."
+            f"{name}: split {split!r} in {root} has {total} samples, not the published {expected}. Figures would not be "
+            "comparable with published ones. Complete the files, or set check_counts=False for a deliberate subset."
         )
     check_boxes(name, benchmark.samples)
     if benchmark.root is not None and check_images:

@@ -1,4 +1,4 @@
-"""RSIVQA: a text file with one question and its answer a line, `1.tif:How many cars in the picture?two`."""
+"""RSIVQA: a text file with one question and answer per line, `1.tif:How many cars in the picture?two`."""
 
 import re
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from .sample import Benchmark, BenchmarkError, Sample
 SOURCE = "https://github.com/spectralpublic/RSIVQA"
 
 _LINE = re.compile(r"([^:?]+):([^?]+)\?(.*)")
-# Beginnings of questions, in lower case, and their type.
+# First words of a question, in lower case -> its type.
 _TYPES = {
     "what is the theme": "theme",
     "what is the location": "location",
@@ -24,13 +24,13 @@ _GAP = re.compile(r"\S {2,}\S")
 
 @dataclass(frozen=True)
 class RSIVQAFiles:
-    """Names under which the questions and the images are published.
+    """Published names of the question files and image folders.
 
     Attributes:
         files: split -> text files.
-        images: folders that the images may lie in; folders below are searched, too.
-        numbered: number of images if "1.tif" may also be the first image in the order of their paths, as where UCM's numbers
-            stand for the images of UC Merced in folders of classes.
+        images: names of the image folder. Subfolders are also searched.
+        numbered: number of images, if image numbers such as "1.tif" may refer to the images sorted by path. UCM numbers the
+            images of UC Merced like this. 0: they may not.
     """
 
     files: dict[str, tuple[str, ...]]
@@ -38,14 +38,14 @@ class RSIVQAFiles:
     numbered: int = 0
 
     def load(self, name: str, root: Path, split: str, check_counts: bool, broken_rows: str = "error") -> Benchmark:
-        """One sample a line; the group is the type of the question: theme, location, presence or count.
+        """One sample per line; the group is the type of the question: theme, location, presence or count.
 
         Args:
-            broken_rows: "error", or "skip" to leave out lines whose question lacks a word, such as "How many  in the
+            broken_rows: "error", or "skip" to skip lines whose question lacks a word, such as "How many  in the
                 picture?". They are counted in `left_out`.
 
         Raises:
-            BenchmarkError: see `reading`; or a line that is no image, question and answer.
+            BenchmarkError: see `reading`; or a line that is not image, question and answer.
         """
         folder = find(root, self.images, "folder of images")
         known = find_images(folder, root)
@@ -64,7 +64,7 @@ class RSIVQAFiles:
                         f"Questions begin with {', '.join(_TYPES)}."
                     )
                 total += 1
-                # Two spaces in a row are where a word is missing.
+                # Two consecutive spaces mark a missing word.
                 if _GAP.search(match[2].strip()):
                     broken[number] = line
                     continue

@@ -1,4 +1,4 @@
-"""RSIVQA about DOTA: presence and number of objects."""
+"""RSIVQA about DOTA: presence and counts of objects."""
 
 from .info import BenchmarkInfo
 from .rsivqa import SOURCE, RSIVQAFiles

@@ -1,4 +1,4 @@
-"""RSVG-HR: boxes of referring expressions, one a line: `IMAGE,x1,y1,x2,y2,EXPRESSION`, in pixels."""
+"""RSVG-HR: boxes of referring expressions, one per line: `IMAGE,x1,y1,x2,y2,EXPRESSION`, in pixels."""
 
 from pathlib import Path
 
@@ -8,11 +8,11 @@ from .sample import Benchmark, Sample
 
 
 def load_rsvg_hr(name: str, root: Path, split: str, check_counts: bool, broken_rows: str = "error") -> Benchmark:
-    """One sample a line.
+    """One sample per line.
 
     Args:
-        broken_rows: "error", or "skip" to leave out lines without four numbers in order and an expression. The published
-            list for training has one, whose decimal point is a comma: "216,00". They are counted in `left_out`.
+        broken_rows: "error", or "skip" to skip lines without an expression or with box corners in the wrong order. One line
+            of the published training list has a comma as decimal point: "216,00". They are counted in `left_out`.
 
     Raises:
         BenchmarkError: see `reading`; or a box outside of its image.

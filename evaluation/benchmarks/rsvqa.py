@@ -1,7 +1,7 @@
-"""RSVQA, low and high resolution: one JSON file each for the questions, the answers and the images of a split.
+"""RSVQA, low and high resolution: separate JSON files for the questions, answers and images of a split.
 
-A file lists all ids; a row with `active: false` belongs to another split. The text of an active row stands in the row, or
-in the file of all splits.
+Each file lists all ids. Rows with `active: false` belong to another split. The text of an active row is in the row, or in a
+file of all splits.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,13 @@ from .sample import Benchmark, BenchmarkError, Sample
 
 @dataclass(frozen=True)
 class RSVQAFiles:
-    """Names of the files of one of the two data sets."""
+    """Published names of the files of one of the two data sets.
+
+    Attributes:
+        prefix: first part of the names of the files of a split.
+        images: names of the image folder.
+        all_questions, all_answers: names of the files of all splits.
+    """
 
     prefix: str
     images: tuple[str, ...]
@@ -22,13 +28,13 @@ class RSVQAFiles:
     all_answers: tuple[str, ...]
 
     def load(self, name: str, root: Path, split: str, check_counts: bool) -> Benchmark:
-        """Every active question of the split with the active answer that names it; the group is the question's type.
+        """Every active question of the split with its active answer; the group is the type of the question.
 
-        Answers are as written: "yes", "urban", "3" or "17m2". Quantising counts and areas is left to the metric.
+        Answers are kept as published: "yes", "urban", "3" or "17m2". The metric bins counts and areas.
 
         Raises:
             BenchmarkError: see `reading`; or a question without an answer, an answer without a question, two answers to one
-                question, or a question about an image that is not of the split.
+                question, or a question about an image of another split.
         """
         stem = f"{self.prefix}_{split}"
         questions_path, answers_path, images_path = (
@@ -60,7 +66,7 @@ class RSVQAFiles:
                     f"{images_path}."
                 )
             if not samples and not (root / folder / f"{image_id}.tif").exists():
-                suffix = ".png" if (root / folder / f"{image_id}.png").exists() else ".tif"  # some keep converted images
+                suffix = ".png" if (root / folder / f"{image_id}.png").exists() else ".tif"  # images may be converted
             samples.append(
                 Sample(
                     id=str(question_id),
@@ -74,24 +80,24 @@ class RSVQAFiles:
         orphans = answers.keys() - {int(sample.id) for sample in samples}
         if orphans:
             raise BenchmarkError(
-                f"{answers_path}: {len(orphans)} active answers belong to no active question of {questions_path}, such as "
-                f"that to {min(orphans)}. The two files are not of the same split or release."
+                f"{answers_path}: {len(orphans)} active answers have no active question in {questions_path}, such as the "
+                f"answer to {min(orphans)}. The two files are not of the same split or release."
             )
         return Benchmark(name, split, root, samples)
 
 
 def _active(path: Path, key: str, text: str, everything: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Rows of a split that are active, those without `text` taken from the file of all splits by their id."""
+    """Active rows of a split. Rows without the field `text` are taken from the file of all splits, by their id."""
     rows = take(read_json(path, dict), key, list, path, "0")
     active = [row for number, row in enumerate(rows) if take(row, "active", bool, path, number)]
     if all(text in row for row in active):
         return active
-    whole_path = find(path.parent, everything, f"file with the text of the rows that {path.name} only counts")
-    whole = {_id(row): row for row in take(read_json(whole_path, dict), key, list, whole_path, "0")}
-    absent = [_id(row) for row in active if text not in row and _id(row) not in whole]
+    all_path = find(path.parent, everything, f"file with the text of the rows of {path.name}")
+    all_rows = {_id(row): row for row in take(read_json(all_path, dict), key, list, all_path, "0")}
+    absent = [_id(row) for row in active if text not in row and _id(row) not in all_rows]
     if absent:
-        raise BenchmarkError(f"{whole_path} lacks {len(absent)} rows that are active in {path}, such as id {absent[0]}.")
-    return [row if text in row else whole[_id(row)] for row in active]
+        raise BenchmarkError(f"{all_path} lacks {len(absent)} rows that are active in {path}, such as id {absent[0]}.")
+    return [row if text in row else all_rows[_id(row)] for row in active]
 
 
 def _id(row: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What every loader gives: samples, and the benchmark that holds them, opens their images and says how they are scored."""
+"""The data classes of benchmarks: `Sample`, `Metric`, and `Benchmark`, which opens images and defines the metrics."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,18 +11,18 @@ from ...image_sources_mfrsvlm import EIGHT_BIT_MODES, open_image
 
 
 class BenchmarkError(ValueError):
-    """Files of a benchmark that are missing, broken or not what was published. Names the file and, if any, the row."""
+    """Files of a benchmark that are missing, broken or not as published. The message names the file and, if any, the row."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric of `evaluation.metrics` by its name, and the settings that the benchmark fixes."""
+    """The name of a metric in `evaluation.metrics`, and the settings that the benchmark prescribes."""
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-# The metrics of a task, unless a benchmark has its own. The first one gives the score of each sample.
+# Default metrics of each task. The first one computes the score of each sample.
 METRICS: Mapping[str, tuple[Metric, ...]] = {
     "classification": (Metric("classification_accuracy"),),
     "vqa": (Metric("vqa_accuracy"),),
@@ -34,21 +34,21 @@ METRICS: Mapping[str, tuple[Metric, ...]] = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One thing to ask a model.
+    """One question about one or more images.
 
     Attributes:
         id: unique in the split.
-        images: names that `Benchmark.read_image` understands.
+        images: names of images, for `Benchmark.read_image`.
         task: "classification", "vqa", "captioning", "grounding" or "counting".
-        question: the question, the referring expression, or "" where the benchmark asks nothing in words.
-        references: the class; the answers; the captions; the number in digits; () for grounding.
-        group: the type of the question, or the class; figures are split by it.
-        template: the question without its nouns, where questions were made from templates. The majority baseline takes the
-            most frequent answer of each.
-        boxes: grounding only: [x1, y1, x2, y2], or the four corners of an oriented box in order, in pixels of the image,
-            turned as its EXIF data say. As published: a few boxes of published benchmarks have no area.
+        question: the question, or the referring expression; "" if the benchmark has none.
+        references: the class, the answers, the captions, or the count in digits; () for grounding.
+        group: the type of the question, or the class. Figures are also reported by group.
+        template: the question without its nouns, if questions were made from templates. The majority baseline predicts
+            the most frequent answer to each template.
+        boxes: for grounding: [x1, y1, x2, y2], or the four corners of an oriented box in order, in pixels of the image
+            after EXIF orientation. A few boxes of published benchmarks have no area.
         choices: options of a multiple-choice question, in order, without their letters.
-        image_size: (width, height) in pixels; grounding only.
+        image_size: (width, height) in pixels; for grounding only.
     """
 
     id: str
@@ -65,18 +65,21 @@ class Sample:
 
 @dataclass
 class Benchmark:
-    """The samples of one split, and what a protocol has to know about them.
+    """The samples of one split, and the properties that protocols read.
 
     Attributes:
-        root: folder that names of images start from; `None` if there are no files.
-        class_names: all classes that may be the answer, readable; empty where there are none.
-        open_image: gives an image by its name where images are no files.
-        complete_prompts: whether the questions say all that a model needs to know about the form of the answer.
-        allow_outside_images: whether images may be addresses, or lie outside of `root` (also by a link).
-        metrics: metrics by task where they are not those of `METRICS`.
-        tag: tag that RSEvalKit puts before the questions of this split; "" for that of the task.
-        numeric_types: groups of questions whose answers are numbers, and that some publications leave out.
-        left_out: what the user left out on purpose, and how many: `{"rows with a missing word": 294}`.
+        name: a key of `BENCHMARKS`.
+        split: name of the split.
+        root: folder of the images; `None` if they are not files.
+        samples: the samples.
+        class_names: readable names of all classes that may be the answer; empty if there are none.
+        open_image: opens an image by its name if images are not files.
+        complete_prompts: whether the questions already state the form of the answer.
+        allow_outside_images: whether images may be URLs, or files outside of `root` (also through symbolic links).
+        metrics: metrics by task, if they differ from `METRICS`.
+        tag: tag of RSEvalKit for the questions of this split; "" for the tag of the task.
+        numeric_types: groups of questions with numeric answers, which some publications leave out.
+        left_out: what the user left out on purpose, with counts: `{"rows with a missing word": 294}`.
     """
 
     name: str
@@ -93,15 +96,15 @@ class Benchmark:
     left_out: dict[str, int] = field(default_factory=dict)
 
     def metrics_of(self, task: str) -> tuple[Metric, ...]:
-        """The metrics of a task. The first one gives the score of each sample."""
+        """The metrics of a task. The first one computes the score of each sample."""
         return self.metrics.get(task) or METRICS[task]
 
     def read_image(self, name: str) -> Image.Image:
-        """An image of a sample as RGB, upright as its EXIF data say.
+        """An image of a sample as RGB, with its EXIF orientation applied.
 
         Raises:
-            BenchmarkError: there is no such image, it lies outside of `root`, it is broken, or it is not 8-bit grey or RGB:
-                how to stretch other images is not for a loader to guess. Names the file and a sample that shows it.
+            BenchmarkError: the image does not exist, is outside of `root`, is broken, or is not 8-bit gray or RGB. The
+                message names the file and a sample that uses it.
         """
         if self.root is None:
             return self.open_image(name)
@@ -112,7 +115,7 @@ class Benchmark:
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise BenchmarkError(f"{self._where(name)} cannot be read: {error}") from error
         raise BenchmarkError(
-            f"{self._where(name)} has mode {image.mode}; convert it to 8-bit RGB first, and say in the report how."
+            f"{self._where(name)} has mode {image.mode}; convert it to 8-bit RGB first, and report how you did it."
         )
 
     def _where(self, name: str) -> str:

@@ -1,4 +1,4 @@
-"""Our own scenes, whose truth is known: drawn when they are needed, or read from what `python -m mfrsvlm.scenes` wrote."""
+"""Synthetic scenes of this package: drawn on demand, or read from the output of `python -m mfrsvlm.scenes`."""
 
 import functools
 from pathlib import Path
@@ -19,12 +19,12 @@ TASKS = {"classification": "classification", "count": "counting", "grounding": "
 
 
 def load_scenes(name: str, root: Path | None, split: str, check_counts: bool, count: int = 1000) -> Benchmark:
-    """Every question about the scenes of a split; the group is the task of the scene, or its class.
+    """All questions about the scenes of a split. The group is the task of the question, or for classification the class.
 
     Args:
-        root: folder with `SPLIT.jsonl`, or `None` to draw the first `count` scenes of the split, 512 pixels a side, with one
-            question of every task that a scene gives.
-        count: ignored where `root` is given.
+        root: folder with `SPLIT.jsonl`; `None` draws the first `count` scenes of the split, 512 pixels a side, with one
+            question per task.
+        count: number of scenes; ignored if `root` is given.
 
     Raises:
         BenchmarkError: see `reading`.

@@ -1,4 +1,4 @@
-"""UC Merced with 17 labels an image, asked as "Does this image show cars?"."""
+"""UC Merced with 17 labels per image, asked as "Does this image show cars?"."""
 
 from .info import BenchmarkInfo
 from .presence_table import PresenceTable

@@ -37,10 +37,10 @@ LISTS = {
     "relpos_false_dota-test_popula_mc": ("vqa", "relative position, false premise", "{IT}"),
     "relpos_false_dota-test_random_mc": ("vqa", "relative position, false premise", "{IT}"),
 }
-# Lists of RSEvalKit that no metric here can score, and what they ask for.
+# Lists of RSEvalKit that no metric of this package can score, and what they ask for.
 WITHOUT_METRIC = {
-    "gsd_dota_fbp": "metres a pixel, scored by mean absolute error",
-    "obj_meas_dota_test": "lengths in metres, scored by mean absolute error",
+    "gsd_dota_fbp": "meters a pixel, scored by mean absolute error",
+    "obj_meas_dota_test": "lengths in meters, scored by mean absolute error",
     "mlc_fbp_test": "several labels at once",
     "mlc_gid_test": "several labels at once",
     "bfv_crowdai_val": "outlines of buildings",
@@ -49,21 +49,21 @@ WITHOUT_METRIC = {
     "color_false_dota-test_random_open": "free answers that RSEvalKit does not score either",
     "color_false_pan_dota-test": "free answers that RSEvalKit does not score either",
 }
-MULTIPLE_CHOICE = ("_mc", "_mcq")  # ends of the names of such lists
+MULTIPLE_CHOICE = ("_mc", "_mcq")  # suffixes of multiple-choice lists
 
 _OPTION = re.compile(r"^\s*\(?([A-E])[.):]\s*(.+?)\s*$", re.MULTILINE)
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
 def load_vhm_eval(name: str, root: Path, split: str, check_counts: bool) -> Benchmark:
-    """One sample for each conversation of the list `split`. The question is as written, without its image marker.
+    """One sample for each conversation of the list `split`. The question is kept as published, without its image marker.
 
-    Classes are the answers that occur, since the lists name them only within the question. Options of a multiple choice are
-    read from the lines of the question that begin with a letter.
+    The classes are all answers in the list. Options of a multiple choice are the lines of the question that begin with a
+    letter.
 
     Raises:
-        BenchmarkError: see `reading`; or a conversation that is not one question and one answer, a count that is no whole
-            number, or a box that is not four numbers.
+        BenchmarkError: see `reading`; or a conversation that is not one question and one answer, a count that is not an
+            integer, or a box that is not four numbers.
     """
     base = root / "datasets_eval" if (root / "datasets_eval").is_dir() else root
     path = find(base, (f"{split}.json",), "list")
@@ -97,21 +97,21 @@ def load_vhm_eval(name: str, root: Path, split: str, check_counts: bool) -> Benc
 
 def _conversation(row: Any, path: Path, number: int) -> tuple[str, str]:
     turns = take(row, "conversations", list, path, number)
-    said = [turn.get("from") if isinstance(turn, dict) else None for turn in turns]
-    if said != ["human", "gpt"]:
-        raise BenchmarkError(f"{path}, row {number}: expected one question (human) and one answer (gpt), got {said}.")
+    speakers = [turn.get("from") if isinstance(turn, dict) else None for turn in turns]
+    if speakers != ["human", "gpt"]:
+        raise BenchmarkError(f"{path}, row {number}: expected one question (human) and one answer (gpt), got {speakers}.")
     question = take_text(turns[0], "value", path, number).replace("<image>", "").strip()
     return question, take_text(turns[1], "value", path, number, numbers=True)
 
 
 def _reference(answer: str, task: str, path: Path, number: int) -> str:
     if task == "counting" and not answer.isdecimal():
-        raise BenchmarkError(f"{path}, row {number}: the count {answer!r} is no whole number.")
+        raise BenchmarkError(f"{path}, row {number}: the count {answer!r} is not an integer.")
     return answer
 
 
 def _choices(question: str) -> tuple[str, ...]:
-    """Options on lines that begin with A, B and so on, in order; () if there are not at least two."""
+    """Options on lines that begin with A, B and so on, in order; () if there are fewer than two."""
     found = _OPTION.findall(question)
     letters = "".join(letter for letter, _ in found)
     return tuple(text for _, text in found) if len(found) > 1 and "ABCDE".startswith(letters) else ()

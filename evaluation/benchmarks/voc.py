@@ -1,4 +1,4 @@
-"""Annotations in the XML of Pascal VOC: one file an image, with boxes in pixels."""
+"""Annotations in the XML format of Pascal VOC: one file per image, with boxes in pixels."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 @dataclass(frozen=True)
 class VOCObject:
-    """One object: its class, its box cut to the image, and its element, for what else stands there."""
+    """One object: its class, its box in pixels, clipped to the image, and its XML element, for other fields."""
 
     name: str
     box: tuple[float, ...]
@@ -41,7 +41,7 @@ def read_voc(path: Path) -> VOCAnnotation:
     try:
         annotation = ElementTree.parse(path).getroot()
     except (ElementTree.ParseError, OSError) as error:
-        raise BenchmarkError(f"{path} is no XML, or its end is missing: {error}. Download it again.") from error
+        raise BenchmarkError(f"{path} is not XML, or it is truncated: {error}. Download it again.") from error
     width, height = take_box([text(annotation, f"size/{side}", path) for side in ("width", "height")], (2,), path, "size")
     size = int(width), int(height)
     return VOCAnnotation(path, text(annotation, "filename", path), size, list(_objects(annotation, size, path)))
@@ -55,7 +55,7 @@ def _objects(annotation: ElementTree.Element, size: tuple[int, int], path: Path)
 
 
 def text(element: ElementTree.Element, tag: str, path: Path) -> str:
-    """The text of an element's descendant, checked to be there and not blank."""
+    """The text of a descendant of an element, which must exist and not be blank."""
     found = (element.findtext(tag) or "").strip()
     if not found:
         raise BenchmarkError(f"{path}: <{element.tag}> has no <{tag}>, or it is blank.")

@@ -1,7 +1,7 @@
-"""VRSBench: captions, questions and referring expressions about the validation images, which it is evaluated on.
+"""VRSBench: captions, questions and referring expressions about the validation images.
 
-They are read from the three evaluation files (`VRSBench_EVAL_*.json`) or, where these are absent, from the annotations of
-single images (`Annotations_val/*.json`) that the files were made from.
+They are read from the three evaluation files (`VRSBench_EVAL_*.json`) or, if these are missing, from the annotations of
+single images (`Annotations_val/*.json`), from which the files were made.
 """
 
 import re
@@ -19,14 +19,14 @@ SOURCE = "https://huggingface.co/datasets/xiang709/VRSBench"
 IMAGE_SIZE = (512, 512)
 ANNOTATIONS = "Annotations_val"
 IMAGES = ("Images_val", "images/Images_val")
-BOX_SCALE = 100  # boxes are written in hundredths of the sides of the image
+BOX_SCALE = 100  # boxes are scaled to 0-100
 
 _BOX = re.compile(r"\{<(\d+)><(\d+)><(\d+)><(\d+)>\}")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of an evaluation file, or a part of an annotation, and where it stands."""
+    """A row of an evaluation file, or a part of an annotation, with its file and number."""
 
     path: Path
     number: int
@@ -36,7 +36,7 @@ class Row:
     annotated: bool
 
     def text(self, in_file: str, in_annotation: str, numbers: bool = False) -> str:
-        """The field of one of the two names."""
+        """The text of a field, by its name in an evaluation file or in an annotation."""
         return take_text(self.content, in_annotation if self.annotated else in_file, self.path, self.number, numbers)
 
 
@@ -66,10 +66,11 @@ def load_questions(name: str, root: Path, split: str, check_counts: bool) -> Ben
 
 
 def load_referring(name: str, root: Path, split: str, check_counts: bool) -> Benchmark:
-    """Every referring expression with its upright box. The group is "unique" if the object is the only one of its class.
+    """Every referring expression with its axis-aligned box. The group is "unique" or "non unique", by the class in the
+    image.
 
-    Both layouts give the box that VRSBench is scored with: corners cut down to whole hundredths of the image's sides. A few
-    boxes have no area once they are cut.
+    Both layouts give the boxes of VRSBench's own evaluation: corners truncated to whole hundredths of the sides of the
+    image. A few truncated boxes have no area.
     """
     rows = list(_rows(root, "referring", "objects"))
     require_images(root, (row.image for row in rows))
@@ -95,7 +96,7 @@ def load_referring(name: str, root: Path, split: str, check_counts: bool) -> Ben
 
 
 def _rows(root: Path, task: str, parts: str | None) -> Iterator[Row]:
-    """Rows of the evaluation file of a task, or else of all annotations: their `parts`, or each as a whole."""
+    """Rows of the evaluation file of a task, or of all annotations: one row per item of `parts`, or one per annotation."""
     images = find(root, IMAGES, "folder of images").relative_to(root).as_posix()
     source = find(root, (f"VRSBench_EVAL_{task}.json", f"RSBench_EVAL_{task}.json", ANNOTATIONS), "evaluation file")
     if source.name != ANNOTATIONS:
@@ -104,7 +105,7 @@ def _rows(root: Path, task: str, parts: str | None) -> Iterator[Row]:
             sample_id = str(take(content, "question_id", (int, str), source, number))
             yield Row(source, number, sample_id, image, content, annotated=False)
         return
-    # What the annotations were generated from lies beside them, as *input.json.
+    # The folder also contains *input.json, from which the annotations were generated.
     paths = [path for path in sorted(source.glob("*.json")) if not (is_hidden(path) or path.name.endswith("input.json"))]
     for path in paths:
         annotation = read_json(path, dict)
@@ -121,18 +122,18 @@ def _box_of_file(row: Row) -> tuple[float, ...]:
     numbers = _BOX.fullmatch(written)
     if numbers is None or max(map(int, numbers.groups())) > BOX_SCALE:
         raise BenchmarkError(
-            f"{row.path}, row {row.number}: 'ground_truth' {written!r} is no box; expected {{<x1><y1><x2><y2>}} with whole "
-            f"numbers from 0 to {BOX_SCALE}."
+            f"{row.path}, row {row.number}: 'ground_truth' {written!r} is not a box; expected {{<x1><y1><x2><y2>}} with "
+            f"integers from 0 to {BOX_SCALE}."
         )
     return tuple(map(float, numbers.groups()))
 
 
 def _box_of_annotation(row: Row) -> tuple[float, ...]:
-    """The upright box around the corners, which are shares of the sides, cut to the image and to whole hundredths."""
+    """The bounding box of the corners, which are relative to the sides; clipped, and truncated to whole hundredths."""
     corners = take_box(take(row.content, "obj_corner", list, row.path, row.number), (8,), row.path, row.number)
     if not all(-1 <= value <= 2 for value in corners):
         raise BenchmarkError(
-            f"{row.path}, row {row.number}: 'obj_corner' {corners} must be shares of the image's sides, not pixels."
+            f"{row.path}, row {row.number}: 'obj_corner' {corners} must be relative to the sides of the image, not pixels."
         )
     x, y = corners[::2], corners[1::2]
     return tuple(float(int(min(max(value, 0), 1) * BOX_SCALE)) for value in (min(x), min(y), max(x), max(y)))

@@ -1,4 +1,4 @@
-"""WHU-RS19: scene classification, 19 classes. Sources differ on the size of its images, so that it is not checked."""
+"""WHU-RS19: scene classification, 19 classes. Sources disagree on the image size, so it is not checked."""
 
 from .class_folders import ALL, ClassFolders
 from .info import BenchmarkInfo

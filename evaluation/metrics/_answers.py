@@ -1,4 +1,4 @@
-"""How an answer in words is read: by rules that see the answer and what may be answered, never the reference."""
+"""Rules that parse answers in words. They use the answer and the possible answers, never the reference."""
 
 import re
 import unicodedata
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 def tidy(text: str) -> str:
-    """Lower case, without space around it and one full stop at its end; forms of one character that look alike are one."""
+    """NFKC-normalized text in lower case, without surrounding space and one full stop at the end."""
     text = unicodedata.normalize("NFKC", text).lower().strip()
     return text.removesuffix(".").rstrip()
 
@@ -20,15 +20,15 @@ def without_spaces_and_dots(text: str) -> str:
 
 
 def letter(text: str) -> str:
-    """The letter of an option, A to J, that the text begins with: "B", "b)", "(B) forest", "B. forest"; else "".
+    """The letter of an option, A to J, at the beginning of a text: "B", "b)", "(B) forest", "B. forest"; else "".
 
-    A small letter is one only if nothing else stands there, since "a" is a word.
+    A lower-case letter counts only if the text contains nothing else, since "a" is a word.
     """
     match = re.match(r"[\s(\[\"'*]*(?:([A-J])(?!\w)|([a-j])[\s).\]\"'*:]*$)", unicodedata.normalize("NFKC", text))
     return (match[1] or match[2]).upper() if match else ""
 
 
-# How texts are made alike before they are compared, by rule.
+# Normalization of texts before they are compared, by rule.
 READERS: dict[str, Callable[[str], str]] = {
     "exact": tidy,
     "contained": without_spaces,
@@ -38,23 +38,24 @@ READERS: dict[str, Callable[[str], str]] = {
 
 
 def agrees(rule: str, answer: str, reference: str) -> bool:
-    """Whether an answer is right, both as `READERS[rule]` gives them. An empty one never is."""
+    """Whether an answer is correct, both normalized by `READERS[rule]`. An empty answer never is."""
     return bool(answer) and (answer in reference if rule == "contained" else answer == reference)
 
 
 class ClassReader:
-    """Reads the class that an answer names.
+    """Parses the class that an answer names.
 
     Rules:
-        exact: the answer is the name, but for case, space around it and a full stop.
-        without_spaces: the same, all spaces and full stops taken out (as GeoChat).
-        contained: the answer, in lower case and without spaces, is a part of the name (as RSEvalKit). It may be part of
-            several names; then it stands for all of them.
-        first_mentioned: the name that is mentioned first in the answer, as whole words; of two that begin at the same
-            place, the longer one.
+        exact: the answer equals the name, except for case, surrounding space and a full stop.
+        without_spaces: the same, after removal of all spaces and full stops (as GeoChat).
+        contained: the name contains the answer, in lower case and without spaces (as RSEvalKit). If several names contain
+            it, it stands for all of them.
+        first_mentioned: the first name that occurs in the answer as a word or phrase; of two that begin at the same
+            position, the longer one.
 
     Raises:
-        ValueError: a name that is no text or in which the rule leaves nothing, or two names that the rule cannot tell apart.
+        ValueError: a name that is not text or that is empty after normalization, or two names that the rule cannot
+            distinguish.
     """
 
     RULES = ("exact", "without_spaces", "contained", "first_mentioned")
@@ -65,19 +66,19 @@ class ClassReader:
         self.names: dict[str, str] = {}
         for name in names:
             if not isinstance(name, str):
-                raise ValueError(f"The class name {name!r} is no text.")
+                raise ValueError(f"The class name {name!r} is not text.")
             key = self.read_text(name)
             if not key:
-                raise ValueError(f"The class name {name!r} is empty to the rule {rule!r}: rename it.")
+                raise ValueError(f"The class name {name!r} is empty under the rule {rule!r}: rename it.")
             if self.names.setdefault(key, name) != name:
                 raise ValueError(
-                    f"The classes {self.names[key]!r} and {name!r} are the same to the rule {rule!r}: rename one."
+                    f"The classes {self.names[key]!r} and {name!r} are equal under the rule {rule!r}: rename one."
                 )
         longest_first = sorted(map(re.escape, self.names), key=len, reverse=True)
         self.mention = re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)")
 
     def read(self, answer: str) -> list[str]:
-        """Names of the classes that the answer stands for; empty if there is none."""
+        """Names of the classes that the answer names; empty if there is none."""
         text = self.read_text(answer)
         if self.rule == "contained":
             return [name for key, name in self.names.items() if text and text in key]

@@ -1,4 +1,4 @@
-"""The base class of all metrics. It rejects input that `evaluate` would let through, or reject without saying why."""
+"""The base class of all metrics. It rejects input that `evaluate` would accept, or reject without a clear error."""
 
 import inspect
 import math
@@ -16,12 +16,12 @@ from mfrsvlm.files.reading import shorten
 
 @dataclass(frozen=True)
 class Kind:
-    """What one prediction or reference is.
+    """The type of predictions or references.
 
     Attributes:
-        name: in words, for errors.
-        feature: what `evaluate` stores it as.
-        accepts: whether a value is one.
+        name: description for errors.
+        feature: feature of `datasets` for storage.
+        accepts: function that returns whether a value has this type.
     """
 
     name: str
@@ -34,7 +34,7 @@ def is_text(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether this is a finite number; `True` and `False` are none."""
+    """Whether this is a finite number. `True` and `False` do not count as numbers."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -72,11 +72,11 @@ PROBABILITY = Kind("a number from 0 to 1", Value("float64"), lambda value: is_nu
 YES_OR_NO = Kind("'yes' or 'no'", Value("string"), lambda value: is_text(value) and value in ("yes", "no"))
 
 
-# Abstract, so that `evaluate`, which takes the first class it finds in a module, passes over it.
+# Abstract, so that `evaluate`, which takes the first class of a module that is not abstract, skips it.
 class CheckedMetric(evaluate.Metric, ABC):
-    """A metric whose predictions and references are lists of the same length, with something in them.
+    """A metric whose predictions and references are non-empty lists of the same length.
 
-    What its module says is its page: an example, limitations, and the citation at the end.
+    The docstring of its module is its documentation: an example, limitations, and the citation at the end.
     """
 
     prediction: Kind
@@ -95,7 +95,7 @@ class CheckedMetric(evaluate.Metric, ABC):
     def _compute(self, predictions: list[Any], references: list[Any], **settings: Any) -> dict[str, Any]: ...
 
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
-        """Adds one prediction and its reference, for a `compute` without them.
+        """Adds one prediction and its reference. Call `compute()` without arguments afterwards.
 
         Raises:
             ValueError: see `compute`.
@@ -103,7 +103,7 @@ class CheckedMetric(evaluate.Metric, ABC):
         self.add_batch(predictions=[prediction], references=[reference], **kwargs)
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
-        """Adds predictions and their references, for a `compute` without them.
+        """Adds predictions and their references. Call `compute()` without arguments afterwards.
 
         Raises:
             ValueError: see `compute`.
@@ -129,22 +129,22 @@ class CheckedMetric(evaluate.Metric, ABC):
         """Figures, `parsed` and `scores`, see `mfrsvlm.evaluation.metrics`.
 
         Raises:
-            ValueError: no predictions, another number of references, a member that is `None` or of the wrong type, or a
-                setting that is not known or does not fit.
+            ValueError: no predictions, another number of references, a value that is `None` or of the wrong type, or an
+                unknown or invalid setting.
         """
         if predictions is None and references is None and not len(self):
             raise ValueError(f"{self.name}: there are no predictions.")
         known = list(inspect.signature(self._compute).parameters)[2:]
         for setting in settings:
             if setting not in known:
-                raise ValueError(f"{self.name}: no setting is called {setting!r}; there are {', '.join(known) or 'none'}.")
+                raise ValueError(f"{self.name}: unknown setting {setting!r}; settings are {', '.join(known) or 'none'}.")
         return super().compute(predictions=predictions, references=references, **settings)
 
     def one_of(self, setting: str, value: Any, known: Sequence[str]) -> None:
-        """Raises ValueError if a setting has none of the values it may have."""
+        """Raises ValueError if a setting has an unknown value."""
         if value not in known:
             raise ValueError(f"{self.name}: {setting}={value!r} is not one of {', '.join(known)}.")
 
 
 def hint(value: Any) -> str:
-    return " A model that said nothing said ''." if value is None else ""
+    return " Pass '' for an empty answer." if value is None else ""

@@ -9,7 +9,7 @@ from mfrsvlm.evaluation.intervals import QUANTILES, figure
 
 
 def by_group(groups: Sequence[str], scores: Sequence[float]) -> dict[str, dict[str, Any]]:
-    """The mean score of each group, in the order of their names."""
+    """The mean score of each group, sorted by name."""
     members: dict[str, list[float]] = {}
     for group, score in zip(groups, scores, strict=True):
         members.setdefault(group, []).append(score)
@@ -17,13 +17,13 @@ def by_group(groups: Sequence[str], scores: Sequence[float]) -> dict[str, dict[s
 
 
 def mean_over_groups(groups: Sequence[str], scores: Sequence[float], seed: int = 0, draws: int = 2000) -> dict[str, Any]:
-    """The mean of the mean scores of the groups, each of which counts the same, however few samples it has.
+    """The unweighted mean of the mean scores of the groups.
 
-    The interval is that of drawing samples from all groups together; a draw without any of a group is the mean over the
-    others.
+    For the interval, samples are drawn from all groups together. If a draw has no sample of a group, it is the mean over the
+    other groups.
     """
     names, group_of = np.unique(np.asarray(groups), return_inverse=True)
-    # How often each pair of group and score is drawn: as exact as which samples are, and small.
+    # Draw how often each pair of group and score occurs, instead of which samples: equivalent, and small.
     cells, counts = np.unique(np.stack([group_of, np.asarray(scores, np.float64)], axis=1), axis=0, return_counts=True)
     group_of_cell = (cells[:, 0].astype(int)[:, None] == np.arange(len(names))).astype(np.float64)  # (cells, groups)
 
@@ -38,11 +38,11 @@ def mean_over_groups(groups: Sequence[str], scores: Sequence[float], seed: int =
 
 
 def check_groups(metric: str, setting: str, groups: Any, n: int) -> None:
-    """Raises ValueError unless there are n groups, each a text that is not blank."""
+    """Raises ValueError unless there are n groups, each a non-blank text."""
     if isinstance(groups, str) or not isinstance(groups, Sequence):
         raise ValueError(f"{metric}: {setting} must be a list, got {type(groups).__name__}.")
     if len(groups) != n:
         raise ValueError(f"{metric}: {len(groups)} {setting} but {n} predictions.")
     for index, group in enumerate(groups):
         if not isinstance(group, str) or not group.strip():
-            raise ValueError(f"{metric}: {setting}[{index}] is {group!r}, not a text that is not blank.")
+            raise ValueError(f"{metric}: {setting}[{index}] is {group!r}, but must be text that is not blank.")

@@ -1,7 +1,7 @@
 """The two parts of COCO's caption evaluation that are written in Java: its tokenizer, and METEOR 1.5.
 
-Both are run from the archives that `pycocoevalcap` carries, with the same options as it. Its own wrappers are not used: they
-write into the folder they are installed in, take the encoding of the terminal, and lose track if a line breaks.
+Both are run from the archives in `pycocoevalcap`, with the same options. Its own wrappers are not used: they write into the
+folder of the package, depend on the encoding of the terminal, and fail on line breaks in captions.
 """
 
 import shutil
@@ -22,28 +22,28 @@ METEOR = COCO / "meteor" / pycocoevalcap.meteor.meteor.METEOR_JAR
 
 
 def java_command(*arguments: str) -> list[str]:
-    """Raises OSError if there is no Java."""
+    """A Java command line. Raises OSError if Java is not installed."""
     java = shutil.which("java")
     if java is None:
         raise OSError(
-            'The captioning variant "coco" needs Java, and there is no `java` here. Install it (on Debian: apt-get install '
-            'default-jre-headless), or take the variant "coco_without_java" (protocol strict-without-java), which leaves '
-            "METEOR out and splits words by a plain rule."
+            'The captioning variant "coco" needs Java, but there is no `java` here. Install it (on Debian: apt-get install '
+            'default-jre-headless), or use the variant "coco_without_java" (protocol strict-without-java), which leaves '
+            "METEOR out and splits words by a simple rule."
         )
-    # Text goes in and out as UTF-8 wherever this runs.
+    # UTF-8 on all platforms.
     return [java, "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", *arguments]
 
 
 def tokenize(captions: Sequence[str]) -> list[str]:
-    """Words of each caption as the Penn Treebank splits them, in lower case and without punctuation, joined by spaces.
+    """Words of each caption, split as in the Penn Treebank, in lower case and without punctuation, joined by spaces.
 
-    Whether a full stop belongs to the word before it may depend on the next caption. So that all comes out as published,
-    references and predictions are given apart, each in their order. Brackets are words, "-lrb-" and "-rrb-", as published.
+    Whether a full stop belongs to the word before it may depend on the next caption. As in the published evaluation,
+    references and predictions are therefore tokenized separately, in their order. Brackets become "-lrb-" and "-rrb-".
 
     Raises:
-        OSError: there is no Java, or it failed.
+        OSError: Java is not installed, or it failed.
     """
-    # Every kind of line break becomes a space, since a line is a caption.
+    # Line breaks become spaces, since the tokenizer takes one caption per line.
     lines = [" ".join(caption.split()) for caption in captions]
     command = java_command("-cp", str(TOKENIZER), "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase")
     done = subprocess.run(command, input="\n".join(lines), capture_output=True, encoding="utf-8")
@@ -51,15 +51,15 @@ def tokenize(captions: Sequence[str]) -> list[str]:
     while len(found) < len(lines) and not lines[len(found)]:
         found.append("")  # blank lines at the end
     if done.returncode or len(found) != len(lines):
-        raise OSError(f"The tokenizer gave {len(found)} lines for {len(lines)} captions: {done.stderr.strip()[-500:]}")
+        raise OSError(f"The tokenizer returned {len(found)} lines for {len(lines)} captions: {done.stderr.strip()[-500:]}")
     return [" ".join(word for word in line.split() if word not in PUNCTUATIONS) for line in found]
 
 
 class Meteor:
-    """METEOR 1.5 as a process that answers line by line, for use in `with`.
+    """METEOR 1.5 as a child process, a context manager.
 
     Raises:
-        OSError: there is no Java, or it failed.
+        OSError: Java is not installed, or it failed.
     """
 
     def __enter__(self) -> "Meteor":
@@ -86,21 +86,22 @@ class Meteor:
         return answer.strip()
 
     def statistics(self, candidate: str, references: Sequence[str]) -> list[float]:
-        """What METEOR counts in a caption, beside the reference that suits it best: 23 numbers that add up over captions.
+        """The 23 statistics of METEOR for a caption and its best reference. They are summed over captions.
 
-        They add up as METEOR adds them: a caption that is all of the reference in its order has no chunk.
+        As in METEOR's own sum, a caption that equals its reference has no chunk.
 
         Args:
-            candidate: words joined by spaces; the references likewise.
+            candidate: words joined by spaces.
+            references: words joined by spaces.
         """
         texts = [text.replace("|", " ") for text in (*references, candidate)]
         numbers = [float(number) for number in self.ask("SCORE", *texts).split()]
-        said, true, (chunks, said_matched, true_matched) = numbers[0], numbers[1], numbers[20:]
-        if chunks == 1 and said_matched == said and true_matched == true:
+        predicted, true, (chunks, predicted_matched, true_matched) = numbers[0], numbers[1], numbers[20:]
+        if chunks == 1 and predicted_matched == predicted and true_matched == true:
             numbers[20] = 0.0
         return numbers
 
     def value(self, statistics: np.ndarray) -> float:
         """METEOR from the sum of the statistics of captions."""
-        self.ask("EVAL", " ".join(map(str, statistics)))  # of the one caption that the sum is taken for
-        return float(self.process.stdout.readline())  # and of all
+        self.ask("EVAL", " ".join(map(str, statistics)))  # the score of the sum as a single caption
+        return float(self.process.stdout.readline())  # the score of all captions

@@ -1,4 +1,4 @@
-"""BLEU-1 to 4, METEOR, ROUGE-L and CIDEr of captions, in the three ways in which they are computed in this field.
+"""BLEU-1 to 4, METEOR, ROUGE-L and CIDEr of captions, in three variants.
 
 Example:
     >>> from mfrsvlm.evaluation.metrics import load_metric
@@ -16,12 +16,12 @@ Example:
     {'bleu_1': 0.7585, 'bleu_2': 0.4704, 'rouge_l': 0.7524, 'cider': 2.0862}
 
 Limitations:
-- CIDEr counts in the references of all samples how rare words are: a part of a set gives other values than the whole, and a
-  single sample always gives 0. For the interval these counts stay as they are in the whole set.
-- Words that say the same in other ways are wrong, but for METEOR's synonyms. Those of `upstream` come from the WordNet 3.0
-  that is part of METEOR 1.5, so that nothing is downloaded; NLTK's own WordNet would also find those of inflected words.
-  NLTK looks for synonyms among stems, and so finds few.
-- `rouge_score` knows only the letters a to z and digits.
+- CIDEr weighs words by their frequency in the references of all samples. A part of a set therefore gives other values than
+  the full set, and a single sample always gives 0. The interval uses the frequencies of the full set.
+- Paraphrases are wrong, except for METEOR's synonyms. The synonyms of `upstream` come from the WordNet 3.0 in METEOR 1.5, so
+  that nothing is downloaded; NLTK's own WordNet would also find synonyms of inflected words. NLTK looks for synonyms of
+  stems, and so finds few.
+- `rouge_score` ignores characters other than a to z and digits.
 - English only.
 
 Citation:
@@ -55,23 +55,23 @@ WORD = re.compile(r"\w+(?:[-'\u2019]\w+)*")
 
 
 class Captioning(CheckedMetric):
-    """How close captions are to one or more reference captions, by the words and runs of words that they share.
+    """Similarity of captions to one or more reference captions, by their common n-grams.
 
     Variants:
-        coco: as the COCO caption evaluation (`pycocoevalcap`): captions are split into words by the tokenizer of the Penn
-            Treebank, in lower case and without punctuation; METEOR 1.5. Both need Java.
-        coco_without_java: the same BLEU, ROUGE-L and CIDEr, but words are runs of letters and digits, held together by
-            hyphens and apostrophes, in lower case. No METEOR.
-        upstream: as the scripts of MF-RSVLM: BLEU by `sacrebleu` (its own tokenizer, with case, smoothed), METEOR of 2007 by
-            `nltk` on what stands between spaces, the best reference; CIDEr on what stands between spaces, with case and
-            punctuation; F1 of ROUGE-L by `rouge_score`, on stems, the best reference.
+        coco: the COCO caption evaluation (`pycocoevalcap`): words are split by the tokenizer of the Penn Treebank, in lower
+            case and without punctuation; METEOR 1.5. Both need Java.
+        coco_without_java: the same BLEU, ROUGE-L and CIDEr, but words are sequences of letters, digits, inner hyphens and
+            inner apostrophes, in lower case. No METEOR.
+        upstream: the scripts of MF-RSVLM: BLEU by `sacrebleu` (its own tokenizer, case-sensitive, smoothed); METEOR of 2007
+            by `nltk`, split at spaces, best reference; CIDEr, split at spaces, with case and punctuation; F1 of ROUGE-L by
+            `rouge_score`, on stems, best reference.
 
-    Synonyms of the METEOR by `nltk` are taken from the WordNet 3.0 that comes with METEOR 1.5, so that nothing has to be
-    downloaded. Its own reader of WordNet would also look up the base form of an inflected word, which rarely matters, since
-    words with the same stem are paired before synonyms are looked for.
+    The METEOR of `nltk` uses synonyms from the WordNet 3.0 in METEOR 1.5, so that nothing is downloaded. NLTK's own WordNet
+    would also look up the base form of an inflected word. This rarely matters, since words with the same stem are matched
+    before synonyms.
 
-    BLEU, and the METEOR of `coco`, are taken over all captions together; ROUGE-L, CIDEr and the METEOR of `upstream` are
-    means over captions. A caption without a word scores 0 and is never left out.
+    BLEU and the METEOR of `coco` are computed over all captions together. ROUGE-L, CIDEr and the METEOR of `upstream` are
+    means over captions. A caption without a word scores 0 and is never skipped.
     """
 
     prediction, reference = TEXT, SOME_TEXTS
@@ -79,15 +79,13 @@ class Captioning(CheckedMetric):
     def _compute(self, predictions, references, variant="coco"):
         """
         Args:
-            predictions: list of captions, as the model gave them.
+            predictions: list of captions, as generated.
             references: list of lists of captions.
             variant: "coco", "coco_without_java" or "upstream".
 
         Returns:
             bleu_1, bleu_2, bleu_3, bleu_4, meteor, rouge_l: from 0 to 1.
-            cider: from 0 to 10. How rare a run of words is, is counted in the references of all samples, so that a part of
-                a set gives other values than the whole, and a single sample always gives 0. For the interval it stays as
-                counted in all.
+            cider: from 0 to 10. N-grams are weighed by their frequency in the references of all samples, see limitations.
             parsed: the words that were compared, joined by spaces.
             scores: ROUGE-L of each caption, which does not depend on the other samples.
         """
@@ -97,7 +95,7 @@ class Captioning(CheckedMetric):
         truths = [[next(split) for _ in group] for group in references]
         for index, group in enumerate(truths):
             if not any(group):
-                raise ValueError(f"{self.name}: references[{index}] holds no word: {references[index]}.")
+                raise ValueError(f"{self.name}: references[{index}] has no word: {references[index]}.")
         figures, scores = VARIANTS[variant](candidates, truths)
         return {**figures, "parsed": candidates, "scores": scores}
 
@@ -110,25 +108,25 @@ Result = tuple[dict[str, dict[str, Any]], list[float]]  # figures, and ROUGE-L o
 def coco(candidates: Captions, references: References) -> Result:
     figures, scores = coco_without_java(candidates, references)
     with _java.Meteor() as meteor:
-        statistics = [meteor.statistics(said, true) for said, true in zip(candidates, references, strict=True)]
+        statistics = [meteor.statistics(text, true) for text, true in zip(candidates, references, strict=True)]
         return {**figures, "meteor": corpus_value(statistics, meteor.value)}, scores
 
 
 def coco_without_java(candidates: Captions, references: References) -> Result:
     bleu = BleuScorer()
-    for said, true in zip(candidates, references, strict=True):
-        bleu += (said, true)
+    for text, true in zip(candidates, references, strict=True):
+        bleu += (text, true)
     statistics = [
         [
             *counts["correct"],
             *counts["guess"],
             counts["testlen"],
-            min(counts["reflen"], key=lambda length, said=counts["testlen"]: (abs(length - said), length)),
+            min(counts["reflen"], key=lambda length, own=counts["testlen"]: (abs(length - own), length)),
         ]
         for counts in bleu.ctest
     ]
     rouge = Rouge()
-    scores = [rouge.calc_score([said], true) if said else 0.0 for said, true in zip(candidates, references, strict=True)]
+    scores = [rouge.calc_score([text], true) if text else 0.0 for text, true in zip(candidates, references, strict=True)]
     return {
         **{f"bleu_{n}": corpus_value(statistics, functools.partial(coco_bleu, n=n)) for n in ORDERS},
         "rouge_l": figure(scores),
@@ -137,19 +135,19 @@ def coco_without_java(candidates: Captions, references: References) -> Result:
 
 
 def upstream(candidates: Captions, references: References) -> Result:
-    bleu = BLEU(effective_order=True)  # which matters for single captions only, whose BLEU is not used
+    bleu = BLEU(effective_order=True)  # affects only the BLEU of single captions, which is not used
     statistics = []
-    for said, true in zip(candidates, references, strict=True):
-        counts = bleu.sentence_score(said, true)
+    for text, true in zip(candidates, references, strict=True):
+        counts = bleu.sentence_score(text, true)
         statistics.append([*counts.counts, *counts.totals, counts.sys_len, counts.ref_len])
     stemmer = SimpleNamespace(stem=functools.cache(PorterStemmer().stem))
     meteor = [
-        meteor_score([text.split() for text in true], said.split(), stemmer=stemmer, wordnet=METEORS_WORDNET)
-        for said, true in zip(candidates, references, strict=True)
+        meteor_score([one.split() for one in true], text.split(), stemmer=stemmer, wordnet=METEORS_WORDNET)
+        for text, true in zip(candidates, references, strict=True)
     ]
     rouge = RougeScorer(["rougeL"], use_stemmer=True)
     scores = [
-        float(rouge.score_multi(true, said)["rougeL"].fmeasure) for said, true in zip(candidates, references, strict=True)
+        float(rouge.score_multi(true, text)["rougeL"].fmeasure) for text, true in zip(candidates, references, strict=True)
     ]
     return {
         **{f"bleu_{n}": corpus_value(statistics, functools.partial(sacre_bleu, n=n)) for n in ORDERS},
@@ -172,10 +170,11 @@ SPLITTERS: dict[str, Callable[[Sequence[str]], list[str]]] = {
 
 
 def corpus_value(statistics: Sequence[Sequence[float]], value: Callable[[np.ndarray], float]) -> dict[str, Any]:
-    """A figure of what is taken from the sum of the statistics of all captions.
+    """A figure computed from the sum of the statistics of all captions.
 
     Args:
         statistics: one row of numbers for each caption.
+        value: function from the sum to the value.
     """
     table = np.asarray(statistics, dtype=np.float64)
     return corpus_figure(lambda drawn: value(drawn @ table), len(table))
@@ -185,7 +184,9 @@ def coco_bleu(statistics: np.ndarray, n: int) -> float:
     """BLEU-n of `pycocoevalcap`.
 
     Args:
-        statistics: (10,): right n-grams and n-grams said, for n = 1 to 4 each, words said, words of the closest references.
+        statistics: (10,): matching n-grams for n = 1 to 4, all n-grams for n = 1 to 4, number of words, and number of words
+            of the closest references.
+        n: the order.
     """
     scorer = BleuScorer()
     scorer.ctest = [
@@ -202,12 +203,12 @@ def sacre_bleu(statistics: np.ndarray, n: int) -> float:
 
 
 def cider(candidates: Captions, references: References) -> dict[str, Any]:
-    true, said = dict(enumerate(references)), {index: [text] for index, text in enumerate(candidates)}
-    return figure(Cider().compute_score(true, said)[1])
+    true, predicted = dict(enumerate(references)), {index: [text] for index, text in enumerate(candidates)}
+    return figure(Cider().compute_score(true, predicted)[1])
 
 
 class MeteorsWordNet:
-    """What NLTK's METEOR wants of a WordNet: words that have a meaning in common with a word."""
+    """The part of the WordNet interface that NLTK's METEOR uses: words that share a meaning with a word."""
 
     @functools.cached_property
     def tables(self) -> tuple[dict[str, list[str]], dict[str, list[Any]]]:

@@ -1,4 +1,4 @@
-"""Accuracy of a scene class that is answered in words: overall, as the mean over classes, and by class.
+"""Accuracy of scene classes in text answers: overall, mean over classes, and by class.
 
 Example:
     >>> from mfrsvlm.evaluation.metrics import load_metric
@@ -14,11 +14,11 @@ Example:
     ['forest', '', 'beach', '']
 
 Limitations:
-- `"contained"` is RSEvalKit's rule: "a" is a part of "baseball field" and right. It is there to be compared with, not to be
-  trusted.
-- `"first_mentioned"` takes "not a beach but a forest" for a beach.
-- Synonyms are wrong: "woodland" is no forest.
-- Values of two rules do not compare.
+- `"contained"` is RSEvalKit's rule: "a" is a part of "baseball field" and therefore correct. Use it only for comparison with
+  results of RSEvalKit.
+- `"first_mentioned"` parses "not a beach but a forest" as beach.
+- Synonyms are wrong, such as "woodland" for "forest".
+- Do not compare values of different rules.
 
 Citation:
 Rules: RSEvalKit (https://github.com/fitzpchao/RSEvalKit) for `contained`, GeoChat (Kuckreja et al., CVPR 2024) for
@@ -32,9 +32,9 @@ from mfrsvlm.evaluation.metrics._groups import by_group, mean_over_groups
 
 
 class ClassificationAccuracy(CheckedMetric):
-    """How often the class that an answer names is the true one.
+    """Share of answers that name the true class.
 
-    Which class an answer names is read from the answer and the list of all classes by a rule, before the truth is looked at.
+    The class is parsed from the answer and the list of all classes, without the reference.
     """
 
     prediction, reference = TEXT, SOME_TEXT
@@ -42,16 +42,16 @@ class ClassificationAccuracy(CheckedMetric):
     def _compute(self, predictions, references, class_names=None, parsing="exact"):
         """
         Args:
-            predictions: list of answers, as the model gave them.
+            predictions: list of answers, as generated.
             references: list of true classes.
-            class_names: all classes that could be answered; by default those of the references.
-            parsing: how the class is read: "exact", "without_spaces", "contained" or "first_mentioned", see `ClassReader`.
+            class_names: all possible classes; default: the classes of the references.
+            parsing: rule: "exact", "without_spaces", "contained" or "first_mentioned", see `ClassReader`.
 
         Returns:
-            accuracy: share of right answers.
+            accuracy: share of correct answers.
             macro_accuracy: mean of the accuracies of the classes that occur in the references.
             per_class: accuracy of each of these classes.
-            parsed: the class that was read, "" if none; with "contained", all names the answer is part of, joined by " | ".
+            parsed: the parsed class, "" if none; with "contained", all names that contain the answer, joined by " | ".
             scores: 1.0 or 0.0.
         """
         self.one_of("parsing", parsing, ClassReader.RULES)

@@ -1,4 +1,4 @@
-"""Counts that are answered in words: how often they are exact, and how far off they are.
+"""Accuracy and mean absolute error of counts in text answers.
 
 Example:
     >>> from mfrsvlm.evaluation.metrics import load_metric
@@ -10,10 +10,9 @@ Example:
     ['3', '12', '']
 
 Limitations:
-- "Of the 5 ships, 3 are moored" is read as 5, and "one of the 3 ships" as 1.
-- The mean absolute error is ruled by scenes with many objects and by wild answers; numbers above a thousand million are
-  taken as that.
-- Saying nothing costs less error than a wild guess, so look at both figures.
+- "Of the 5 ships, 3 are moored" is parsed as 5, and "one of the 3 ships" as 1.
+- Scenes with many objects and extreme answers dominate the mean absolute error. Numbers are clipped at 10^9.
+- An answer without a number has a smaller error than an extreme guess, so report both figures.
 
 Citation:
 Willmott and Matsuura: Advantages of the mean absolute error. Climate Research 30, 2005.
@@ -34,20 +33,19 @@ WORDS |= {"hundred": 100, "thousand": 1000, "none": 0}
 WORD = rf"(?:{'|'.join(sorted(WORDS, key=len, reverse=True))})\b"
 MINUS = "\N{MINUS SIGN}"
 DIGITS = rf"[-+{MINUS}]?(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?"
-# A number does not begin within a word or another number, and a sign follows neither: "3-5" is 3, and then 5.
+# A number does not begin inside a word or another number, and a sign does not follow one: "3-5" is 3, and then 5.
 FIRST = re.compile(rf"(?<!\w)(?<!\d[.,])(?:({DIGITS})|({WORD}(?:[\s-]+(?:and\s+)?{WORD})*))", re.IGNORECASE)
 LARGEST = 10**9
 
 
 class Counting(CheckedMetric):
-    """How often a count that is answered in words is exact, and its mean absolute error.
+    """Share of exact counts in text answers, and their mean absolute error.
 
-    The first number of an answer counts, whatever stands around it: in digits ("3", "1,234", "2.5", "-1") or in English
-    words up to thousands ("twenty-three", "none" for 0). Numbers above a thousand million are taken as that, so that one
-    answer cannot drown the mean.
+    The first number of an answer is scored: in digits ("3", "1,234", "2.5", "-1") or in English words up to thousands
+    ("twenty-three", "none" for 0). Numbers are clipped at 10^9, so that a single answer does not dominate the mean.
 
-    An answer without a number is not exact, and its error is the true count, as if 0 had been said, but at least 1, so that
-    saying nothing is never as good as being right.
+    An answer without a number is not exact. Its error is the true count, as for the answer 0, but at least 1, so that it is
+    always worse than a correct answer.
     """
 
     prediction, reference = TEXT, COUNT
@@ -55,13 +53,13 @@ class Counting(CheckedMetric):
     def _compute(self, predictions, references):
         """
         Args:
-            predictions: list of answers, as the model gave them.
-            references: list of true counts, whole numbers.
+            predictions: list of answers, as generated.
+            references: list of true counts, integers.
 
         Returns:
-            exact: share of answers whose number is the true one.
+            exact: share of answers whose number is the true count.
             mae: mean absolute error, in objects.
-            parsed: the number that was read as text, "" if none.
+            parsed: the parsed number as text, "" if none.
             scores: 1.0 or 0.0, whether it is exact.
         """
         numbers = [read_number(answer) for answer in predictions]

@@ -1,4 +1,4 @@
-"""Accuracy on RSVQA: by type of question, the mean over types (AA) and overall (OA), numbers compared as published.
+"""Accuracy on RSVQA: by type of question, mean over types (AA), and overall (OA), with the published bins of numbers.
 
 Example:
     >>> from mfrsvlm.evaluation.metrics import load_metric
@@ -15,13 +15,13 @@ Example:
     ['yes', 'between 0 and 10', 'between 10 and 100', 'rural']
 
 Limitations:
-- The classes hide how far off a count is: 11 and 99 are the same.
-- Papers that leave counts and areas out report other averages, which do not compare.
-- Numbers are read if the answer is nothing but a number; "about 7" and "seven" are wrong.
+- Counts in the same bin are equal, such as 11 and 99.
+- Papers that skip counts and areas report other averages, which are not comparable.
+- A number is parsed only if the answer contains nothing else; "about 7" and "seven" are wrong.
 
 Citation:
 Lobry, Marcos, Murray, Tuia: RSVQA: Visual Question Answering for Remote Sensing Data. IEEE Transactions on Geoscience and
-Remote Sensing 58(12), 2020. Classes: `VQA_model/VocabEncoder.py` of https://github.com/syvlo/RSVQA.
+Remote Sensing 58(12), 2020. Bins: `VQA_model/VocabEncoder.py` of https://github.com/syvlo/RSVQA.
 """
 
 import re
@@ -36,23 +36,23 @@ NUMBER = r"(\d{1,3}(?:,\d{3})+|\d{1,12})"
 UNIT = r"\s*(m2|m\^2|sqm|sq\.? ?m|square (?:met(?:er|re)s?))"
 COUNT = re.compile(NUMBER)
 AREA = re.compile(NUMBER + UNIT)
-# The classes as the published script names them, and as the paper prints them ("between 11 and 100").
+# The names of bins in the published script and in the paper ("between 11 and 100").
 RANGE = re.compile(r"between (0|1|10|11|100|101)(?:m2)? and (10|100|1000)(m2)?")
 MORE = re.compile(r"more than 1000(m2)?")
 LOWER = {10: 0, 100: 10, 1000: 100}
 
 
 class RSVQAAccuracy(CheckedMetric):
-    """How often RSVQA's questions are answered right, with numbers compared in the classes of the published script.
+    """Share of correct answers to RSVQA's questions, with numbers compared in the bins of the published script.
 
-    That script (`VocabEncoder.py` of github.com/syvlo/RSVQA, for Lobry et al. 2020) takes two numbers for the same answer if
-    both are 0, or both lie in the same of (0, 10], (10, 100], (100, 1000] and above 1000:
+    In that script (`VocabEncoder.py` of github.com/syvlo/RSVQA, for Lobry et al. 2020), two numbers are equal if both are 0,
+    or both lie in the same bin of (0, 10], (10, 100], (100, 1000] and above 1000. It bins:
 
     - low resolution: counts;
-    - high resolution: areas, which are written "17m2". Counts there are compared as they are.
+    - high resolution: areas, which are written "17m2". Counts are compared exactly.
 
-    A prediction may be a number or the name of a class ("between 10 and 100", or as the paper has it, "between 11 and 100");
-    an area may come without its unit where areas are asked for, and "square meters" and the like are m2.
+    A prediction may be a number or the name of a bin ("between 10 and 100", or as in the paper, "between 11 and 100"). In
+    answers to questions about areas, the unit may be missing. "square meters" and similar units equal m2.
     """
 
     prediction, reference = TEXT, SOME_TEXT
@@ -60,18 +60,18 @@ class RSVQAAccuracy(CheckedMetric):
     def _compute(self, predictions, references, question_types, parsing="exact", bins="lr"):
         """
         Args:
-            predictions: list of answers, as the model gave them.
+            predictions: list of answers, as generated.
             references: list of answers as published, such as "yes", "rural", "3" or "17m2".
             question_types: one for each question: "presence", "count", "comp", "rural_urban" or "area".
-            parsing: how answers that are no numbers are compared: "exact", "without_spaces" or "contained", see
-                `vqa_accuracy`. Numbers are only right if they are equal, or of the same class.
-            bins: "lr" or "hr", the edition, which says what is compared in classes.
+            parsing: how other answers than numbers are compared: "exact", "without_spaces" or "contained", see
+                `vqa_accuracy`. Numbers must be equal or in the same bin.
+            bins: "lr" or "hr", the data set, which determines what is binned.
 
         Returns:
-            accuracy: share of right answers, the papers' OA.
+            accuracy: share of correct answers, the papers' OA.
             average_accuracy: mean of the accuracies of the types that occur, the papers' AA.
             per_type: accuracy of each type.
-            parsed: the number's class, or the answer as it was compared; "" if nothing was left of it.
+            parsed: the bin of the number, or the normalized answer, which may be "".
             scores: 1.0 or 0.0.
         """
         self.one_of("parsing", parsing, [rule for rule in READERS if rule != "letter"])
@@ -98,14 +98,14 @@ class RSVQAAccuracy(CheckedMetric):
 
     @staticmethod
     def _read(text: str, question_type: str, parsing: str, bins: str) -> tuple[str, bool]:
-        """An answer as it is compared, and whether it is a number (or the class of one)."""
+        """The normalized answer, and whether it is a number (or the name of a bin)."""
         plain = tidy(text)
         if bins == "hr" and (match := AREA.fullmatch(plain) or (question_type == "area" and COUNT.fullmatch(plain))):
             return interval(int(match[1].replace(",", "")), "m2"), True
         if match := COUNT.fullmatch(plain):
             number = int(match[1].replace(",", ""))
             return interval(number) if bins == "lr" else str(number), True
-        unit = "m2" if bins == "hr" else ""  # only areas have classes there, and in LR only counts
+        unit = "m2" if bins == "hr" else ""  # HR bins areas, LR bins counts
         if match := RANGE.fullmatch(plain):
             upper = int(match[2])
             if int(match[1]) - LOWER[upper] in (0, 1) and (match[3] or unit) == unit:
@@ -116,7 +116,7 @@ class RSVQAAccuracy(CheckedMetric):
 
 
 def interval(number: int, unit: str = "") -> str:
-    """The class of a number, as the published script names it."""
+    """The name of the bin of a number in the published script."""
     if number == 0:
         return f"0{unit}"
     for upper, lower in LOWER.items():

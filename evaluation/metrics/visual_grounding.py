@@ -1,4 +1,4 @@
-"""Boxes of what an expression refers to: how often they are close enough, and how far they overlap.
+"""Accuracy and mean IoU of boxes for referring expressions.
 
 Example:
     >>> from mfrsvlm.evaluation.metrics import load_metric
@@ -11,10 +11,10 @@ Example:
     {'accuracy_0.5': 0.667, 'accuracy_0.7': 0.333, 'mean_iou': 0.533}
 
 Limitations:
-- An upright box around an oriented one may overlap it by less than half. Compare only what was asked for in the same form.
-- A right box that comes after a wrong one is ignored, where one box is to be found.
-- Boxes are not cut at the edge of the image, which the metric does not know.
-- Four corners that make no convex outline are taken for the convex outline around them.
+- The bounding box of an oriented box may overlap it by less than half. Compare only boxes of the same form.
+- If one box is asked for, only the first predicted box is scored.
+- Boxes are not clipped to the image, whose size the metric does not know.
+- Four corners without a convex outline are replaced by their convex hull.
 
 Citation:
 Accuracy at 0.5 and 0.7 with mean IoU, as in DIOR-RSVG (Zhan, Xiong, Yuan: RSVG. IEEE TGRS 2023) and VRSBench (Li et al.,
@@ -30,15 +30,14 @@ from mfrsvlm.evaluation.metrics._checked import BOXES, SOME_BOXES, CheckedMetric
 
 
 class VisualGrounding(CheckedMetric):
-    """How well predicted boxes lie on the true ones, by the intersection over union (IoU) of their areas.
+    """Accuracy of predicted boxes, by the intersection over union (IoU) with the true boxes.
 
     A box is [x1, y1, x2, y2], any two opposite corners, or the four corners of an oriented box in any order. Sides have no
-    extra pixel: [0, 0, 10, 10] has an area of 100. A box without an area overlaps nothing, a true one included.
+    extra pixel: [0, 0, 10, 10] has an area of 100. A box without an area has an IoU of 0 with every box.
 
-    Several boxes: where n boxes are to be found, the first n predicted ones count and all others are ignored, so that
-    more boxes than asked for gain nothing. They are paired one to one with the true ones, the pair of the largest IoU first
-    (of equal ones, that of the earlier true box, then of the earlier predicted one), then the largest among those left, and
-    so on. A true box without a partner has an IoU of 0.
+    Several boxes: if there are n true boxes, only the first n predicted boxes are scored, so that more boxes gain nothing.
+    They are matched greedily, one to one, by decreasing IoU. Of equal pairs, the one with the earlier true box is first,
+    then the one with the earlier predicted box. A true box without a match has an IoU of 0.
     """
 
     prediction, reference = BOXES, SOME_BOXES
@@ -46,21 +45,22 @@ class VisualGrounding(CheckedMetric):
     def _compute(self, predictions, references, thresholds=(0.5, 0.7)):
         """
         Args:
-            predictions: list of lists of boxes; an empty list where the model named none.
+            predictions: list of lists of boxes; an empty list if the model predicted none.
             references: list of lists of true boxes, at least one each.
-            thresholds: IoUs from which on a box is found, such as 0.5; that itself is enough.
+            thresholds: a box counts as found if its IoU is at least the threshold.
 
         Returns:
             accuracy_T, for each threshold T: mean over samples of the share of their true boxes that are found.
             mean_iou: mean over samples of the mean IoU of their true boxes.
-            parsed: the boxes that count, as [left, top, right, bottom], or as the corners given.
+            parsed: the scored boxes, as [left, top, right, bottom], or as the four corners.
             scores: the share of the true boxes that are found at the first threshold.
         """
         fits = is_list(thresholds) and all(is_number(threshold) and 0 < threshold <= 1 for threshold in thresholds)
         if not fits or not thresholds:
             raise ValueError(f"{self.name}: thresholds={thresholds!r} must be a list of numbers above 0 and up to 1.")
-        parsed = [[in_order(box) for box in said[: len(true)]] for said, true in zip(predictions, references, strict=True)]
-        overlaps = [matched_ious(said, true) for said, true in zip(parsed, references, strict=True)]
+        pairs = zip(predictions, references, strict=True)
+        parsed = [[in_order(box) for box in boxes[: len(true)]] for boxes, true in pairs]
+        overlaps = [matched_ious(boxes, true) for boxes, true in zip(parsed, references, strict=True)]
         found = {
             threshold: [sum(iou >= threshold for iou in ious) / len(ious) for ious in overlaps] for threshold in thresholds
         }
@@ -73,7 +73,7 @@ class VisualGrounding(CheckedMetric):
 
 
 def in_order(box: Sequence[float]) -> list[float]:
-    """An upright box as left, top, right, bottom; an oriented one as it is."""
+    """An axis-aligned box as left, top, right, bottom. An oriented box is returned unchanged."""
     if len(box) == 8:
         return list(box)
     x1, y1, x2, y2 = box
@@ -81,7 +81,7 @@ def in_order(box: Sequence[float]) -> list[float]:
 
 
 def matched_ious(predicted: Sequence[Sequence[float]], true: Sequence[Sequence[float]]) -> list[float]:
-    """The IoU of each true box with its partner, 0 if it has none."""
+    """The IoU of each true box with its match, 0 if it has none."""
     pairs = [(iou(a, b), -j, -i) for j, b in enumerate(true) for i, a in enumerate(predicted)]
     matched = [0.0] * len(true)
     taken: set[int] = set()
@@ -95,7 +95,7 @@ def matched_ious(predicted: Sequence[Sequence[float]], true: Sequence[Sequence[f
 
 
 def iou(one: Sequence[float], other: Sequence[float]) -> float:
-    """Intersection over union of two boxes, 0 if one has no area."""
+    """Intersection over union of two boxes; 0 if one has no area."""
     if len(one) == len(other) == 4:
         one, other = in_order(one), in_order(other)
         width = min(one[2], other[2]) - max(one[0], other[0])
@@ -106,12 +106,12 @@ def iou(one: Sequence[float], other: Sequence[float]) -> float:
         return common / ((one[2] - one[0]) * (one[3] - one[1]) + (other[2] - other[0]) * (other[3] - other[1]) - common)
     first, second = outline(one), outline(other)
     common = first.intersection(second).area
-    # Not the area of the union, which is no more exact and takes as long again.
+    # Computed without the union, which would take as long again.
     return common / (first.area + second.area - common) if common > 0 else 0.0
 
 
 def outline(box: Sequence[float]):
-    """The box as a shape. The hull of its corners, which is the box in whatever order they stand."""
+    """The box as a shape: the convex hull of its corners, which does not depend on their order."""
     if len(box) == 4:
         x1, y1, x2, y2 = box
         box = (x1, y1, x2, y1, x2, y2, x1, y2)

@@ -1,4 +1,4 @@
-"""Accuracy of short answers to open or multiple-choice questions: overall, as the mean over types, and by type.
+"""Accuracy of short answers to open or multiple-choice questions: overall, mean over types, and by type.
 
 Example:
     >>> from mfrsvlm.evaluation.metrics import load_metric
@@ -6,7 +6,7 @@ Example:
     >>> figures = metric.compute(
     ...     predictions=["Red.", "two", "", "soccer field"],
     ...     references=[["red", "dark red"], ["2"], ["north"], ["soccer field"]],
-    ...     question_types=["colour", "quantity", "position", "category"],
+    ...     question_types=["color", "quantity", "position", "category"],
     ... )
     >>> figures["accuracy"]
     {'value': 0.5, 'low': 0.0, 'high': 1.0, 'n': 4}
@@ -14,10 +14,9 @@ Example:
     [1.0, 0.0]
 
 Limitations:
-- An answer in other words is wrong, and so is "two" for "2". Figures that a language model judged are higher and do not
-  compare.
-- An answer counts whole or not at all; VQA v2 weighs it by how many of ten people gave it.
-- With `"letter"`, "A ship" is read as option A.
+- Paraphrases are wrong, and so is "two" for "2". Scores that a language model gave are higher and not comparable.
+- An answer scores 1 or 0. VQA v2 weighs it by how many of ten people gave it.
+- With `"letter"`, "A ship" is parsed as option A.
 
 Citation:
 Rules: RSEvalKit (https://github.com/fitzpchao/RSEvalKit) for `contained` and `letter`, GeoChat (Kuckreja et al., CVPR
@@ -31,10 +30,10 @@ from mfrsvlm.evaluation.metrics._groups import by_group, check_groups, mean_over
 
 
 class VQAAccuracy(CheckedMetric):
-    """How often an answer is one of the reference answers, made alike by a rule.
+    """Share of answers that equal one of the reference answers after normalization.
 
-    An answer counts whole or not at all, however many of the references it agrees with; this is not the accuracy of VQA v2,
-    which weighs an answer by how many of ten people gave it.
+    An answer scores 1 or 0, no matter how many references it equals. This is not the accuracy of VQA v2, which weighs an
+    answer by how many of ten people gave it.
     """
 
     prediction, reference = TEXT, SOME_TEXTS
@@ -42,17 +41,17 @@ class VQAAccuracy(CheckedMetric):
     def _compute(self, predictions, references, question_types=None, parsing="exact"):
         """
         Args:
-            predictions: list of answers, as the model gave them.
-            references: list of lists of right answers.
-            question_types: one for each question; without, there are no figures by type.
-            parsing: "exact" (but for case, space around and a full stop), "without_spaces" (the same without all spaces and
-                full stops), "contained" (the answer, in lower case and without spaces, is a part of a reference), or
-                "letter" (the letter of an option that the answer begins with).
+            predictions: list of answers, as generated.
+            references: list of lists of correct answers.
+            question_types: one for each question; `None`: no figures by type.
+            parsing: "exact" (except for case, surrounding space and a full stop), "without_spaces" (the same after removal
+                of all spaces and full stops), "contained" (a reference contains the answer, in lower case and without
+                spaces), or "letter" (the letter of an option at the beginning of the answer).
 
         Returns:
-            accuracy: share of right answers.
+            accuracy: share of correct answers.
             average_accuracy, per_type: mean of the accuracies of the types, and those accuracies.
-            parsed: the answer as it was compared, "" if nothing was left of it.
+            parsed: the normalized answer, which may be "".
             scores: 1.0 or 0.0.
         """
         self.one_of("parsing", parsing, READERS)

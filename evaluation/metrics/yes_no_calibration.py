@@ -1,4 +1,4 @@
-"""Whether a model that gives "yes" a probability of 0.7 is right in 7 of 10 such cases.
+"""Calibration of the probability of "yes": expected calibration error, Brier score and accuracy.
 
 Example:
     >>> from mfrsvlm.evaluation.metrics import load_metric
@@ -8,10 +8,10 @@ Example:
     {'ece': 0.4, 'brier': 0.22125, 'accuracy': 0.5}
 
 Limitations:
-- The bins are of the probability of "yes"; papers that bin the probability of the answer given get other values.
-- The calibration error of few samples is too high, and drawing samples anew makes it higher still: its interval leans
-  upwards and may lie above the value.
-- A model that always gives the share of "yes" is calibrated and useless: look at the accuracy too.
+- The bins are those of the probability of "yes". Binning the probability of the given answer gives other values.
+- The calibration error is biased upwards for few samples, and resampling adds to the bias. Its interval may lie above the
+  value.
+- A model that always predicts the share of "yes" is calibrated but useless. Report the accuracy too.
 
 Citation:
 Guo, Pleiss, Sun, Weinberger: On Calibration of Modern Neural Networks. ICML 2017. Brier: Verification of forecasts expressed
@@ -25,11 +25,11 @@ from mfrsvlm.evaluation.metrics._checked import PROBABILITY, YES_OR_NO, CheckedM
 
 
 class YesNoCalibration(CheckedMetric):
-    """How far the probabilities that a model gives to "yes" can be trusted.
+    """Calibration of the probabilities that a model gives to "yes".
 
-    The expected calibration error is taken over bins of the probability of "yes", of equal width; some papers take the
-    probability of the answer given instead, which gives other values. Drawing samples anew adds noise to every bin, and
-    noise adds to the error: its interval leans upwards, and may lie above the value.
+    The expected calibration error uses bins of equal width of the probability of "yes". Some papers use the probability of
+    the given answer instead, which gives other values. Resampling adds noise to every bin, which increases the error. The
+    interval is therefore biased upwards, and may lie above the value.
     """
 
     prediction, reference = PROBABILITY, YES_OR_NO
@@ -42,26 +42,26 @@ class YesNoCalibration(CheckedMetric):
             bins: number of bins of the calibration error. A probability on an edge belongs to the bin above, 1 to the last.
 
         Returns:
-            ece: expected calibration error: the mean over samples of how far, in the sample's bin, the mean probability is
-                from the share of "yes".
-            brier: mean square of probability minus truth, which is 1 for "yes" and 0 for "no".
-            accuracy: share of samples where the probability lies on the right side of a half; at a half it is wrong.
-            parsed: "yes", "no", or "" at a half.
-            scores: 1.0 or 0.0, whether the side is right.
+            ece: expected calibration error: absolute difference between mean probability and share of "yes" in each bin,
+                weighed by the number of samples in the bin.
+            brier: mean squared difference between the probability and the truth, 1 for "yes" and 0 for "no".
+            accuracy: share of samples whose probability is on the correct side of 0.5; exactly 0.5 is wrong.
+            parsed: "yes", "no", or "" at 0.5.
+            scores: 1.0 or 0.0, whether the side is correct.
         """
         if not isinstance(bins, int) or bins < 1:
             raise ValueError(f"{self.name}: bins={bins!r} must be a whole number of at least 1.")
-        chance = np.asarray(predictions, dtype=np.float64)
+        probabilities = np.asarray(predictions, dtype=np.float64)
         truth = np.asarray([reference == "yes" for reference in references], dtype=np.float64)
-        gaps = chance - truth
-        bin_of = np.minimum((chance * bins).astype(int), bins - 1)
+        gaps = probabilities - truth
+        bin_of = np.minimum((probabilities * bins).astype(int), bins - 1)
 
         def ece(drawn: np.ndarray) -> float:
-            # A bin's share of the samples, times how far its two means are apart.
+            # The share of samples in a bin times the difference of its two means.
             return float(np.abs(np.bincount(bin_of, drawn * gaps)).sum() / drawn.sum())
 
         parsed = ["yes" if p > 0.5 else "no" if p < 0.5 else "" for p in predictions]
-        right = [float(said == reference) for said, reference in zip(parsed, references, strict=True)]
+        right = [float(answer == reference) for answer, reference in zip(parsed, references, strict=True)]
         return {
             "ece": corpus_figure(ece, len(predictions)),
             "brier": figure(gaps**2),

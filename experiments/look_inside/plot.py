@@ -14,7 +14,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    colours = {"with": "#0b6e99", "without": "#c8553d"}
+    colors = {"with": "#0b6e99", "without": "#c8553d"}
     figure, (attention, probes, routing) = plt.subplots(1, 3, figsize=(12, 4.6), dpi=100, width_ratios=[1, 1, 1.15])
 
     def line(axes: Any, numbers: dict[str, Any], column: int | None, label: str, **style: Any) -> None:
@@ -25,21 +25,21 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.plot(layers, rows["mean"], label=label, marker="o", markersize=4, **style)
         axes.fill_between(layers, rows["low"], rows["high"], color=style["color"], alpha=0.15, linewidth=0)
 
-    for name, colour in colours.items():
+    for name, color in colors.items():
         measured = result[name]
-        line(attention, measured["attention"]["first"], None, f"{name} injection", color=colour)
+        line(attention, measured["attention"]["first"], None, f"{name} injection", color=color)
         everything = result["columns of count and presence_auc"].index("all")
-        line(probes, measured["visual_tokens"]["count"], everything, f"visual token, {name}", color=colour)
+        line(probes, measured["visual_tokens"]["count"], everything, f"visual token, {name}", color=color)
         asked = measured["last_prompt_position"]["asked_count"]
-        line(probes, asked, None, f"last prompt token, {name}", color=colour, linestyle="--")
+        line(probes, asked, None, f"last prompt token, {name}", color=color, linestyle="--")
     uniform = result["with"]["attention"]["uniform"]["mean"]
-    attention.axhline(uniform, color="grey", linewidth=1, linestyle=":", label="all positions alike")
+    attention.axhline(uniform, color="gray", linewidth=1, linestyle=":", label="all positions alike")
     injected = result["with"]["injection_layers"]
-    attention.plot(injected, [0] * len(injected), "^", color=colours["with"], clip_on=False, label="injected before")
+    attention.plot(injected, [0] * len(injected), "^", color=colors["with"], clip_on=False, label="injected before")
     attention.set(title="Attention mass on visual tokens\nwhen the answer begins", xlabel="decoder layer", ylabel="mass")
     attention.set_ylim(bottom=0)
 
-    probes.axhline(0, color="grey", linewidth=1, linestyle=":")
+    probes.axhline(0, color="gray", linewidth=1, linestyle=":")
     # A probe that overfits may fall far below zero, which says no more than zero does.
     bottom, top = probes.get_ylim()
     probes.set_ylim(max(bottom, -0.25), max(top, 0.1))
@@ -63,7 +63,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def plot_routing(axes: Any, routing: dict[str, Any], colour_map: Any) -> None:
+def plot_routing(axes: Any, routing: dict[str, Any], color_map: Any) -> None:
     """A bar of small- and one of large-object scenes for every injection layer, cut into scales and depths."""
     sizes, depths = routing["window_sizes"], routing["detail_feature_layers"]
     parts = [(s, d) for s in range(len(sizes)) for d in range(len(depths))]
@@ -73,8 +73,8 @@ def plot_routing(axes: Any, routing: dict[str, Any], colour_map: Any) -> None:
             bottom = 0.0
             for number, (s, d) in enumerate(parts):
                 label = f"window {sizes[s]}, depth {depths[d]}" if index == 0 and group == "small" else None
-                colour = colour_map(0.15 + 0.75 * number / max(len(parts) - 1, 1))
-                axes.bar(index + shift, shares[s][d], 0.38, bottom, color=colour, label=label)
+                color = color_map(0.15 + 0.75 * number / max(len(parts) - 1, 1))
+                axes.bar(index + shift, shares[s][d], 0.38, bottom, color=color, label=label)
                 bottom += shares[s][d]
             axes.text(index + shift, 1.01, f"{layer[group]['entropy']:.2f}", ha="center", va="bottom", fontsize=8)
             axes.text(index + shift, 0.01, group, ha="center", va="bottom", fontsize=8, rotation=90, color="white")

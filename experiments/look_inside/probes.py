@@ -1,6 +1,6 @@
 """Linear probes: what can still be read from the hidden states, layer by layer.
 
-From a visual token: how many objects have their centre in its cell. From the last position of "How many ... are there?":
+From a visual token: how many objects have their center in its cell. From the last position of "How many ... are there?":
 that number. Probes are fitted on scenes of the validation split.
 """
 
@@ -35,7 +35,7 @@ OBJECTS: dict[str, Callable[[Any], bool]] = {
 
 
 def cell_counts(scene: Scene, side: int) -> np.ndarray:
-    """How many objects have their centre in each of side x side cells, row by row; (side * side, len(OBJECTS))."""
+    """How many objects have their center in each of side x side cells, row by row; (side * side, len(OBJECTS))."""
     counts = np.zeros((side, side, len(OBJECTS)))
     for item in scene.objects:
         row, column = (min(int(place / scene.size * side), side - 1) for place in (item.y, item.x))

@@ -33,7 +33,7 @@ class Reading:
         answer_mass: (Q, L), its mean over the positions that predict the tokens of the true answer, the end included.
         uniform_mass: (Q,), what `first_mass` would be if a position attended to all that it sees alike.
         visual_states: (L + 1, T, d), hidden states of the visual tokens (of the first question; the others' are the same).
-            State i enters decoder layer i, before an injection there, which shows in state i + 1; the last is normalised.
+            State i enters decoder layer i, before an injection there, which shows in state i + 1; the last is normalized.
         prompt_states: (Q, L + 1, d), hidden states at the last position of the prompts.
     """
 

@@ -81,6 +81,13 @@ def test_ask_names_what_is_missing(image, model, message, tmp_path, capsys):
     assert message in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("device", ["gpuu", "cuda:99"])
+def test_ask_names_a_device_that_is_not_there(device, capsys):
+    assert ask.main([SCENE, "Why?", "--model", MODEL, "--device", device]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: device={device!r} cannot be used here: ") and error.count("\n") == 1
+
+
 @pytest.mark.integration
 def test_console_command(tmp_path):
     command = [sys.executable, "-m", "mfrsvlm.cli", "ask", SCENE, "How many aircraft are there?", "--model", MODEL, "--json"]

@@ -177,7 +177,7 @@ def test_what_cannot_be_evaluated_is_an_error_before_training(start, rsvqa, tmp_
     trainer = make_trainer(start, tmp_path, evaluated=False)
     with pytest.raises(ValueError, match="steps=0 must be at least 1"):
         EvaluationCallback(trainer, [rsvqa], PROTOCOL, steps=0)
-    with pytest.raises(ValueError, match="no protocol 'ours'"):
+    with pytest.raises(ValueError, match="Unknown protocol 'ours'"):
         EvaluationCallback(trainer, [rsvqa], "ours")
     with pytest.raises(ValueError, match="needs the folder of its files"):
         EvaluationCallback(trainer, ["aid"], PROTOCOL)
@@ -186,7 +186,7 @@ def test_what_cannot_be_evaluated_is_an_error_before_training(start, rsvqa, tmp_
     monkeypatch.setattr(module, "AcceleratorState", lambda: FakeState)
     FakeState.distributed_type = module.DistributedType.FSDP
     module.AcceleratorState._shared_state = state._shared_state
-    with pytest.raises(ValueError, match="needs the whole model in each process, and FSDP splits it over 2"):
+    with pytest.raises(ValueError, match="needs the full model in each process, but FSDP shards it over 2"):
         trainer.train()
     trainer.processing_class = None
     with pytest.raises(ValueError, match="There is no processor"):

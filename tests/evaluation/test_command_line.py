@@ -53,6 +53,12 @@ def command(*line):
     return main(["run", *map(str, line)])
 
 
+def test_unknown_dtype_is_named_before_the_model_is_loaded(capsys):
+    with pytest.raises(SystemExit):
+        command("--model", DEMO, "--benchmark", "scenes", "--dtype", "float33")
+    assert "invalid choice: 'float33'" in capsys.readouterr().err
+
+
 def test_one_benchmark_by_its_own_options(model, data, tmp_path, capsys):
     line = ["--model", model, "--benchmark", "rsvqa-lr", "--data", data["rsvqa-lr"], "--split", "test", *PROTOCOL]
     assert command(*line, "--allow-count-mismatch", "--output", tmp_path) == 0
@@ -78,7 +84,7 @@ def test_the_majority_baseline(data, tmp_path, capsys):
     assert command(*line, "--output", tmp_path) == 0
     assert "*majority, 4 of 10004 samples*" in capsys.readouterr().out
     assert files(tmp_path / "rsvqa-lr/test")[1]["mode"] == "majority"
-    assert command(*line, "--blind") == 2 and "sees no image" in capsys.readouterr().err
+    assert command(*line, "--blind") == 2 and "never uses images" in capsys.readouterr().err
     for more in ([*line, "--model", "x"], line[2:]):
         assert command(*more) == 2 and "either --model or --baseline majority" in capsys.readouterr().err
 
@@ -139,9 +145,9 @@ def test_bad_data_is_reported_in_a_line_before_anything_is_written(kind, model, 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (["--benchmark", "rsvqa", "--model", "x"], "no benchmark 'rsvqa'"),
+        (["--benchmark", "rsvqa", "--model", "x"], "Unknown benchmark 'rsvqa'"),
         (["--benchmark", "rsvqa-lr", "--model", "x"], "needs the folder of its files"),
-        (["--benchmark", "scenes", "--model", "x", "--protocol", "ours"], "There is no protocol 'ours'"),
+        (["--benchmark", "scenes", "--model", "x", "--protocol", "ours"], "Unknown protocol 'ours'"),
         (["--benchmark", "scenes", "--model", "x", "--batch-size", "0"], "batch_size=0 must be at least 1"),
         (["--benchmark", "scenes/night", "--model", "x"], "has no split 'night'"),
     ],
@@ -155,7 +161,7 @@ def test_what_is_not_there_is_named(line, message, tmp_path, capsys):
 def test_a_count_mismatch_is_an_error_unless_it_is_allowed(model, data, tmp_path, capsys):
     line = ["--model", model, "--benchmark", "rsvqa-lr", "--data", data["rsvqa-lr"], "--output", tmp_path / "out"]
     assert command(*line) == 2
-    assert "holds 4 samples, not the published 10004" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "has 4 samples, not the published 10004" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_model_that_is_not_there_is_named(data, tmp_path, capsys):
@@ -249,7 +255,7 @@ def test_an_error_of_one_process_ends_all(model, data, tmp_path):
     (tmp_path / "scenes/test/dear.txt").write_text("x")
     line = of_processes(2, model, data, tmp_path)
     done = subprocess.run(line, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-    assert done.returncode and "holds ['dear.txt'] but no run" in done.stderr
+    assert done.returncode and "contains ['dear.txt'] but no run" in done.stderr
 
 
 @pytest.mark.slow

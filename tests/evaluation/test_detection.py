@@ -31,7 +31,7 @@ def test_every_layout_gives_the_same(layout, root):
     assert boxes == {("a.jpg", "the car"): [OBJECTS["a"][3][1]]} and size == (80, 40)
     assert facts(root, classes=["car"])[0] == {("a.jpg", "car"): ("1",), ("b.jpg", "car"): ("2",)}
     assert load_benchmark("detection-counting", root, classes=["car"]).left_out == {"classes": 1}
-    with pytest.raises(BenchmarkError, match=r"has no classes \['plane'\]; choose a list of some of car, ship"):
+    with pytest.raises(BenchmarkError, match=r"has no classes \['plane'\]; pass a list of some of car, ship"):
         facts(root, classes=["plane"])
     (root / "val.txt").write_text("b.jpg\n")
     assert [sample.references for sample in load_benchmark("detection-counting", root, "val").samples] == [("2",)]
@@ -44,7 +44,7 @@ def test_names_of_yolo_in_yaml_and_labels_beside_images(root):
     make_yolo(root)
     expected = facts(root)[:2]
     (root / "classes.txt").unlink()
-    with pytest.raises(BenchmarkError, match=r"no names of the classes: add classes\.txt"):
+    with pytest.raises(BenchmarkError, match=r"no class names: add classes\.txt"):
         facts(root)
     for names in ("[car, ship]", "{0: car, 1: ship}"):
         (root / "data.yaml").write_text(f"path: .\nnc: 2\nnames: {names}\n")
@@ -65,11 +65,11 @@ def test_oriented_boxes_of_yolo(root):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("0 0.5 0.5 0.1", r"a\.txt, row 1: .* is no box: expected 4 or 8 finite numbers"),
-        ("0 40 20 8 6", "must hold shares of the sides, from 0 to 1"),
+        ("0 0.5 0.5 0.1", r"a\.txt, row 1: .* is not a box: expected 4 or 8 finite numbers"),
+        ("0 40 20 8 6", "must be relative to the sides, from 0 to 1"),
         ("2 0.5 0.5 0.1 0.1", "class '2' is none of the 2 names"),
         ("car 0.5 0.5 0.1 0.1", "class 'car' is none of the 2 names"),
-        ("0 0.99 0.5 0.5 0.1", "reaches out of its image, 80 pixels wide and 40 high"),
+        ("0 0.99 0.5 0.5 0.1", "exceeds its image, 80 pixels wide and 40 high"),
     ],
 )
 def test_rows_of_yolo_that_are_wrong(line, message, root):
@@ -83,7 +83,7 @@ def test_annotations_without_an_image_or_of_another_size(root):
     make_voc(root)
     write_image(root / "JPEGImages" / "b.jpg", (40, 20))
     with pytest.raises(
-        BenchmarkError, match=r"b\.xml: the annotation says 80 x 40 pixels, and JPEGImages/b\.jpg has 40 x 20"
+        BenchmarkError, match=r"b\.xml: the annotation states 80 x 40 pixels, but JPEGImages/b\.jpg has 40 x 20"
     ):
         facts(root)
     (root / "JPEGImages" / "b.jpg").unlink()
@@ -96,13 +96,13 @@ def test_a_folder_with_several_kinds_of_annotations(root):
     (root / "labels").mkdir()
     (root / "labels" / "a.txt").write_text("0 0.5 0.5 0.1 0.1\n")
     (root / "classes.txt").write_text("car\n")
-    with pytest.raises(BenchmarkError, match=r"several kinds: yolo, voc\. Say which with annotations='yolo'"):
+    with pytest.raises(BenchmarkError, match=r"annotations in several formats: yolo, voc\. Set annotations='yolo'"):
         facts(root)
     assert ("a.jpg", "ship") in facts(root, annotations="voc")[0]
     assert facts(root, annotations="yolo")[0] == {("a.jpg", "car"): ("1",)}
     with pytest.raises(BenchmarkError, match="annotations='coco' is none of yolo, voc, csv, json"):
         facts(root, annotations="coco")
-    with pytest.raises(BenchmarkError, match="holds no annotations: looked for those of yolo, voc, csv, json"):
+    with pytest.raises(BenchmarkError, match="has no annotations: looked for yolo, voc, csv, json"):
         (root / "empty").mkdir()
         facts(root / "empty")
 

@@ -259,7 +259,7 @@ def test_the_majority_baseline_needs_no_model(benchmarks, tmp_path):
     assert summary["mode"] == "majority" and summary["model"] == {"name": "majority"}
     assert summary["results"]["vqa"]["accuracy"]["value"] == 1  # every question of the stand-in is the only one of its type
     assert files(tmp_path, "scenes/test")[1] == {**summaries["scenes/test"], "seconds": None}
-    with pytest.raises(ValueError, match="sees no image"):
+    with pytest.raises(ValueError, match="never uses images"):
         evaluate_majority(chosen, PROTOCOL, EvaluationSettings(blind=True))
 
 
@@ -322,7 +322,7 @@ def test_a_full_disk_is_reported_and_leaves_what_was_answered(model, benchmarks,
 def test_folders_of_others_are_left_alone(model, folder, benchmarks, tmp_path):
     (tmp_path / "letters/rsvqa-lr/test").mkdir(parents=True)
     (tmp_path / "letters/rsvqa-lr/test/dear.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"holds \['dear.txt'\] but no run"):
+    with pytest.raises(ValueError, match=r"contains \['dear.txt'\] but no run"):
         run(model, benchmarks["rsvqa-lr"], tmp_path / "letters")
     run(model, benchmarks["rsvqa-lr"], tmp_path / "out", limit=3)
     with pytest.raises(ValueError, match="limit = 3, not 2"):
@@ -351,12 +351,12 @@ def test_settings_that_make_no_sense(settings, message):
 def test_arguments_that_make_no_sense(model, benchmarks, tmp_path):
     scenes = benchmarks["scenes"]
     for chosen, protocol, message in [
-        ([scenes, scenes], PROTOCOL, "scenes/test is given twice"),
+        ([scenes, scenes], PROTOCOL, "scenes/test is listed twice"),
         ([], PROTOCOL, "one or more benchmarks"),
         ("scenes", PROTOCOL, "one or more benchmarks"),
         (["rsvqa-lr"], PROTOCOL, "needs the folder of its files"),
         (["scenes/night"], PROTOCOL, "has no split 'night'"),
-        ([scenes], "ours", "no protocol 'ours'. Protocols are strict"),
+        ([scenes], "ours", "Unknown protocol 'ours'. Protocols are strict"),
     ]:
         with pytest.raises(ValueError, match=message):
             evaluate(*model, chosen, protocol, replace(SETTINGS, output=tmp_path / "out"))

@@ -86,9 +86,9 @@ def test_responses_of_all_versions(tmp_path, wrapped):
     ("change", "message"),
     [
         (lambda rows: rows[1].update(target="desert"), "row 2: target 'desert' is not the reference of sample"),
-        (lambda rows: rows[2].update(doc_id=999), "row 3: doc_id 999 is no sample of scenes test"),
-        (lambda rows: rows.append(rows[0]), "row 43 answers sample 'test-0000000-0', as an earlier row does"),
-        (lambda rows: rows[0].update(filtered_resps=["a", "b"]), r"row 1: filtered_resps is \['a', 'b'\], not a text"),
+        (lambda rows: rows[2].update(doc_id=999), "row 3: doc_id 999 is not a sample of scenes test"),
+        (lambda rows: rows.append(rows[0]), "row 43 answers sample 'test-0000000-0', like an earlier row"),
+        (lambda rows: rows[0].update(filtered_resps=["a", "b"]), r"row 1: filtered_resps is \['a', 'b'\], not the text"),
         (lambda rows: rows[0].pop("filtered_resps"), "row 1 has no filtered_resps"),
         (lambda rows: rows.insert(0, "text"), "row 1 has no doc_id"),
     ],
@@ -103,7 +103,7 @@ def test_truncated_files_and_unfinished_runs_are_named(scenes, tmp_path):
     path.write_text(LOGGED.read_text()[:700])
     with pytest.raises(ValueError, match="row 3 is not JSON"):
         read_samples(path)
-    with pytest.raises(ValueError, match=r"holds no summary\.json"):
+    with pytest.raises(ValueError, match=r"has no summary\.json"):
         export_samples(tmp_path, tmp_path / "logs")
 
 

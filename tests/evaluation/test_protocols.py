@@ -10,7 +10,7 @@ from mfrsvlm.evaluation.answering import Answer
 from mfrsvlm.evaluation.benchmarks import BENCHMARKS, Benchmark, Sample, load_benchmark
 from mfrsvlm.evaluation.evaluate import score
 from mfrsvlm.evaluation.majority import majority_answers
-from mfrsvlm.evaluation.protocols import PROTOCOLS, read_angled_boxes, turned
+from mfrsvlm.evaluation.protocols import PROTOCOLS, read_angled_boxes, rotated
 
 
 WITHOUT_JAVA = [name for name, protocol in PROTOCOLS.items() if protocol.captions == "coco_without_java"]
@@ -186,14 +186,14 @@ def test_angled_boxes():
         pytest.approx(c) for c in ((40, 40), (40, 60), (60, 40), (60, 60))
     ]
     # Clockwise on the image: the upper left corner of a wide box goes up and to the right.
-    assert turned((0, 40, 100, 60), 90)[:2] == pytest.approx((60, 0))
+    assert rotated((0, 40, 100, 60), 90)[:2] == pytest.approx((60, 0))
     assert read_angled_boxes("{<10><20><30>} {<a><1><2><3>} {<1><2><3><101>} <1><2><3><4>", (100, 100)) == []
 
 
 @settings(max_examples=100, deadline=None)
 @given(angle=st.floats(-89, 89), width=st.floats(5, 40), height=st.floats(5, 40))
 def test_oriented_boxes_survive_their_wording(angle, width, height):
-    corners = turned((50 - width / 2, 50 - height / 2, 50 + width / 2, 50 + height / 2), angle)
+    corners = rotated((50 - width / 2, 50 - height / 2, 50 + width / 2, 50 + height / 2), angle)
     protocol = PROTOCOLS["geochat"]()
     [box] = protocol.read_boxes(protocol.write_box(corners, (100, 100)), (100, 100))
     if len(box) == 8:

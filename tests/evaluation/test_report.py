@@ -127,13 +127,13 @@ def lines(path):
 
 
 def test_missing_truncated_and_foreign_summaries_are_named(run, tmp_path):
-    with pytest.raises(ReportError, match=r"nothing-here holds no summary\.json"):
+    with pytest.raises(ReportError, match=r"nothing-here has no summary\.json"):
         read_summaries([tmp_path / "nothing-here"])
     folder = run()
     path = folder / "summary.json"
     text = path.read_text()
     path.write_text(text[:200])
-    with pytest.raises(ReportError, match=r"so run it again: .*run/summary\.json is not JSON"):
+    with pytest.raises(ReportError, match=r"Repeat the run: .*run/summary\.json is not JSON"):
         read_summaries([folder])
     path.write_text(text.replace('"format": 2', '"format": 1'))
     with pytest.raises(ReportError, match="has format 1, not 2"):
@@ -158,7 +158,7 @@ def test_a_missing_field_is_named(run, field):
 
 def test_a_run_is_given_once(run):
     first, second = run("one"), run("two")
-    with pytest.raises(ReportError, match=r"given twice.*org/tiny on rsvqa-lr, test, protocol strict, image, .*one; .*two"):
+    with pytest.raises(ReportError, match=r"listed twice.*org/tiny on rsvqa-lr, test, protocol strict, image, .*one; .*two"):
         read_summaries([first, second])
     others = [run("blind", mode="blind"), run("split", split="validation"), run("protocol", protocol="geochat")]
     others += [run("model", model={"name": "org/other"}), run("revision", model={"revision": "0123456789"})]
@@ -529,20 +529,20 @@ def test_results_of_others_and_of_other_benchmarks_are_kept(run, card):
 )
 def test_a_run_on_a_part_is_rejected_by_name(run, card, change, named):
     before = (card / "README.md").read_bytes()
-    with pytest.raises(CardError, match=rf"whole splits.*org/tiny on aid, test, protocol strict, image, {named}"):
+    with pytest.raises(CardError, match=rf"full splits.*org/tiny on aid, test, protocol strict, image, {named}"):
         update_card(card, read_summaries([run("whole"), run("part", benchmark="aid", **change)]))
     assert (card / "README.md").read_bytes() == before
 
 
 def test_a_card_gets_the_results_of_its_own_model(run, card, tmp_path):
     other = run("other", model={"name": "org/big"})
-    with pytest.raises(CardError, match=r"no run of tiny on images, but of org/big\."):
+    with pytest.raises(CardError, match=r"no run of tiny with images, but of org/big\."):
         update_card(card, read_summaries([other, run("blind", mode="blind")]))
     assert update_card(card, read_summaries([other]), model="org/big")
     revisions = [run("a", model={"revision": "a"}), run("b", model={"revision": "b"}, benchmark="aid")]
-    with pytest.raises(CardError, match="one model with one set of weights"):
+    with pytest.raises(CardError, match="one model with the same weights"):
         update_card(card, read_summaries(revisions))
-    with pytest.raises(CardError, match=r"holds no README\.md"):
+    with pytest.raises(CardError, match=r"has no README\.md"):
         update_card(tmp_path, read_summaries([other]))
 
 

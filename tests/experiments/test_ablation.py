@@ -98,12 +98,12 @@ def test_scores_come_from_the_predictions_of_an_evaluation():
     assert {ablation.task_of(sample.task, sample.group) for sample in benchmark.samples} == set(ablation.TASKS)
 
 
-def test_boxes_are_apart_by_the_distance_of_their_centres():
+def test_boxes_are_apart_by_the_distance_of_their_centers():
     true = (100.0, 200.0, 110.0, 210.0)
     boxes = {(100, 200, 110, 210): 0, (103, 204, 113, 214): 5, (95, 195, 115, 215): 0}
     for box, distance in boxes.items():
-        assert ablation.centre_distance([box, (0, 0, 9, 9)], true) == pytest.approx(distance)
-    assert ablation.centre_distance([], true) == math.inf
+        assert ablation.center_distance([box, (0, 0, 9, 9)], true) == pytest.approx(distance)
+    assert ablation.center_distance([], true) == math.inf
 
 
 def test_the_majority_baseline_has_no_boxes():

@@ -374,7 +374,7 @@ def test_the_preferred_stack_of_a_rigged_stack_router_has_the_right_name(with_in
                 names.append((s, d, r, c))
                 keys.append(torch.nn.functional.layer_norm(tokens.mean(0), [192]))
     others = torch.stack(keys)
-    # The query that singles the wanted key out, as keys are the normalised mean tokens themselves.
+    # The query that singles the wanted key out, as keys are the normalized mean tokens themselves.
     wanted = torch.tensor([1.0 if name == stack else 0.0 for name in names])
     query = torch.linalg.lstsq(others.double(), wanted.double()[:, None], driver="gelsd").solution[:, 0].float()
     for injector in inner.injectors:

@@ -1,4 +1,4 @@
-"""What a model folder is: every kind is recognised, loaded to the same numbers, or rejected with what to do."""
+"""What a model folder is: every kind is recognized, loaded to the same numbers, or rejected with what to do."""
 
 import json
 import shutil
@@ -50,12 +50,12 @@ def change_weights(folder, change):
 
 
 def test_kinds(whole, adapter, tmp_path):
-    assert classify(whole).kind == "whole" and not classify(whole).is_checkpoint
+    assert classify(whole).kind == "full" and not classify(whole).is_checkpoint
     assert (classify(adapter).kind, classify(adapter).base) == ("adapter", str(whole))
     assert classify(REFERENCE / "checkpoint").kind == "released"
     checkpoint = shutil.copytree(whole, tmp_path / "checkpoint-3")
     (checkpoint / "trainer_state.json").write_text("{}")
-    assert classify(checkpoint).kind == "whole" and classify(checkpoint).is_checkpoint
+    assert classify(checkpoint).kind == "full" and classify(checkpoint).is_checkpoint
     (tmp_path / "llava").mkdir()
     (tmp_path / "llava" / "config.json").write_text('{"model_type": "llava"}')
     (tmp_path / "llava" / "model.safetensors").touch()
@@ -65,6 +65,8 @@ def test_kinds(whole, adapter, tmp_path):
 def test_what_is_no_model_folder_is_said_with_what_to_do(copy, tmp_path):
     with pytest.raises(ModelFolderError, match=r"no/such is no folder, and no model of that name"):
         classify("no/such")
+    with pytest.raises(ModelFolderError, match=r"config\.json is a file\. Name the folder"):
+        classify(copy / "config.json")  # and does not look for it on the Hub
     (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
     with pytest.raises(ModelFolderError, match=r"has no config\.json.*checkpoint-3"):
         classify(tmp_path / "run")
@@ -78,7 +80,7 @@ def test_what_is_no_model_folder_is_said_with_what_to_do(copy, tmp_path):
     with pytest.raises(ModelFolderError, match="holds a list"):
         classify(copy)
     for load in (load_model, load_processor):
-        with pytest.raises(ModelFolderError, match=r"released layout.*python -m mfrsvlm\.convert_checkpoint released"):
+        with pytest.raises(ModelFolderError, match=r"released layout.*mfrsvlm convert released"):
             load(REFERENCE / "checkpoint")
 
 
@@ -145,7 +147,7 @@ def test_an_adapter_with_lost_weights_is_rejected(adapter, tmp_path):
     [
         (lambda t: t.pop("model.injectors.0.residual_scale"), "1 tensors are missing: model.injectors.0.residual_scale"),
         (lambda t: t.update({"model.spare": torch.ones(2)}), "1 tensors are unknown to the model: model.spare"),
-        (lambda t: t.update({"lm_head.weight": torch.ones(3, 4)}), r"of another shape: lm_head.weight \(3, 4\) in place of"),
+        (lambda t: t.update({"lm_head.weight": torch.ones(3, 4)}), r"of another shape: lm_head.weight \(3, 4\) instead of"),
         (lambda t: [t.pop(n) for n in list(t) if ".layers.1.mlp" in n], r"tensors are missing: .*layers.1.mlp"),
     ],
 )

@@ -76,7 +76,7 @@ def test_files_without_rows_are_refused_by_name(tmp_path, content, complaint):
 def test_json_names_its_file(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('{"a": ')
-    with pytest.raises(ValueError, match=r"a\.json is not JSON, or its end is missing"):
+    with pytest.raises(ValueError, match=r"a\.json is not JSON, or it is truncated"):
         read_json(path)
 
 

@@ -18,7 +18,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestCard:
-    """Licence and base models come from the cards of the parts; what they do not say is left out."""
+    """License and base models come from the cards of the parts; what they do not say is left out."""
 
     @pytest.mark.parametrize(
         "language_model, tower, expected",

@@ -114,7 +114,7 @@ def test_objects_lie_inside_the_image_and_apart(scenes):
             assert 0 <= left < right <= scene.size and 0 <= top < bottom <= scene.size
             assert SMALL_OBJECTS[0] <= item.length <= SMALL_OBJECTS[1]
         for a, b in itertools.combinations(scene.objects, 2):
-            # The farthest corner of any kind is that of a building, 0.64 of its length from the centre.
+            # The farthest corner of any kind is that of a building, 0.64 of its length from the center.
             assert np.hypot(a.x - b.x, a.y - b.y) > 0.64 * (a.length + b.length)
 
 
@@ -279,7 +279,7 @@ def test_change_is_seen_where_it_happened(scenes):
         (lambda: plan_scene(0, 512, (8, 33)), r"\(8, 33\).*32"),
         (lambda: plan_scene(0, 512, (9, 8)), r"\(9, 8\).*ascending"),
         (lambda: plan_scene(0, 512, (1, 8)), r"\(1, 8\).*at least 2"),
-        (lambda: ask(small_scene(0), ["count", "colour"]), "'colour'.*'caption'"),
+        (lambda: ask(small_scene(0), ["count", "color"]), "'color'.*'caption'"),
         (lambda: DatasetPlan("train", 0), "count=0"),
         (lambda: DatasetPlan("train", 4, changes=5), "changes=5.*count=4"),
         (lambda: DatasetPlan("train", SCENES_PER_SPLIT + 1), f"{SCENES_PER_SPLIT - 1}"),
@@ -360,9 +360,9 @@ def test_command_never_overwrites(tmp_path, monkeypatch, capsys):
         assert run(monkeypatch, target, *SMALL_SET) == 1
         assert f"{target} exists" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-    assert run(monkeypatch, tmp_path / "new", *SMALL_SET, "--tasks", "colour") == 1
+    assert run(monkeypatch, tmp_path / "new", *SMALL_SET, "--tasks", "color") == 1
     assert run(monkeypatch, tmp_path / "new", *SMALL_SET, "--workers", 0) == 1
-    assert re.search(r"'colour'[^\n]*\n.*workers=0", capsys.readouterr().err)
+    assert re.search(r"'color'[^\n]*\n.*workers=0", capsys.readouterr().err)
     assert not (tmp_path / "new").exists()
     for arguments in ([], [tmp_path / "new", "--contact-sheet", tmp_path / "sheet.jpg"]):
         with pytest.raises(SystemExit):

@@ -262,7 +262,7 @@ class TestAssemble:
         with pytest.raises(SystemExit) as stop:
             main(["--language-model", "a", "--vision-tower", "b", "--output", "c", "--config", text])
         assert stop.value.code == 2
-        assert "json_object" in capsys.readouterr().err
+        assert "is no JSON object" in capsys.readouterr().err
 
     def test_sampling_settings_without_sampling(self, parts: Path, tmp_path: Path):
         """Vicuna's own generation_config.json, which transformers reads but refuses to save."""

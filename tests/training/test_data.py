@@ -101,11 +101,11 @@ BAD = {
     "no_object": ([1], "not an object"),
     "no_turns": ({"image": "0.png"}, "no conversation"),
     "empty": ({"conversations": []}, "no conversation"),
-    "no_answer": ({"conversations": turns("Hi?")}, "each question have an answer"),
-    "last_unanswered": ({"conversations": turns("Hi?", "Yes.", "And?")}, "each question have an answer"),
+    "no_answer": ({"conversations": turns("Hi?")}, "each question needs an answer"),
+    "last_unanswered": ({"conversations": turns("Hi?", "Yes.", "And?")}, "each question needs an answer"),
     "empty_answer": ({"conversations": turns("Hi?", " ")}, "answer in turn 2 is empty"),
-    "answer_first": ({"conversations": turns("Hi?", "Yes.")[::-1]}, "take turns"),
-    "only_system": ({"messages": [{"role": "system", "content": "Be brief."}]}, "take turns"),
+    "answer_first": ({"conversations": turns("Hi?", "Yes.")[::-1]}, "must alternate"),
+    "only_system": ({"messages": [{"role": "system", "content": "Be brief."}]}, "must alternate"),
     "role": ({"messages": [{"role": "tool", "content": "x"}]}, "'tool'"),
     "value": ({"conversations": [{"from": "human"}]}, "`from` and `value`"),
     "content": ({"messages": [{"role": "user", "content": 5}]}, "turn 1"),
@@ -114,7 +114,7 @@ BAD = {
     "marker_alone": ({"conversations": turns("<image>?", "Yes.")}, "0 images, but 1"),
     "more_images": ({"image": ["0.png", "1.png"], "conversations": turns("<image>?", "Yes.")}, "2 images, but 1"),
     "no_marker": ({"image": "0.png", "conversations": turns("Hi?", "Yes.")}, "1 images, but 0"),
-    "marker_in_answer": ({"image": "0.png", "conversations": turns("Hi?", "<image> Yes.")}, "only a user's turn"),
+    "marker_in_answer": ({"image": "0.png", "conversations": turns("Hi?", "<image> Yes.")}, "only user turns"),
     "missing_image": (
         {"image": "none.png", "conversations": turns("<image>?", "Yes.")},
         "cannot open image 'none.png': there is no file",
@@ -222,12 +222,15 @@ def test_a_file_that_cannot_be_read_always_fails(tmp_path):
         ConversationDataset(path)
     with pytest.raises(FileNotFoundError):
         ConversationDataset(tmp_path / "none.json")
+    path.write_text("no JSON")  # one kind of error for all that is wrong with the data
+    with pytest.raises(BadRow, match="is not JSON"):
+        ConversationDataset(path)
 
 
 def test_a_bad_line_of_jsonl_is_named_by_its_number(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n" + json.dumps({"conversations": turns("Hi?", "Yes.")}) + "\n{oops\n")
-    with pytest.raises(BadRow, match=r"rows.jsonl, line 3: it is not JSON"):
+    with pytest.raises(BadRow, match=r"rows.jsonl, line 3: it is not JSON.*[^.]\. To skip such rows, set"):
         ConversationDataset(path)
     dataset = ConversationDataset(path, on_bad_row="skip")
     assert (len(dataset), dataset.num_bad_rows) == (1, 1)
@@ -315,12 +318,12 @@ def test_plain_template_labels_the_caption_only(placement, images):
     collator = ConversationCollator(processor, template="plain")
     sample = ConversationDataset([llava_row(0)], images, encode=collator.encode)[0]
     assert "Is" not in processor.tokenizer.decode(sample["input_ids"])
-    labelled = [label for label in sample["labels"] if label != -100]
+    labeled = [label for label in sample["labels"] if label != -100]
     visual, bos = [processor.image_token_id] * TOKENS, [processor.tokenizer.bos_token_id]
-    assert sample["input_ids"] == (visual + bos if placement == "prefix" else bos + visual) + labelled
-    assert processor.tokenizer.decode(labelled).strip(" ") == ANSWER + "\n"
+    assert sample["input_ids"] == (visual + bos if placement == "prefix" else bos + visual) + labeled
+    assert processor.tokenizer.decode(labeled).strip(" ") == ANSWER + "\n"
     if placement == "prefix":
-        assert labelled == processor.tokenizer(ANSWER + "\n", add_special_tokens=False).input_ids
+        assert labeled == processor.tokenizer(ANSWER + "\n", add_special_tokens=False).input_ids
     for row, reason in {"turns": turns("<image>?", "A", "B?", "C"), "image": turns("?", "A")}.items():
         rows = [{"conversations": reason, **({"image": "0.png"} if row == "turns" else {})}]
         with pytest.raises(BadRow, match=row):
@@ -341,10 +344,10 @@ def test_truncation_cuts_text_only_and_from_the_end(placement, max_length, image
     text = [(i, label) for i, label in zip(whole["input_ids"], whole["labels"], strict=True) if i != image]
     room = max_length - 2 * TOKENS
     if room < 1:
-        with pytest.raises(BadRow, match="images alone take 32 tokens"):
+        with pytest.raises(BadRow, match="images alone have 32 tokens"):
             dataset[0]
     elif all(label == -100 for _, label in text[:room]):
-        with pytest.raises(BadRow, match="no token of an answer"):
+        with pytest.raises(BadRow, match="truncates all answers"):
             dataset[0]
     else:
         cut = dataset[0]

@@ -101,7 +101,7 @@ def test_guidance_is_satisfied_by_attention_to_the_objects(tokenizer, tmp_path):
     fed = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask")}
 
     def losses(objects):
-        with torch.no_grad(), guidance.listening():
+        with torch.no_grad(), guidance.recording():
             model(**fed, mm_encoder_outputs={"image": project(model, batch["image_features"])})
             return guidance(batch["input_ids"], batch["prefix_lengths"], batch["marks"], objects)
 
@@ -141,7 +141,7 @@ def test_guidance_is_satisfied_by_attention_to_the_objects(tokenizer, tmp_path):
     assert all(value == 0 for value in losses([None] * 4).values())
     with torch.no_grad():
         model(**fed, mm_encoder_outputs={"image": project(model, batch["image_features"])})
-    assert not guidance.heard
+    assert not guidance.recorded
 
 
 # The trainer

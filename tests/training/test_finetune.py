@@ -385,7 +385,7 @@ def test_run_killed_while_saving_goes_on_from_the_last_whole_checkpoint(whole_ru
     assert result.returncode == -signal.SIGKILL, result.stderr[-2000:]
     run = tmp_path / "run"
     assert sorted(path.name for path in run.iterdir() if path.is_dir()) == ["_unfinished", "checkpoint-3"]
-    with pytest.raises(ValueError, match=r"holds checkpoints of another run .*checkpoint-3"):
+    with pytest.raises(ValueError, match=r"contains checkpoints of another run .*checkpoint-3"):
         main([str(config), "--overwrite_output_dir"])
     trainer = main([str(config), "--resume_from_checkpoint", "last"])
     assert trainer.state.global_step == 12
@@ -437,9 +437,9 @@ def test_output_folder_is_not_overwritten_unasked(start, tmp_path):
     precious.write_text("mine")
     with pytest.raises(ValueError, match=r"not empty \(1 entries, such as precious.txt\)"):
         main([str(config)])
-    with pytest.raises(ValueError, match="no whole checkpoint in"):
+    with pytest.raises(ValueError, match="no complete checkpoint in"):
         main([str(config), "--resume_from_checkpoint", "last"])
-    with pytest.raises(ValueError, match="no whole checkpoint in"):
+    with pytest.raises(ValueError, match="no complete checkpoint in"):
         main([str(config), "--resume_from_checkpoint", str(tmp_path)])
     main([str(config), "--overwrite_output_dir"])
     assert precious.read_text() == "mine" and (tmp_path / "run" / "model.safetensors").exists()
@@ -493,7 +493,7 @@ def test_values_are_checked_and_the_command_line_goes_first(tmp_path):
         "learning_rate: fast": "learning_rate.*invalid float value: 'fast'",
         "on_bad_row: ignore": "invalid choice: 'ignore'",
         "a: [": "not YAML",
-        "- 1": "holds a list",
+        "- 1": "contains a list",
     }.items():
         path.write_text(text)
         with pytest.raises(ValueError, match=reason):

@@ -90,7 +90,7 @@ def test_only_the_completion_is_learned(images):
         ({"image": "a.png", "images": ["b.png"], "messages": CHAT}, "both `image` and `images`"),
         ({"text": "A river."}, r"no conversation.*\['text'\]"),
         ({"prompt": [*CHAT], "completion": CHAT}, None),
-        ({"prompt": CHAT[1:], "completion": CHAT[1:]}, "take turns"),
+        ({"prompt": CHAT[1:], "completion": CHAT[1:]}, "must alternate"),
     ],
 )
 def test_forms_that_contradict_themselves(row, reason):
@@ -126,7 +126,7 @@ MEDIA = [
 @pytest.mark.parametrize("image", [False, True])
 def test_media_in_a_field_that_is_not_read_is_an_error(field, image):
     (name,) = field
-    with pytest.raises(BadRow, match=f"media in `{name}`, which is not read"):
+    with pytest.raises(BadRow, match=f"media in `{name}`, which is not supported"):
         to_messages({**llava_row(0, image=image), **field})
     turn = {"from": "human", "value": "Hi?", **field}
     with pytest.raises(BadRow, match=f"turn 1 has media in `{name}`"):
@@ -160,9 +160,9 @@ TAGS = ["<video>", "<img>", "<Image>", "<image_1>", "<image 2>", "<|image_pad|>"
 
 @pytest.mark.parametrize("tag", TAGS)
 def test_markers_of_other_projects_are_an_error(tag):
-    with pytest.raises(BadRow, match=f"marker {tag.replace('|', '.')}, which is not read"):
+    with pytest.raises(BadRow, match=f"marker {tag.replace('|', '.')}, which is not supported"):
         to_messages({"conversations": turns(f"{tag}\nWhat is it?", "A road.")})
-    with pytest.raises(BadRow, match="is not read"):
+    with pytest.raises(BadRow, match="is not supported"):
         to_messages({**llava_row(0), "conversations": turns(f"<image>{tag}What is it?", "A road.")})
 
 
@@ -174,8 +174,8 @@ def test_markup_and_answers_are_no_markers():
 def test_unread_fields_are_told_once_with_their_number(caplog):
     rows = [{**llava_row(i, image=False), "width": 5, **({"split": "a"} if i else {"split": ""})} for i in range(3)]
     dataset = ConversationDataset(rows)
-    (record,) = [record for record in caplog.records if "not read" in record.message]
-    assert record.message == "list: these fields are not read: width (3 rows), split (2 rows)."
+    (record,) = [record for record in caplog.records if "not used" in record.message]
+    assert record.message == "list: these fields are not used: width (3 rows), split (2 rows)."
     assert dataset.unread == {"width": 3, "split": 2}
 
 
@@ -258,7 +258,7 @@ def test_messages_are_short(row):
     [
         ("[100, 200, 1500, 900]", "likely in pixels"),
         ("[0, 0, 1000.5, 10]", "likely in pixels"),
-        ("[-5, 0, 10, 10]", "partly beside its image"),
+        ("[-5, 0, 10, 10]", "partly outside of its image"),
         ("[0, 0, 1000, 1000]", None),
     ],
 )
@@ -359,4 +359,4 @@ def test_unread_fields_of_a_stream_are_told_once(caplog):
     rows = [{"messages": CHAT, "width": 5}] * 3
     with caplog.at_level(logging.WARNING):
         assert len(list(ConversationStream(stream(rows)))) == 3
-    assert len([record for record in caplog.records if "not read: width" in record.message]) == 1
+    assert len([record for record in caplog.records if "not used: width" in record.message]) == 1

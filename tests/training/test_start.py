@@ -112,15 +112,45 @@ def test_nothing_learned_is_the_model_from_before(kind, settings, starts, data, 
 
 
 def test_other_models_and_the_released_layout_are_rejected_in_a_line(starts, data, tmp_path, reference, capsys):
-    with pytest.raises(ModelFolderError, match=r"convert_checkpoint released"):
+    with pytest.raises(ModelFolderError, match=r"mfrsvlm convert released"):
         main([write_config(reference / "checkpoint", data, tmp_path)])
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "llava"}')
     (tmp_path / "other" / "model.safetensors").touch()
-    with pytest.raises(SettingsError, match="is a llava, and only an MF-RSVLM"):
+    with pytest.raises(SettingsError, match="is a llava, but only an MF-RSVLM"):
         main([write_config(tmp_path / "other", data, tmp_path)])
     assert run([write_config(tmp_path / "none", data, tmp_path)]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {tmp_path / 'none'} is no folder")
+
+
+def test_a_missing_extra_is_said_with_what_to_install(starts, data, tmp_path, capsys, monkeypatch):
+    def parse(parser, words):
+        raise ImportError("The Trainer requires accelerate:\nrun pip")
+
+    monkeypatch.setattr("mfrsvlm.training.finetune.find_spec", lambda name: None)
+    monkeypatch.setattr("mfrsvlm.training.finetune.ConfigParser.parse_args_into_dataclasses", parse)
+    assert run([write_config(starts["whole"], data, tmp_path)]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        line
+        == "error: The Trainer requires accelerate: run pip. Install what training needs: pip install 'mfrsvlm[training]'"
+    )
+
+
+def test_files_that_are_no_settings_and_no_rows_are_rejected_in_a_line(starts, data, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("# A page\n")
+    good = write_config(starts["whole"], data, tmp_path)
+    for arguments in (
+        [str(data)],
+        [str(tmp_path / "none.yaml")],
+        [good, "--train_file", str(data)],
+        [good, "--train_file", str(page)],
+        [good, "--train_file", str(tmp_path / "none.json")],
+    ):
+        assert run(arguments) == 1
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith("error: ") and arguments[-1] in line
 
 
 def test_a_finished_training_is_not_trained_again(starts, data, tmp_path, caplog, monkeypatch):
@@ -130,7 +160,7 @@ def test_a_finished_training_is_not_trained_again(starts, data, tmp_path, caplog
     logging.getLogger("mfrsvlm").propagate = True
     with caplog.at_level(logging.INFO, "mfrsvlm"):
         assert main([config, "--resume_from_checkpoint", "last"]) is None
-    assert any("Nothing to do: this training ended" in record.message for record in caplog.records)
+    assert any("Nothing to do: training ended" in record.message for record in caplog.records)
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
     # The result was not saved, or more is asked for.
     (tmp_path / "run" / "train_results.json").unlink()

@@ -1,1 +1,1 @@
-"""What the recipe of the model in `demo/model` consists of; `training.train_demo_model` runs it."""
+"""Parts of the training recipe of `demo/model`, which `training.train_demo_model` runs."""

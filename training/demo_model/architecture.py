@@ -1,4 +1,4 @@
-"""The architecture at a size for two CPU cores, its tokenizer and processor, and the weights that it starts from."""
+"""Architecture for two CPU cores, tokenizer, processor, and initial weights."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -116,7 +116,7 @@ def make_processor(config: Any, tokenizer: Any, canvas_source: str = "image") ->
 
 @torch.no_grad()
 def start_positions(model: MFRSVLMForConditionalGeneration, features: np.ndarray) -> None:
-    """Starts position embeddings, if any, as sines and cosines of row and column, as large as visual tokens."""
+    """Initializes position embeddings, if any, by sines and cosines of row and column, scaled to the visual tokens."""
     if not model.config.visual_position_embeddings:
         return
     table = model.model.visual_position_embedding.weight
@@ -131,15 +131,17 @@ def start_positions(model: MFRSVLMForConditionalGeneration, features: np.ndarray
 
 @torch.no_grad()
 def whiten_projector(model: MFRSVLMForConditionalGeneration, features: np.ndarray, seed: int = 0) -> None:
-    """Starts the projector from whitened features.
+    """Initializes the projector with whitened features.
 
-    A few directions of an encoder's features, such as brightness, carry nearly all of their variance, and small objects
-    carry very little. From a random projector, a decoder first learns what is large. The first layer therefore starts as a
+    A few directions of the features, such as brightness, have nearly all of the variance, and small objects very little.
+    With a random projector, a decoder learns the large directions first. The first layer is therefore initialized as a
     random rotation of features with unit covariance. A hundredth of the mean variance is added to each direction, so that
     noise is not amplified.
 
     Args:
-        features: (N, 1 + K, T, C), see `cache_image_features`; every tenth image is read.
+        model: the model.
+        features: (N, 1 + K, T, C), see `cache_image_features`; every tenth image is used.
+        seed: seed of the rotation.
     """
     states = torch.from_numpy(np.array(features[::10])).flatten(0, -2).float()  # (tokens, C)
     mean, (variances, directions) = states.mean(0), torch.linalg.eigh(torch.cov(states.T))

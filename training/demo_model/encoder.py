@@ -1,8 +1,8 @@
-"""Trains a vision encoder to predict what stands in every token, before any language.
+"""Pretrains a vision encoder to predict the objects in every token.
 
-A decoder learns nothing from an encoder that cannot tell a car from a bush. Each visual token of a crop predicts how many
-objects of each kind have their centre in it, the box of one of them, and its own row and column. All tokens together predict
-the class of the scene. The encoder is kept; the heads are not part of the model.
+A decoder cannot learn from an encoder that does not distinguish a car from a bush. Each visual token of a crop predicts how
+many objects of each kind have their center in it, the box of one of them, and its own row and column. The mean of all tokens
+predicts the class of the scene. The heads are not part of the model.
 """
 
 import logging
@@ -30,11 +30,11 @@ logger = logging.getLogger(__name__)
 CROPS = ((0.4, 128, 128), (0.3, CANVAS, VIEW), (0.15, 64, 64), (0.15, 64, 128))
 # Weights of the losses of the heads.
 LOSS_WEIGHT = {"presence": 1.0, "count": 1.0, "box": 4.0, "class": 0.5, "place": 0.2}
-CHANNELS = 6  # a kind's outputs for a token: presence, count, and centre x, y, width, height in tokens
+CHANNELS = 6  # a kind's outputs for a token: presence, count, and center x, y, width, height in tokens
 
 
 class TokenHeads(nn.Module):
-    """What one depth predicts from each token."""
+    """Linear heads that predict objects, position and scene class from the tokens of one depth."""
 
     def __init__(self, width: int, side: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class TokenHeads(nn.Module):
 
 
 def object_table(scene: Scene) -> np.ndarray:
-    """(objects, 5): kind, centre x, y, width and height in pixels of the canvas."""
+    """(objects, 5): kind, center x, y, width and height in pixels of the canvas."""
     scale = CANVAS / SCENE_SIZE
     rows = []
     for item in scene.objects:
@@ -59,7 +59,7 @@ def object_table(scene: Scene) -> np.ndarray:
 
 
 def token_targets(table: np.ndarray, left: float, top: float, side: float, tokens: int) -> np.ndarray:
-    """(tokens * tokens, kinds, CHANNELS): what the heads should predict for a square crop of the canvas."""
+    """(tokens * tokens, kinds, CHANNELS): targets of the heads for a square crop of the canvas."""
     target = np.zeros((tokens, tokens, len(KINDS), CHANNELS), dtype=np.float32)
     cell = side / tokens
     x, y = (table[:, 1] - left) / cell, (table[:, 2] - top) / cell
@@ -164,7 +164,7 @@ def load_encoder(model: MFRSVLMModel, path: Path) -> None:
     """Puts a pretrained encoder into a model.
 
     Raises:
-        RuntimeError: the file holds an encoder of another shape.
+        RuntimeError: the file contains an encoder of another shape.
     """
     state = torch.load(path, weights_only=True)["model"]
     missing, unexpected = model.load_state_dict(state, strict=False)

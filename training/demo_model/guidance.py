@@ -1,9 +1,9 @@
-"""Losses beside that of the answers, which teach a decoder where to look. Their heads are not part of the model.
+"""Auxiliary losses that teach a decoder to attend to the right visual tokens. Their heads are not part of the model.
 
-From random weights, a decoder takes long to find out that a noun in a question stands for certain visual tokens, and learns
-nothing else about objects before. Linear heads on the visual tokens therefore predict what stands there, as the heads of the
-encoder did. At every noun of a question, two attention heads of the same layers are trained to attend to the visual tokens
-that hold such objects. Linear heads a little deeper predict how many there are and, of a single one, where.
+From random weights, a decoder needs many steps to associate a noun in a question with visual tokens, and learns nothing else
+about objects before. Linear heads on the visual tokens therefore predict the objects there, like the heads of the encoder.
+At every noun of a question, two attention heads of the same layers are trained to attend to the visual tokens with such
+objects. Linear heads one layer deeper predict their count and, for a single object, its position.
 
 Rows without known objects have no such losses, so that they can be mixed with others.
 """
@@ -28,13 +28,13 @@ from .scene_images import CANVAS
 ATTENTION_LAYERS, READ_LAYER = (1, 2), 3  # of six
 NUM_COUNTS = 10
 BINS = 16  # along each side of the image
-# Weights of the losses, beside that of the answers.
+# Weights of the losses; the loss of the answers has weight 1.
 GUIDANCE_WEIGHT = {"seen": 0.25, "attention": 0.25, "counted": 0.5, "placed": 0.5, "boxed": 0.5}
 
 
 @dataclass
 class KnownObjects:
-    """What is known of the objects in one image.
+    """Annotations of the objects in one image.
 
     Attributes:
         tokens: (T, kinds, CHANNELS), see `token_targets`.
@@ -50,7 +50,7 @@ class KnownObjects:
 
 
 def known_objects(scene: Scene, side: int) -> KnownObjects:
-    """What is known of a scene whose image has side x side visual tokens."""
+    """The annotations of a scene whose image has side x side visual tokens."""
     table = object_table(scene)
     counts = torch.tensor([scene.counts[kind] for kind in KINDS]).clamp(max=NUM_COUNTS - 1)
     boxes = torch.full((len(KINDS), 4), torch.nan)
@@ -62,9 +62,9 @@ def known_objects(scene: Scene, side: int) -> KnownObjects:
 
 
 class Guidance(nn.Module):
-    """The losses that guide one decoder.
+    """The guidance losses of one decoder.
 
-    Inside `listening()` it keeps what enters the attention of some layers, until its own forward uses that.
+    Inside `recording()`, it records the inputs of the attention of some layers for its own forward.
 
     Args:
         model: an MF-RSVLM with at least five Llama-like decoder layers.
@@ -82,13 +82,13 @@ class Guidance(nn.Module):
         layers = model.model.language_model.layers
         # In a dictionary, so that they are no part of this module.
         self.layers = {number: layers[number].self_attn for number in (*ATTENTION_LAYERS, READ_LAYER)}
-        self.heard: dict[int, tuple[torch.Tensor, Any]] = {}
+        self.recorded: dict[int, tuple[torch.Tensor, Any]] = {}
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Keeps what enters the attention of the model, within the block."""
+    def recording(self) -> Iterator[None]:
+        """Records the inputs of the attention of the model within the block."""
         hooks = [
-            layer.register_forward_pre_hook(partial(self._listen, number), with_kwargs=True)
+            layer.register_forward_pre_hook(partial(self._record, number), with_kwargs=True)
             for number, layer in self.layers.items()
         ]
         try:
@@ -96,10 +96,10 @@ class Guidance(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
-            self.heard = {}
+            self.recorded = {}
 
-    def _listen(self, number: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self.heard[number] = kwargs["hidden_states"], kwargs["position_embeddings"]
+    def _record(self, number: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.recorded[number] = kwargs["hidden_states"], kwargs["position_embeddings"]
 
     def forward(
         self,
@@ -116,7 +116,7 @@ class Guidance(nn.Module):
             marks: (n, 3), row of the batch, position and kind of every noun.
             objects: of each row of the batch.
         """
-        heard, self.heard = self.heard, {}
+        recorded, self.recorded = self.recorded, {}
         known = [(row, each) for row, each in enumerate(objects) if each is not None]
         device = input_ids.device
         if not known:
@@ -135,15 +135,15 @@ class Guidance(nn.Module):
 
         seen = torch.zeros((), device=device)
         for head, number in zip(self.seen, ATTENTION_LAYERS, strict=True):
-            parts = losses(head, heard[number][0][rows[:, None], visual], tokens, classes)
+            parts = losses(head, recorded[number][0][rows[:, None], visual], tokens, classes)
             seen = seen + sum(LOSS_WEIGHT[name] * value for name, value in parts.items())
         if not len(of):
             return {name: seen if name == "seen" else torch.zeros((), device=device) for name in GUIDANCE_WEIGHT}
-        held = tokens[of, :, kinds, 1]  # (n, T): how many of the noun's objects have their centre in each visual token
-        states = heard[READ_LAYER][0][noun_rows, positions]  # (n, D)
+        held = tokens[of, :, kinds, 1]  # (n, T): how many of the noun's objects have their center in each visual token
+        states = recorded[READ_LAYER][0][noun_rows, positions]  # (n, D)
         result = {
             "seen": seen,
-            "attention": self._attention_loss(heard, noun_rows, positions, held, visual[of], prefix_lengths[noun_rows]),
+            "attention": self._attention_loss(recorded, noun_rows, positions, held, visual[of], prefix_lengths[noun_rows]),
             "counted": F.cross_entropy(self.counted(states), counts),
         }
         single = counts == 1
@@ -156,7 +156,7 @@ class Guidance(nn.Module):
 
     def _attention_loss(
         self,
-        heard: dict[int, tuple[torch.Tensor, Any]],
+        recorded: dict[int, tuple[torch.Tensor, Any]],
         rows: torch.Tensor,
         positions: torch.Tensor,
         held: torch.Tensor,
@@ -179,7 +179,7 @@ class Guidance(nn.Module):
         total = torch.zeros((), device=held.device)
         for number in ATTENTION_LAYERS:
             attention = self.layers[number]
-            states, (cosine, sine) = heard[number]
+            states, (cosine, sine) = recorded[number]
             size = attention.head_dim
             cosine, sine = (table.expand(len(states), -1, -1)[:, :, None] for table in (cosine, sine))  # (B, S, 1, d)
             queries = F.linear(states[rows, positions], attention.q_proj.weight[: 2 * size]).unflatten(-1, (2, size))

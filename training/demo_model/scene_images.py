@@ -1,4 +1,4 @@
-"""Scenes that are drawn once and kept on disk at the two sizes that the model sees: the canvas and the global view.
+"""Scenes that are drawn once and cached on disk at the two input sizes of the model: the canvas and the global view.
 
 Training needs every scene many times, and drawing one costs more than encoding it.
 """
@@ -103,5 +103,5 @@ def canvas_and_view(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
 
 
 def to_pixels(images: np.ndarray) -> torch.Tensor:
-    """(n, h, w, 3) uint8 to (n, 3, h, w) float32 in [-1, 1], as the image processor normalises."""
+    """(n, h, w, 3) uint8 to (n, 3, h, w) float32 in [-1, 1], as the image processor normalizes."""
     return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -81,7 +81,7 @@ class DemoModelTrainer(MFRSVLMTrainer):
         attention = model.config.text_config._attn_implementation
         model.set_attn_implementation({"text_config": self.args.decoder_attention or attention})
         try:
-            with nullcontext() if self.guidance is None else self.guidance.listening():
+            with nullcontext() if self.guidance is None else self.guidance.recording():
                 return super().train(*args, **kwargs)
         finally:
             model.set_attn_implementation({"text_config": attention})
