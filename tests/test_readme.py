@@ -41,7 +41,7 @@ def test_usage(monkeypatch, tmp_path, capsys):
 
 def test_rasters(monkeypatch, tmp_path, capsys):
     assert run_page("docs/rasters.md", monkeypatch, tmp_path) == 1
-    assert capsys.readouterr().out.splitlines() == ["colour interpretation none 0.0", "9"]
+    assert capsys.readouterr().out.split() == ["colour", "interpretation", "none", "0.0", "9"]
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/evaluation.md", "docs/benchmarks.md"])
