@@ -43,7 +43,7 @@ class Stretch:
         pixels = np.empty(values.shape, np.uint8)
         for plane, channel, low, high in zip(pixels, values, self.low, self.high, strict=True):  # one at a time: memory
             scaled = channel.astype(np.float32)
-            np.nan_to_num(scaled, copy=False, nan=low)
+            np.nan_to_num(scaled, copy=False, nan=low, posinf=np.inf, neginf=-np.inf)
             scaled -= low
             scaled *= 255 / (high - low)
             plane[...] = np.rint(np.clip(scaled, 0, 255, out=scaled), out=scaled)
