@@ -48,6 +48,7 @@ COMMANDS = {
     ),
     "evaluate": Command("evaluate a model on benchmarks", "evaluation.__main__", first=("run",), extra="evaluation"),
     "report": Command("write tables and plots of evaluations", "evaluation.__main__", first=("report",), extra="evaluation"),
+    "serve": Command("serve a model over HTTP, as OpenAI's chat route", "serving.__main__", extra="serving"),
     "scenes": Command("write a data set of synthetic scenes", "scenes.__main__"),
 }
 

@@ -21,7 +21,9 @@ def test_lists_every_command(capsys):
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
     assert all(f"  {name} " in text for name in cli.COMMANDS)
-    assert set(cli.COMMANDS) == {"demo", "ask", "info", "convert", "assemble", "finetune", "evaluate", "report", "scenes"}
+    assert set(cli.COMMANDS) == {
+        *("demo", "ask", "info", "convert", "assemble", "finetune", "evaluate", "report", "serve", "scenes"),
+    }
 
 
 def test_console_command_and_extras_exist():

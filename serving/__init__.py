@@ -1,0 +1,1 @@
+"""A server with the chat route of OpenAI: `mfrsvlm serve MODEL`."""
