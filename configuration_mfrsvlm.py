@@ -258,8 +258,8 @@ class MFRSVLMConfig(PreTrainedConfig):
         return hasattr(self.vision_config, "num_heads") or hasattr(self.vision_config, "num_attention_heads")
 
     @property
-    def num_vision_layers(self) -> int | None:
-        """Number of the last encoder output: transformer layers of a ViT, stages of a hierarchical backbone.
+    def num_vision_layers(self) -> Any:
+        """Number of the last encoder output (int): transformer layers of a ViT, stages of a hierarchical backbone.
 
         `None` for a convolutional model that is no backbone, whose config does not state it.
         """

@@ -186,7 +186,7 @@ def prepare(
     options: DemoModelArguments, encoder: Path, seed: int
 ) -> tuple[MFRSVLMForConditionalGeneration, Any, Dataset[Any]]:
     """The model with its pretrained encoder, the processor, and the training rows with cached features or pixels."""
-    work, texts = Path(options.work), []
+    work, texts = Path(options.work), list[tuple[str, str]]()
     photographs = read_photographs(work / "photographs", "train") if options.real_data else None
     if photographs is not None:
         texts += photograph_dialogues(photographs)

@@ -85,7 +85,7 @@ def choose_transforms(count: int, copies: int, seed: int = 0) -> np.ndarray:
     return np.concatenate([np.zeros((count, 1), dtype=np.int64), others], axis=1)[:, :copies]
 
 
-class PhotographQuestions(Dataset):
+class PhotographQuestions(Dataset[dict[str, Any]]):
     """Every copy of every photograph, with other questions in each of `rounds`.
 
     Args:

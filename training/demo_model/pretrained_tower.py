@@ -209,7 +209,8 @@ def tune(
     others = [*model.stage_projections.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW([{"params": towers}, {"params": others}], lr=peak, weight_decay=0.02)
     model.vision_tower.to(memory_format=torch.channels_last)
-    start, running, best, kept = time.perf_counter(), {}, -1.0, None
+    start, best, kept = time.perf_counter(), -1.0, None
+    running: dict[str, float] = {}
     for step, (crop, chosen, whole) in enumerate(crops(pixels, batch, seed), start=1):
         model.vision_tower.train(), heads.train()  # unlike in the finished model, batch statistics are learned here
         for group, factor in zip(optimizer.param_groups, (1.0, 4.0), strict=True):
