@@ -9,7 +9,9 @@ from PIL import Image
 from tiny_rasters import pixels, write
 
 
-gradio = pytest.importorskip("gradio", reason="needs the extra `app`")
+pytest.importorskip("gradio", reason="needs the extra `app`")
+
+import gradio
 
 from mfrsvlm.app.page import Reader, histogram, make_page
 from mfrsvlm.demo import MODEL, SCENE
