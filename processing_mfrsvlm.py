@@ -1,9 +1,11 @@
 """Processor of MF-RSVLM: converts prompts to ids with image placeholders, and images to pixels."""
 
 import bisect
+import copy
 import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,14 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
+from .conversations_mfrsvlm import (
+    ControlTokens,
+    check_conversations,
+    check_settings,
+    check_text,
+    control_tokens,
+    rename_control_tokens,
+)
 from .image_processing_mfrsvlm import (
     MFRSVLMImageProcessor,
     MFRSVLMImageProcessorKwargs,
@@ -23,10 +33,13 @@ from .image_processing_mfrsvlm import (
     join_windows,
     plain_errors,
 )
+from .image_sources_mfrsvlm import shown
 
 
+ASSISTANT = "ASSISTANT:"  # what the chat template ends a prompt with
 NUMBER = r"\s*([0-9]+(?:\.[0-9]+)?)\s*"
 WRITTEN_BOX = re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]")
+BOX_FORMAT = {"scale": 1000, "order": "xyxy", "padded": False}
 
 
 def parse_boxes(text: str, box_scale: float = 1000) -> list[tuple[float, float, float, float]]:
@@ -41,6 +54,60 @@ def parse_boxes(text: str, box_scale: float = 1000) -> list[tuple[float, float, 
         if max(x1, y1, x2, y2) <= box_scale:
             boxes.append((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)))
     return boxes
+
+
+def locate_boxes(
+    texts: list[str], image_sizes: Any, scale: float = 1000, order: str = "xyxy", padded: bool = False
+) -> list[torch.Tensor]:
+    """Boxes of generated texts in pixels, see `MFRSVLMProcessor.post_process_boxes`. Arguments are those of a box format."""
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"texts must be a list of strings, one per image, got {type(texts).__name__} {str(texts)[:200]!r}.")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"box_scale={scale} must be a positive number.")
+    sizes = image_sizes.tolist() if isinstance(image_sizes, (torch.Tensor, np.ndarray)) else image_sizes
+    if not isinstance(sizes, (list, tuple)) or len(sizes) != len(texts):
+        raise ValueError(f"{len(texts)} texts need as many image_sizes, (height, width) each, got {str(image_sizes)[:200]}.")
+    located = []
+    for index, (text, size) in enumerate(zip(texts, sizes, strict=True)):
+        try:
+            height, width = (float(length) for length in size)
+        except (TypeError, ValueError):
+            raise ValueError(f"image_sizes[{index}]={size!r} must be two numbers, (height, width).") from None
+        if not (0 < height < math.inf and 0 < width < math.inf):
+            raise ValueError(f"image_sizes[{index}]={size!r}: height and width must be positive.")
+        limits = torch.tensor([width, height] * 2)
+        boxes = torch.tensor(parse_boxes(text, scale)).reshape(-1, 4) / scale
+        if order == "yxyx":
+            boxes = boxes[:, [1, 0, 3, 2]]
+        if padded:
+            side = max(height, width)
+            left, top = (side - width) // 2, (side - height) // 2  # see pad_to_square
+            boxes = boxes * side - torch.tensor([left, top] * 2)
+            boxes = boxes[((boxes[:, 2:] >= 0) & (boxes[:, :2] <= limits[:2])).all(1)]
+            located.append(boxes.clamp(torch.zeros(4), limits))
+        else:
+            located.append(boxes * limits)
+    return located
+
+
+def check_box_format(box_format: Any) -> dict[str, Any]:
+    """A box format, with defaults for fields that it lacks.
+
+    Raises:
+        ValueError: it is no box format.
+    """
+    known = {*BOX_FORMAT, "prompt"}
+    if not isinstance(box_format, dict) or set(box_format) - known:
+        raise ValueError(f"box_format={box_format!r} must be a dict with some of {sorted(known)}.")
+    box_format = {**BOX_FORMAT, **box_format}
+    scale, order, padded, prompt = (box_format.get(name) for name in ("scale", "order", "padded", "prompt"))
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+        raise ValueError(f"box_format: scale={scale!r} must be a positive number.")
+    if order not in ("xyxy", "yxyx") or not isinstance(padded, bool):
+        raise ValueError(f'box_format: order={order!r} must be "xyxy" or "yxyx", and padded={padded!r} true or false.')
+    if prompt is not None and "{object}" not in str(prompt):
+        raise ValueError(f"box_format: prompt={prompt!r} must contain {{object}}.")
+    return box_format
 
 
 def make_chat_template(tokenizer: Any) -> str:
@@ -84,9 +151,17 @@ class MFRSVLMProcessor(ProcessorMixin):
         image_placement: `"inline"`: visual tokens stand where the marker stood; `"prefix"`: those of all images of a
             prompt come first, before `<s>`, and the pieces of text around the markers are tokenized apart, as the
             published model was trained.
+        box_format: how the model was trained to write boxes. "scale" is the value of the right and lower edge; "order" is
+            "xyxy" or "yxyx"; "padded" says whether boxes refer to the image padded to a square; "prompt" asks for the boxes
+            of an "{object}". `None`: not stated.
+        ground_resolution: the finest and the coarsest pixel of the training images, in metres. `None`: not stated.
     """
 
+    # Saved only where they are stated.
+    box_format: dict[str, Any] | None = None
+    ground_resolution: tuple[float, float] | None = None
     valid_processor_kwargs = MFRSVLMProcessorKwargs
+    _control_tokens: ControlTokens | None = None  # of a copy that reads a conversation with stand-ins
 
     def __init__(
         self,
@@ -95,7 +170,16 @@ class MFRSVLMProcessor(ProcessorMixin):
         chat_template: str | None = None,
         image_token: str = "<image>",
         image_placement: str = "inline",
+        box_format: dict[str, Any] | None = None,
+        ground_resolution: Any = None,
     ) -> None:
+        if box_format is not None:
+            self.box_format = check_box_format(box_format)
+        if ground_resolution is not None:
+            finest, coarsest = ground_resolution
+            if not 0 < finest <= coarsest < math.inf:
+                raise ValueError(f"ground_resolution={ground_resolution!r} must be two lengths in metres, the finer first.")
+            self.ground_resolution = (finest, coarsest)
         if image_placement not in ("inline", "prefix"):
             raise ValueError(f'image_placement={image_placement!r} must be "inline" or "prefix".')
         if image_processor is None or tokenizer is None:
@@ -172,9 +256,8 @@ class MFRSVLMProcessor(ProcessorMixin):
         if markers != counts:
             raise ValueError(f"{rule}found {markers} tokens, prompt by prompt, and {counts} images, list by list.")
 
-    @staticmethod
     def post_process_boxes(
-        texts: list[str], image_sizes: Any, box_scale: float = 1000, padded: bool = False
+        self, texts: list[str], image_sizes: Any, box_scale: float | None = None, padded: bool | None = None
     ) -> list[torch.Tensor]:
         """Boxes `[x1, y1, x2, y2]` of generated texts, in pixels of the original images.
 
@@ -182,10 +265,10 @@ class MFRSVLMProcessor(ProcessorMixin):
             texts: one generated text per image, decoded.
             image_sizes: (height, width) of each original image: pairs, or a tensor (N, 2). Note that `PIL.Image.size` is
                 the other way round.
-            box_scale: value of the right and lower edge in a text.
+            box_scale: value of the right and lower edge in a text. `None`: that of `box_format`, else 1000.
             padded: whether the texts speak of the image padded to a square, as the image processor pads it with `do_pad`,
-                or of the image itself. It depends on the data the model was trained with. The padding is taken off, and
-                boxes are clipped to the image. Boxes in the padding are left out.
+                or of the image itself. The padding is taken off, and boxes are clipped to the image. Boxes in the padding
+                are left out. `None`: as `box_format` says, else of the image itself.
 
         Returns:
             For each text a float32 tensor (n, 4), one row (x_min, y_min, x_max, y_max) per box in the order of the text,
@@ -197,46 +280,87 @@ class MFRSVLMProcessor(ProcessorMixin):
                 positive.
             TypeError: texts are not a list of strings.
         """
-        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
-            raise TypeError(
-                f"texts must be a list of strings, one per image, got {type(texts).__name__} {str(texts)[:200]!r}."
-            )
-        if not 0 < box_scale < math.inf:
-            raise ValueError(f"box_scale={box_scale} must be a positive number.")
-        sizes = image_sizes.tolist() if isinstance(image_sizes, (torch.Tensor, np.ndarray)) else image_sizes
-        if not isinstance(sizes, (list, tuple)) or len(sizes) != len(texts):
-            raise ValueError(
-                f"{len(texts)} texts need as many image_sizes, (height, width) each, got {str(image_sizes)[:200]}."
-            )
-        located = []
-        for index, (text, size) in enumerate(zip(texts, sizes, strict=True)):
-            try:
-                height, width = (float(length) for length in size)
-            except (TypeError, ValueError):
-                raise ValueError(f"image_sizes[{index}]={size!r} must be two numbers, (height, width).") from None
-            if not (0 < height < math.inf and 0 < width < math.inf):
-                raise ValueError(f"image_sizes[{index}]={size!r}: height and width must be positive.")
-            limits = torch.tensor([width, height] * 2)
-            boxes = torch.tensor(parse_boxes(text, box_scale)).reshape(-1, 4) / box_scale
-            if padded:
-                side = max(height, width)
-                left, top = (side - width) // 2, (side - height) // 2  # see pad_to_square
-                boxes = boxes * side - torch.tensor([left, top] * 2)
-                boxes = boxes[((boxes[:, 2:] >= 0) & (boxes[:, :2] <= limits[:2])).all(1)]
-                located.append(boxes.clamp(torch.zeros(4), limits))
-            else:
-                located.append(boxes * limits)
-        return located
+        written = check_box_format({} if self.box_format is None else self.box_format)
+        scale = written["scale"] if box_scale is None else box_scale
+        return locate_boxes(texts, image_sizes, scale, written["order"], written["padded"] if padded is None else padded)
 
     def _merge_kwargs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         merged = super()._merge_kwargs(*args, **kwargs)
         for name in ("max_length", "pad_to_multiple_of"):
             value = merged["text_kwargs"].get(name)
-            if value is not None and not isinstance(value, int):
-                raise TypeError(f"{name}={value!r} must be a whole number.")
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise TypeError(f"{name}={shown(value)} must be a whole number.")
             if value is not None and not 1 <= value < 2**31:  # the tokenizer would answer with an OverflowError
-                raise ValueError(f"{name}={value} must lie in [1, 2**31).")
+                raise ValueError(f"{name}={shown(value)} must lie in [1, 2**31).")
+        for name in ("padding", "truncation"):
+            value = merged["text_kwargs"].get(name)
+            if value is not None and not isinstance(value, (bool, str)):  # or an enum of transformers, which is a string
+                raise TypeError(f"{name}={shown(value)} must be True, False or the name of a strategy.")
         return merged
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        tools: Any = None,
+        documents: Any = None,
+        add_generation_prompt: bool = False,
+        sanitize_control_tokens: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Renders a conversation, or a batch, after checking it; see `ProcessorMixin.apply_chat_template`.
+
+        Args:
+            conversation: messages with a `role` and a `content`, which is text or a list of parts:
+                `{"type": "text", "text": ...}`, or `{"type": "image"}` with one image as `image`, `url`, `path` or `base64`.
+            sanitize_control_tokens: read control tokens in the messages, such as `</s>` and `<image>`, as ordinary text. For
+                text of strangers. Needs `tokenize=True` and a fast tokenizer. transformers has it since 5.24, but not for
+                `image_placement="prefix"` and not together with `return_assistant_tokens_mask`.
+            **kwargs: all others of transformers, and variables of the template, such as `prompt_version`.
+
+        Raises:
+            ValueError: a conversation is malformed, or the template rejects it. The message names conversation, turn and
+                part, counted from 1.
+            TypeError: something has the wrong type.
+        """
+        settings = {"add_generation_prompt": add_generation_prompt, "sanitize_control_tokens": sanitize_control_tokens}
+        check_settings({**kwargs, **settings, "chat_template": chat_template, "tools": tools, "documents": documents})
+        templates = self.chat_template
+        template = chat_template or templates or ""
+        if isinstance(templates, dict):
+            template = templates.get(chat_template or "default", chat_template or "")
+        images = {**(kwargs.get("processor_kwargs") or {}), **kwargs}.get("images")
+        opens_images = bool(kwargs.get("tokenize")) and images is None
+        conversations, is_batch = check_conversations(conversation, template, opens_images)
+        rendered_by = self
+        if sanitize_control_tokens:
+            if not kwargs.get("tokenize"):
+                raise ValueError(
+                    "sanitize_control_tokens=True needs tokenize=True, since a rendered text does not tell who wrote what."
+                )
+            tokens = ControlTokens(control_tokens(self.tokenizer, template))
+            rendered_by = copy.copy(self)
+            rendered_by._control_tokens = tokens
+            conversations = [tokens.hide_in_messages(messages) for messages in conversations]
+            tools, documents = tokens.hide(tools), tokens.hide(documents)
+            kwargs = {name: value if name == "processor_kwargs" else tokens.hide(value) for name, value in kwargs.items()}
+        options = {"chat_template": chat_template, "tools": tools, "documents": documents, **kwargs}
+        options["add_generation_prompt"] = add_generation_prompt
+        render = super(MFRSVLMProcessor, rendered_by).apply_chat_template
+        try:
+            return render(conversations if is_batch else conversations[0], **options)
+        except Exception:
+            # Was it the template? Which conversation?
+            for name in ("tokenize", "return_dict", "return_tensors", "processor_kwargs", "return_assistant_tokens_mask"):
+                options.pop(name, None)
+            for number, messages in enumerate(conversations, start=1):
+                try:
+                    render(messages, **options)
+                except Exception as error:  # a template may raise anything
+                    where = f"Conversation {number} of {len(conversations)}: " if is_batch else ""
+                    reason = " ".join(str(error).split()) or type(error).__name__
+                    raise ValueError(f"{where}the chat template does not render it: {reason}") from error
+            raise
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
         image_inputs = self.image_processor(images, **kwargs)
@@ -262,6 +386,9 @@ class MFRSVLMProcessor(ProcessorMixin):
                 setting makes no sense.
             TypeError: an input or a setting has the wrong type.
         """
+        for name in ("text_kwargs", "images_kwargs", "common_kwargs"):
+            if kwargs.get(name) is not None and not isinstance(kwargs[name], Mapping):
+                raise TypeError(f"{name}={shown(kwargs[name])} must be a mapping of settings.")
         prompts = [text] if text is None or isinstance(text, str) else text
         if not isinstance(prompts, (list, tuple)) or not all(text is None or isinstance(prompt, str) for prompt in prompts):
             raise TypeError(f"text must be a string or a list of strings, got {type(text).__name__} {str(text)[:200]!r}.")
@@ -269,6 +396,10 @@ class MFRSVLMProcessor(ProcessorMixin):
             raise ValueError("text is an empty list: pass at least one prompt.")
         if text is not None and isinstance(images, (list, tuple)) and not flatten_images(images):
             images = None  # a batch of prompts without any image
+        for index, prompt in enumerate(prompts):
+            check_text(prompt or "", f"prompt {index + 1} of {len(prompts)}")
+        if self._control_tokens is not None:
+            return self._call_with_stand_ins(self._control_tokens, images, prompts, **kwargs)
         bos = self.tokenizer.bos_token
         begun = [bool(bos) and prompt.startswith(bos) for prompt in prompts if prompt is not None]
         if any(begun) and "add_special_tokens" not in {**kwargs, **(kwargs.get("text_kwargs") or {})}:
@@ -281,6 +412,7 @@ class MFRSVLMProcessor(ProcessorMixin):
         with plain_errors():
             if text is not None and self.image_placement == "prefix":
                 return self._call_prefix(images, text, **kwargs)
+            self._check_truncation(prompts, **kwargs)
             outputs = super().__call__(images=images, text=text, **kwargs)
         if "offset_mapping" in outputs:
             found = outputs["offset_mapping"]
@@ -293,6 +425,44 @@ class MFRSVLMProcessor(ProcessorMixin):
             if "text_replacement_offsets" in outputs:
                 outputs["text_replacement_offsets"] = [[] for _ in prompts]
         return outputs
+
+    def _call_with_stand_ins(self, tokens: ControlTokens, images: Any, prompts: Any, **kwargs: Any) -> BatchFeature:
+        """Reads prompts in which control tokens and stand-ins have changed places, see `ControlTokens`."""
+        reader = copy.copy(self)
+        reader._control_tokens = None
+        reader.tokenizer = rename_control_tokens(self.tokenizer, tokens.stand_ins)
+        reader.image_token = tokens.stand_ins[self.image_token]
+        try:
+            return reader(images, [tokens.exchange(prompt) for prompt in prompts], **kwargs)
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(tokens.exchange(str(error))) from error
+
+    def _check_truncation(self, prompts: Any, **kwargs: Any) -> None:
+        """Raises `ValueError` where truncation would remove the end of a prompt for the assistant. For inline placement."""
+        ending = [prompt for prompt in prompts if prompt is not None and prompt.rstrip().endswith(ASSISTANT)]
+        if not ending or self.tokenizer.truncation_side != "right":
+            return
+        merged = self._merge_kwargs(
+            ModelProcessorKwargs=self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
+        given, limit = merged["text_kwargs"], merged["text_kwargs"].get("max_length") or self.tokenizer.model_max_length
+        if given.get("truncation") in (None, False, "do_not_truncate") or given.get("return_overflowing_tokens"):
+            return
+        (tokens,) = self._get_num_multimodal_tokens([(0, 0)], **merged["images_kwargs"]).num_image_tokens
+        for prompt in ending:
+            ids = self.tokenizer(prompt, add_special_tokens=given.get("add_special_tokens", True), verbose=False).input_ids
+            _check_length(len(ids) + ids.count(self.image_token_id) * (tokens - 1), limit)
+
+    def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
+        expected = [prompt.count(self.image_token) for prompt in text]
+        found = [[int(token) for token in row].count(self.image_token_id) for row in text_inputs["input_ids"]]
+        if expected != found:
+            lengths = [len(row) for row in text_inputs["input_ids"]]
+            raise ValueError(
+                f"The prompts have {expected} image tokens, but the {lengths} tokens that are left have {found}: image "
+                "tokens are never truncated. Raise max_length, pass fewer images, or leave out split_special_tokens."
+            )
 
     def _offsets_in_prompt(self, prompt: str, ids: Any, offsets: Any) -> list[tuple[int, int]]:
         """Offsets into a prompt as it was given, from those into the prompt with each marker as often as it has tokens.
@@ -371,6 +541,11 @@ class MFRSVLMProcessor(ProcessorMixin):
                         f"max_length={longest} leaves no room for text after {num_visual} image tokens, which are never "
                         "truncated. Raise max_length or pass fewer images."
                     )
+                if prompt.rstrip().endswith(ASSISTANT) and self.tokenizer.truncation_side == "right":
+                    whole = self.tokenizer(
+                        pieces, is_split_into_words=True, add_special_tokens=add_special_tokens, verbose=False
+                    )
+                    _check_length(num_visual + len(whole.input_ids), longest)
             encoding = self.tokenizer(
                 pieces,
                 is_split_into_words=True,
@@ -416,7 +591,23 @@ class MFRSVLMProcessor(ProcessorMixin):
         return outputs
 
 
+def _check_length(length: int, limit: int) -> None:
+    if length > limit:
+        raise ValueError(
+            f"The prompt has {length} tokens, and truncation to max_length={limit} would remove {ASSISTANT!r} at its end. "
+            "Raise max_length, shorten the prompt, or set tokenizer.truncation_side to 'left'."
+        )
+
+
 # See the end of `configuration_mfrsvlm.py`.
 MFRSVLMProcessor.register_for_auto_class("AutoProcessor")
 
-__all__ = ["MFRSVLMImageProcessor", "MFRSVLMProcessor", "cut_windows", "join_windows", "make_chat_template", "parse_boxes"]
+__all__ = [
+    "MFRSVLMImageProcessor",
+    "MFRSVLMProcessor",
+    "cut_windows",
+    "join_windows",
+    "locate_boxes",
+    "make_chat_template",
+    "parse_boxes",
+]
