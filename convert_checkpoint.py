@@ -221,10 +221,6 @@ def is_model_folder(folder: Path) -> bool:
     return (folder / "config.json").is_file() and "model_type" in read_json(folder / "config.json")
 
 
-class OutputError(ConversionError):
-    """An output folder that cannot be written, or must not be replaced."""
-
-
 @contextlib.contextmanager
 def whole_output(output: Path, overwrite: bool, sources: list[Path]) -> Iterator[Path]:
     """A temporary folder that is renamed to `output` if the block succeeds, and removed if it raises.
@@ -234,14 +230,14 @@ def whole_output(output: Path, overwrite: bool, sources: list[Path]) -> Iterator
     """
     output = Path(os.path.realpath(output))
     if output.is_symlink():
-        raise OutputError(f"--output {output} is a link in a circle: choose another --output.")
+        raise ConversionError(f"--output {output} is a link in a circle: choose another --output.")
     for source in (source.resolve() for source in sources if source.exists()):
         if source.is_relative_to(output) or output.is_relative_to(source):
-            raise OutputError(f"--output {output} and the source {source} lie in one another: choose another --output.")
+            raise ConversionError(f"--output {output} and the source {source} lie in one another: choose another --output.")
     if output.exists() and not overwrite:
-        raise OutputError(f"{output} exists. Choose another --output, or pass --overwrite to replace it.")
+        raise ConversionError(f"{output} exists. Choose another --output, or pass --overwrite to replace it.")
     if output.is_file() or (output.exists() and any(output.iterdir()) and not is_model_folder(output)):
-        raise OutputError(f"{output} is no model folder (no config.json with a model_type), so it is not overwritten.")
+        raise ConversionError(f"{output} is no model folder (no config.json with a model_type), so it is not overwritten.")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.partial-", dir=output.parent) as scratch:
         whole, replaced = Path(scratch) / "whole", Path(scratch) / "replaced"
@@ -404,7 +400,7 @@ def run(command: Callable[..., None], options: dict[str, Any]) -> int:
         command(**options)
     except (ConversionError, OSError, SafetensorError) as error:  # the last two: full disk, no permission
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, (OutputError, OSError)) else 1
+        return 1
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -118,7 +118,7 @@ def export_samples(run: str | Path, output: str | Path) -> list[Path]:
     run, output = Path(run), Path(output)
     if not (run / "summary.json").is_file():
         raise ValueError(f"{run} has no summary.json. Name the folder of a finished run, OUTPUT/BENCHMARK/SPLIT.")
-    summary = read_json(run / "summary.json")
+    summary = read_json(run / "summary.json", allow_nan=True)
     date = datetime.fromtimestamp((run / "summary.json").stat().st_mtime).strftime("%Y%m%d_%H%M%S")
     tasks: dict[str, list[dict[str, Any]]] = {}
     for index, (_, row) in enumerate(read_rows(run / "predictions.jsonl")):

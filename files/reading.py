@@ -62,20 +62,24 @@ def read_text(path: str | os.PathLike[str]) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
+def read_json(path: str | os.PathLike[str], allow_nan: bool = False) -> Any:
     """The value in a JSON file.
+
+    Args:
+        path: the file.
+        allow_nan: read `NaN` and `Infinity`, which Python writes for such numbers.
 
     Raises:
         OSError, ValueError: see `read_text` and `parse_json`.
     """
     text = read_text(path)
     try:
-        return parse_json(text)
+        return parse_json(text, allow_nan)
     except ValueError as error:
         raise _named(path, error) from error
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, allow_nan: bool = False) -> Any:
     """The value of a JSON text.
 
     Stricter than `json.loads`: rejects a repeated key, `NaN` and `Infinity`, numbers beyond float64, escapes of lone
@@ -84,7 +88,7 @@ def parse_json(text: str) -> Any:
     Raises:
         ValueError: the text is not such JSON. The message says what is wrong and, for wrong syntax, where.
     """
-    value = _without_flaws(_parse(text), _has_surrogates(text))
+    value = _without_flaws(_parse(text, allow_nan), _has_surrogates(text))
     if isinstance(value, NotJSON):
         raise ValueError(value.reason)
     return value
@@ -131,7 +135,7 @@ def _parse_lines(text: str) -> Iterator[tuple[int, Any]]:
                 yield number, NotJSON(str(error))
 
 
-def _parse(text: str) -> Any:
+def _parse(text: str, allow_nan: bool = False) -> Any:
     """The value of a JSON text, with a `NotJSON` in place of ambiguous parts, so that their row is known."""
     try:
         return json.loads(
@@ -139,7 +143,7 @@ def _parse(text: str) -> Any:
             object_pairs_hook=_make_object,
             parse_int=_parse_int,
             parse_float=_parse_float,
-            parse_constant=lambda name: NotJSON(f"{name} is no number of JSON"),
+            parse_constant=float if allow_nan else lambda name: NotJSON(f"{name} is no number of JSON"),
         )
     except RecursionError as error:
         raise ValueError("it is nested too deeply to be read") from error

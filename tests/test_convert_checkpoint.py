@@ -625,7 +625,7 @@ class TestOutput:
 
     @pytest.mark.parametrize(
         "error, code",
-        [(OSError(28, "No space left on device"), 2), (KeyboardInterrupt(), 130), (MemoryError(), None)],
+        [(OSError(28, "No space left on device"), 1), (KeyboardInterrupt(), 130), (MemoryError(), None)],
         ids=repr,
     )
     @pytest.mark.parametrize("step", ["cast", "write_model_card"])
@@ -645,7 +645,7 @@ class TestOutput:
                     main(source.command("--overwrite"))
             else:
                 assert main(source.command("--overwrite")) == code
-                assert ("No space left" if code == 2 else "interrupted") in capsys.readouterr().err
+                assert ("No space left" if code == 1 else "interrupted") in capsys.readouterr().err
             assert source.siblings() == siblings
             assert {path: path.read_bytes() for path in source.output.glob("*")} == before
 
