@@ -5,11 +5,13 @@ OLDEST := .venv-oldest
 OLDEST_TRANSFORMERS := 5.16.1
 NEWEST := .venv-newest
 ARGS ?=
+N ?= 1000
+SEED ?= 0
 # What depends on the version of transformers.
 CORE := $(addprefix tests/,$(addsuffix .py,$(addprefix test_,configuration modeling numbers families processing hub \
 	convert_checkpoint parity)) files training)
 
-.PHONY: demo test test-all test-slow test-oldest test-newest lint parity clean
+.PHONY: demo test test-all test-slow test-oldest test-newest fuzz lint parity clean
 
 # A stamp newer than what it was made from: set-up runs once, and again when the project's needs change.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -48,6 +50,10 @@ test-all: $(VENV)/.ready
 test-slow: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -m "slow and not gpu" -n 2 --dist load $(ARGS)
 
+# Mutated inputs of every kind, N of each. make fuzz N=10000 ARGS="--area 'model folders'"
+fuzz: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/fuzz --count $(N) --seed $(SEED) $(ARGS)
+
 # The tests of the core, with the oldest transformers that pyproject.toml claims and with the newest that pip gives.
 test-oldest: $(OLDEST)/.ready
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(CORE) -m "not slow and not gpu" -n 2 $(ARGS)
@@ -61,7 +67,8 @@ lint: $(VENV)/.ready
 	mkdir -p $(VENV)/types && ln -sfn "$(CURDIR)" $(VENV)/types/mfrsvlm  # mypy wants a folder of the package's name
 	cd $(VENV)/types && ../bin/mypy --config-file mfrsvlm/pyproject.toml --cache-dir mfrsvlm/.mypy_cache \
 		mfrsvlm/configuration_mfrsvlm.py mfrsvlm/image_sources_mfrsvlm.py mfrsvlm/image_processing_mfrsvlm.py \
-		mfrsvlm/processing_mfrsvlm.py mfrsvlm/injection_mfrsvlm.py mfrsvlm/modeling_mfrsvlm.py mfrsvlm/released_layout.py \
+		mfrsvlm/conversations_mfrsvlm.py mfrsvlm/processing_mfrsvlm.py mfrsvlm/injection_mfrsvlm.py \
+		mfrsvlm/modeling_mfrsvlm.py mfrsvlm/released_layout.py \
 		mfrsvlm/convert_checkpoint.py mfrsvlm/arguments.py mfrsvlm/cli.py mfrsvlm/lazy_exports.py
 	$(VENV)/bin/lint-imports
 

@@ -37,7 +37,7 @@ def partition(extent: Window, tile: tuple[int, int], shifted: bool = False) -> l
 def _edges(start: int, length: int, side: int, shifted: bool) -> list[int]:
     count = -(-length // side)
     steps = [0, *(i + 0.5 for i in range(count)), count] if shifted and count > 1 else range(count + 1)
-    return sorted({start + round(length * step / count) for step in steps})
+    return sorted({start + int(length * step / count) for step in steps})
 
 
 def overlapping(extent: Window, tile: tuple[int, int], overlap: tuple[int, int]) -> list[Window]:

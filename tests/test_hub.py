@@ -31,6 +31,7 @@ AUTO_MAP = {
 IMAGE_PROCESSOR = "image_processing_mfrsvlm.MFRSVLMImageProcessor"
 CODE = {
     "configuration_mfrsvlm.py",
+    "conversations_mfrsvlm.py",
     "image_processing_mfrsvlm.py",
     "image_sources_mfrsvlm.py",
     "modeling_mfrsvlm.py",
