@@ -181,7 +181,9 @@ def train_demo_model(options: DemoModelArguments, args: DemoModelTrainingArgumen
     else:
         figures = evaluate_folder(output, options.test_scenes) if options.test_scenes else {}
         card = evidence(options, args, times.seconds, figures)
-    write_model_card(output, model.config, "trained", options.name, card, license="apache-2.0")
+    # `geospatial` warns of models that saw drawings alone.
+    seen = {} if options.real_data or options.train_file else {"training_images": "synthetic"}
+    write_model_card(output, model.config, "trained", options.name, card, license="apache-2.0", **seen)
     return output
 
 
