@@ -55,8 +55,8 @@ def load_benchmark(
     Raises:
         BenchmarkError: an unknown name, split or option; a missing or broken file; a row with a missing field or a field of
             the wrong type; a repeated id; another number of samples than published; missing images; images outside of
-            `root`; images of another size than published or annotated; or a box outside of its image. No sample is skipped unless
-            an option says so.
+            `root`; images of another size than published or annotated; or a box outside of its image. No sample is
+            skipped unless an option says so.
     """
     if name not in BENCHMARKS:
         raise BenchmarkError(f"Unknown benchmark {name!r}. Benchmarks are {', '.join(BENCHMARKS)}.")
