@@ -81,6 +81,8 @@ def split_photographs(real: Path, output: Path, seed: int = 0) -> Path:
     split_of |= {row["image"]: "train" for row in captions if row["image"] not in split_of and row["image"] not in dropped}
     for split in SPLITS:
         _write_split(root, output / split, split, [image for image, name in split_of.items() if name == split])
+    if "train" not in split_of.values():
+        raise BenchmarkError(f"{root}: no photograph is left to train on; all are held out or resemble one that is.")
     counts = {split: sum(name == split for name in split_of.values()) for split in SPLITS}
     summary = {"counts": counts, "threshold": SAME_PLACE, "dropped": dropped}
     write_file(output / SUMMARY, json.dumps(summary, indent=1) + "\n")
