@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 
 from ...evaluation.benchmarks import Benchmark, BenchmarkError, load_benchmark
@@ -203,8 +202,3 @@ def read_pixels(photographs: Sequence[Photograph], side: int) -> np.ndarray:
 
 def names_direction(answer: str) -> bool:
     return any(word in DIRECTIONS for word in answer.lower().replace(",", " ").split())
-
-
-def to_tensor(pixels: np.ndarray) -> torch.Tensor:
-    """(n, h, w, 3) uint8 to (n, 3, h, w) float32 in [-1, 1], as the image processor normalizes."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
