@@ -5,11 +5,13 @@ OLDEST := .venv-oldest
 OLDEST_TRANSFORMERS := 5.16.1
 NEWEST := .venv-newest
 ARGS ?=
+N ?= 1000
+SEED ?= 0
 # What depends on the version of transformers.
 CORE := $(addprefix tests/,$(addsuffix .py,$(addprefix test_,configuration modeling numbers families processing hub \
 	convert_checkpoint parity)) files training)
 
-.PHONY: demo test test-all test-slow test-oldest test-newest lint parity clean
+.PHONY: demo test test-all test-slow test-oldest test-newest fuzz lint parity clean
 
 # A stamp newer than what it was made from: set-up runs once, and again when the project's needs change.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -47,6 +49,10 @@ test-all: $(VENV)/.ready
 
 test-slow: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -m "slow and not gpu" -n 2 --dist load $(ARGS)
+
+# Mutated inputs of every kind, N of each. make fuzz N=10000 ARGS="--area 'model folders'"
+fuzz: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/fuzz --count $(N) --seed $(SEED) $(ARGS)
 
 # The tests of the core, with the oldest transformers that pyproject.toml claims and with the newest that pip gives.
 test-oldest: $(OLDEST)/.ready

@@ -49,6 +49,7 @@ COMMANDS = {
     "evaluate": Command("evaluate a model on benchmarks", "evaluation.__main__", first=("run",), extra="evaluation"),
     "report": Command("write tables and plots of evaluations", "evaluation.__main__", first=("report",), extra="evaluation"),
     "serve": Command("serve a model over HTTP, as OpenAI's chat route", "serving.__main__", extra="serving"),
+    "app": Command("open a web page for questions about photographs and rasters", "app.__main__", extra="app"),
     "scenes": Command("write a data set of synthetic scenes", "scenes.__main__"),
 }
 

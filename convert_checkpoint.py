@@ -48,6 +48,14 @@ logger = logging.get_logger(__name__)
 
 MAX_OUTPUT_SHARD = 10**9  # bytes
 IMAGE_TOKEN = "<image>"
+# Of the published prompts for boxes: over the sides of the image, although the model sees it padded to a square.
+RELEASED_BOXES = {
+    "scale": 1000,
+    "order": "xyxy",
+    "padded": False,
+    "prompt": "{VG} {object} Answer with bounding box coordinates [x_min, y_min, x_max, y_max] "
+    "scaled to 0-1000 (inclusive).",
+}
 NOTHING = r"(?!)"
 ASSEMBLE = "To make a new model from parts, run: mfrsvlm assemble --help"
 
@@ -336,7 +344,9 @@ def convert_released(
         model = load_model(config, state)
         add_image_token(tokenizer, model)
         template = make_chat_template(tokenizer)
-        processor = MFRSVLMProcessor(image_processor, tokenizer, chat_template=template, image_placement="prefix")
+        processor = MFRSVLMProcessor(
+            image_processor, tokenizer, chat_template=template, image_placement="prefix", box_format=RELEASED_BOXES
+        )
         save_folder(folder, model, processor, settings)
         write_model_card(folder, model.config, origin="converted", parts=parts)
         if verify:

@@ -28,6 +28,7 @@ from .image_processing_mfrsvlm import (
 
 NUMBER = r"\s*([0-9]+(?:\.[0-9]+)?)\s*"
 WRITTEN_BOX = re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]")
+BOX_FORMAT = {"scale": 1000, "order": "xyxy", "padded": False}
 
 
 def parse_boxes(text: str, box_scale: float = 1000) -> list[tuple[float, float, float, float]]:
@@ -42,6 +43,60 @@ def parse_boxes(text: str, box_scale: float = 1000) -> list[tuple[float, float, 
         if max(x1, y1, x2, y2) <= box_scale:
             boxes.append((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)))
     return boxes
+
+
+def locate_boxes(
+    texts: list[str], image_sizes: Any, scale: float = 1000, order: str = "xyxy", padded: bool = False
+) -> list[torch.Tensor]:
+    """Boxes of generated texts in pixels, see `MFRSVLMProcessor.post_process_boxes`. Arguments are those of a box format."""
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"texts must be a list of strings, one per image, got {type(texts).__name__} {str(texts)[:200]!r}.")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"box_scale={scale} must be a positive number.")
+    sizes = image_sizes.tolist() if isinstance(image_sizes, (torch.Tensor, np.ndarray)) else image_sizes
+    if not isinstance(sizes, (list, tuple)) or len(sizes) != len(texts):
+        raise ValueError(f"{len(texts)} texts need as many image_sizes, (height, width) each, got {str(image_sizes)[:200]}.")
+    located = []
+    for index, (text, size) in enumerate(zip(texts, sizes, strict=True)):
+        try:
+            height, width = (float(length) for length in size)
+        except (TypeError, ValueError):
+            raise ValueError(f"image_sizes[{index}]={size!r} must be two numbers, (height, width).") from None
+        if not (0 < height < math.inf and 0 < width < math.inf):
+            raise ValueError(f"image_sizes[{index}]={size!r}: height and width must be positive.")
+        limits = torch.tensor([width, height] * 2)
+        boxes = torch.tensor(parse_boxes(text, scale)).reshape(-1, 4) / scale
+        if order == "yxyx":
+            boxes = boxes[:, [1, 0, 3, 2]]
+        if padded:
+            side = max(height, width)
+            left, top = (side - width) // 2, (side - height) // 2  # see pad_to_square
+            boxes = boxes * side - torch.tensor([left, top] * 2)
+            boxes = boxes[((boxes[:, 2:] >= 0) & (boxes[:, :2] <= limits[:2])).all(1)]
+            located.append(boxes.clamp(torch.zeros(4), limits))
+        else:
+            located.append(boxes * limits)
+    return located
+
+
+def check_box_format(box_format: Any) -> dict[str, Any]:
+    """A box format, with defaults for fields that it lacks.
+
+    Raises:
+        ValueError: it is no box format.
+    """
+    known = {*BOX_FORMAT, "prompt"}
+    if not isinstance(box_format, dict) or set(box_format) - known:
+        raise ValueError(f"box_format={box_format!r} must be a dict with some of {sorted(known)}.")
+    box_format = {**BOX_FORMAT, **box_format}
+    scale, order, padded, prompt = (box_format.get(name) for name in ("scale", "order", "padded", "prompt"))
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+        raise ValueError(f"box_format: scale={scale!r} must be a positive number.")
+    if order not in ("xyxy", "yxyx") or not isinstance(padded, bool):
+        raise ValueError(f'box_format: order={order!r} must be "xyxy" or "yxyx", and padded={padded!r} true or false.')
+    if prompt is not None and "{object}" not in str(prompt):
+        raise ValueError(f"box_format: prompt={prompt!r} must contain {{object}}.")
+    return box_format
 
 
 def make_chat_template(tokenizer: Any) -> str:
@@ -85,8 +140,15 @@ class MFRSVLMProcessor(ProcessorMixin):
         image_placement: `"inline"`: visual tokens stand where the marker stood; `"prefix"`: those of all images of a
             prompt come first, before `<s>`, and the pieces of text around the markers are tokenized apart, as the
             published model was trained.
+        box_format: how the model was trained to write boxes. "scale" is the value of the right and lower edge; "order" is
+            "xyxy" or "yxyx"; "padded" says whether boxes refer to the image padded to a square; "prompt" asks for the boxes
+            of an "{object}". `None`: not stated.
+        ground_resolution: the finest and the coarsest pixel of the training images, in metres. `None`: not stated.
     """
 
+    # Saved only where they are stated.
+    box_format: dict[str, Any] | None = None
+    ground_resolution: tuple[float, float] | None = None
     valid_processor_kwargs = MFRSVLMProcessorKwargs
 
     def __init__(
@@ -96,7 +158,16 @@ class MFRSVLMProcessor(ProcessorMixin):
         chat_template: str | None = None,
         image_token: str = "<image>",
         image_placement: str = "inline",
+        box_format: dict[str, Any] | None = None,
+        ground_resolution: Any = None,
     ) -> None:
+        if box_format is not None:
+            self.box_format = check_box_format(box_format)
+        if ground_resolution is not None:
+            finest, coarsest = ground_resolution
+            if not 0 < finest <= coarsest < math.inf:
+                raise ValueError(f"ground_resolution={ground_resolution!r} must be two lengths in metres, the finer first.")
+            self.ground_resolution = (finest, coarsest)
         if image_placement not in ("inline", "prefix"):
             raise ValueError(f'image_placement={image_placement!r} must be "inline" or "prefix".')
         if image_processor is None or tokenizer is None:
@@ -180,9 +251,8 @@ class MFRSVLMProcessor(ProcessorMixin):
         if markers != counts:
             raise ValueError(f"{rule}found {markers} tokens, prompt by prompt, and {counts} images, list by list.")
 
-    @staticmethod
     def post_process_boxes(
-        texts: list[str], image_sizes: Any, box_scale: float = 1000, padded: bool = False
+        self, texts: list[str], image_sizes: Any, box_scale: float | None = None, padded: bool | None = None
     ) -> list[torch.Tensor]:
         """Boxes `[x1, y1, x2, y2]` of generated texts, in pixels of the original images.
 
@@ -190,10 +260,10 @@ class MFRSVLMProcessor(ProcessorMixin):
             texts: one generated text per image, decoded.
             image_sizes: (height, width) of each original image: pairs, or a tensor (N, 2). Note that `PIL.Image.size` is
                 the other way round.
-            box_scale: value of the right and lower edge in a text.
+            box_scale: value of the right and lower edge in a text. `None`: that of `box_format`, else 1000.
             padded: whether the texts speak of the image padded to a square, as the image processor pads it with `do_pad`,
-                or of the image itself. It depends on the data the model was trained with. The padding is taken off, and
-                boxes are clipped to the image. Boxes in the padding are left out.
+                or of the image itself. The padding is taken off, and boxes are clipped to the image. Boxes in the padding
+                are left out. `None`: as `box_format` says, else of the image itself.
 
         Returns:
             For each text a float32 tensor (n, 4), one row (x_min, y_min, x_max, y_max) per box in the order of the text,
@@ -205,36 +275,9 @@ class MFRSVLMProcessor(ProcessorMixin):
                 positive.
             TypeError: texts are not a list of strings.
         """
-        if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
-            raise TypeError(
-                f"texts must be a list of strings, one per image, got {type(texts).__name__} {str(texts)[:200]!r}."
-            )
-        if not 0 < box_scale < math.inf:
-            raise ValueError(f"box_scale={box_scale} must be a positive number.")
-        sizes = image_sizes.tolist() if isinstance(image_sizes, (torch.Tensor, np.ndarray)) else image_sizes
-        if not isinstance(sizes, (list, tuple)) or len(sizes) != len(texts):
-            raise ValueError(
-                f"{len(texts)} texts need as many image_sizes, (height, width) each, got {str(image_sizes)[:200]}."
-            )
-        located = []
-        for index, (text, size) in enumerate(zip(texts, sizes, strict=True)):
-            try:
-                height, width = (float(length) for length in size)
-            except (TypeError, ValueError):
-                raise ValueError(f"image_sizes[{index}]={size!r} must be two numbers, (height, width).") from None
-            if not (0 < height < math.inf and 0 < width < math.inf):
-                raise ValueError(f"image_sizes[{index}]={size!r}: height and width must be positive.")
-            limits = torch.tensor([width, height] * 2)
-            boxes = torch.tensor(parse_boxes(text, box_scale)).reshape(-1, 4) / box_scale
-            if padded:
-                side = max(height, width)
-                left, top = (side - width) // 2, (side - height) // 2  # see pad_to_square
-                boxes = boxes * side - torch.tensor([left, top] * 2)
-                boxes = boxes[((boxes[:, 2:] >= 0) & (boxes[:, :2] <= limits[:2])).all(1)]
-                located.append(boxes.clamp(torch.zeros(4), limits))
-            else:
-                located.append(boxes * limits)
-        return located
+        written = check_box_format({} if self.box_format is None else self.box_format)
+        scale = written["scale"] if box_scale is None else box_scale
+        return locate_boxes(texts, image_sizes, scale, written["order"], written["padded"] if padded is None else padded)
 
     def _merge_kwargs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         merged = super()._merge_kwargs(*args, **kwargs)
@@ -427,4 +470,12 @@ class MFRSVLMProcessor(ProcessorMixin):
 # See the end of `configuration_mfrsvlm.py`.
 MFRSVLMProcessor.register_for_auto_class("AutoProcessor")
 
-__all__ = ["MFRSVLMImageProcessor", "MFRSVLMProcessor", "cut_windows", "join_windows", "make_chat_template", "parse_boxes"]
+__all__ = [
+    "MFRSVLMImageProcessor",
+    "MFRSVLMProcessor",
+    "cut_windows",
+    "join_windows",
+    "locate_boxes",
+    "make_chat_template",
+    "parse_boxes",
+]

@@ -8,6 +8,7 @@ encoded images, or answer differently with them. Their images are encoded again 
 import copy
 import hashlib
 import inspect
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -50,11 +51,13 @@ class Answer:
         text: the generated text, without special tokens and surrounding space.
         yes_probability: P(yes) / (P(yes) + P(no)) of the first token. `None` if "yes" and "no" start with the same token.
         truncated: whether generation stopped at the maximum length.
+        tokens: id and log probability of each generated token, without special tokens at the end.
     """
 
     text: str
     yes_probability: float | None = None
     truncated: bool = False
+    tokens: tuple[tuple[int, float], ...] = ()
 
 
 def load(
@@ -192,9 +195,9 @@ class Answerer:
                 module.training = was_training
 
     def _generate(self, inputs: dict[str, Any]) -> list[Answer]:
-        recorder = YesProbability(*self.first_tokens)
+        recorder, likelihood = YesProbability(*self.first_tokens), GreedyLikelihood()
         tokens = self.model.generate(
-            **inputs, generation_config=self.generation, logits_processor=LogitsProcessorList([recorder])
+            **inputs, generation_config=self.generation, logits_processor=LogitsProcessorList([recorder, likelihood])
         )
         tokens = tokens[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
@@ -202,7 +205,12 @@ class Answerer:
         ends = self.end_tokens | {self.generation.pad_token_id}
         full = tokens.shape[1] == self.generation.max_new_tokens
         truncated = [full and last not in ends for last in tokens[:, -1].tolist()]
-        return [Answer(t.strip(), p, cut) for t, p, cut in zip(texts, recorder.probabilities, truncated, strict=True)]
+        rows = [
+            tuple(itertools.takewhile(lambda pair: pair[0] not in ends, zip(*row, strict=True)))
+            for row in zip(tokens.tolist(), likelihood.of(tokens), strict=True)
+        ]
+        columns = zip(texts, recorder.probabilities, truncated, rows, strict=True)
+        return [Answer(text.strip(), *rest) for text, *rest in columns]
 
     def _conversation(self, prompt: Prompt, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
         content = [{"type": "image", "image": image} for image in images]
@@ -451,3 +459,19 @@ class YesProbability(LogitsProcessor):
             margin = logits[:, self.yes].logsumexp(-1) - logits[:, self.no].logsumexp(-1)
             self.probabilities = margin.sigmoid().tolist()
         return scores
+
+
+class GreedyLikelihood(LogitsProcessor):
+    """Records the log probability of the most likely token of every step. Does not change the scores."""
+
+    def __init__(self) -> None:
+        self.steps: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        logits = scores.float()
+        self.steps.append(logits.amax(-1) - logits.logsumexp(-1))
+        return scores
+
+    def of(self, tokens: torch.Tensor) -> list[list[float]]:
+        """Rows of log probabilities, as long as those of the generated tokens (B, T)."""
+        return torch.stack(self.steps, dim=1)[:, : tokens.shape[1]].tolist()

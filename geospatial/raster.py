@@ -280,6 +280,11 @@ class Raster:
             notes=tuple(self.notes),
         )
 
+    def sample(self) -> tuple[np.ndarray, np.ndarray]:
+        """Values before the stretch and where they are data, both (channels, n) or (channels, h, w), for a histogram."""
+        with gdal():
+            return self._sample()
+
     def _sample(self) -> tuple[np.ndarray, np.ndarray]:
         """Values and validity, (channels, n), for the statistics of the scene."""
         longest = max(self.width, self.height)

@@ -1,5 +1,7 @@
 """Boxes in generated texts: what counts as one, and where it lies in the original image."""
 
+import json
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -9,10 +11,10 @@ from PIL import Image
 
 from mfrsvlm import MFRSVLMProcessor
 from mfrsvlm.image_processing_mfrsvlm import pad_to_square
-from mfrsvlm.processing_mfrsvlm import parse_boxes
+from mfrsvlm.processing_mfrsvlm import locate_boxes, parse_boxes
 
 
-post_process = MFRSVLMProcessor.post_process_boxes
+post_process = locate_boxes
 SIDES = st.integers(1, 2000)
 
 
@@ -42,7 +44,7 @@ def test_parse_boxes(text, expected):
 def test_sides_are_not_mixed_up():
     [boxes] = post_process(["[100, 200, 300, 400]"], [(50, 1000)])
     assert boxes.tolist() == [pytest.approx([100, 10, 300, 20])]
-    [boxes] = post_process(["[1, 2, 3, 4]"], torch.tensor([[40, 80]]), box_scale=4)
+    [boxes] = post_process(["[1, 2, 3, 4]"], torch.tensor([[40, 80]]), scale=4)
     assert boxes.tolist() == [pytest.approx([20, 20, 60, 40])]
 
 
@@ -69,7 +71,7 @@ def test_padded_box_covers_the_same_pixels(height, width, data):
     top, left = data.draw(st.integers(0, height - 1)), data.draw(st.integers(0, width - 1))
     y, x = (int(place[0]) for place in np.nonzero(square == image[top, left]))
     side = max(height, width)
-    [boxes] = post_process([f"[{x}, {y}, {x + 1}, {y + 1}]"], [(height, width)], box_scale=side, padded=True)
+    [boxes] = post_process([f"[{x}, {y}, {x + 1}, {y + 1}]"], [(height, width)], scale=side, padded=True)
     assert boxes.round().tolist() == [[left, top, left + 1, top + 1]]
 
 
@@ -117,3 +119,39 @@ def test_any_text_gives_sorted_boxes_inside_the_image(text, height, width, padde
 def test_bad_arguments_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         post_process(*arguments)
+
+
+def test_box_format_is_a_field_of_the_processor(processor, tmp_path):
+    """It is saved where it is stated, read back, and used; a processor that does not state it writes no field."""
+    text, size = "[1, 2, 3, 4]", (10, 20)
+    parts = {"image_processor": processor.image_processor, "tokenizer": processor.tokenizer}
+    silent = MFRSVLMProcessor(**parts)
+    silent.save_pretrained(tmp_path / "silent")
+    assert not {"box_format", "ground_resolution"} & set(json.loads((tmp_path / "silent/processor_config.json").read_text()))
+    assert silent.post_process_boxes([text], [size])[0].tolist() == [pytest.approx([0.02, 0.02, 0.06, 0.04])]
+    stated = {"scale": 4, "order": "yxyx", "padded": True}
+    MFRSVLMProcessor(**parts, box_format=stated, ground_resolution=(0.2, 1)).save_pretrained(tmp_path / "stated")
+    loaded = MFRSVLMProcessor.from_pretrained(tmp_path / "stated")
+    assert loaded.box_format == stated and loaded.ground_resolution == (0.2, 1)
+    # (x, y) from (10, 5) to (20, 15) of a square of 20, whose upper 5 rows are padding.
+    assert loaded.post_process_boxes([text], [size])[0].tolist() == [[10, 0, 20, 10]]
+    assert loaded.post_process_boxes([text], [size], box_scale=8, padded=False)[0].tolist() == [[5, 1.25, 10, 3.75]]
+
+
+def test_converter_states_how_boxes_are_written(processor):
+    assert processor.box_format["scale"] == 1000 and not processor.box_format["padded"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"box_format": {"scal": 1}}, "'scal'"),
+        ({"box_format": {"scale": 0}}, "scale=0"),
+        ({"box_format": {"order": "xywh"}}, "order='xywh'"),
+        ({"box_format": {"prompt": "Where?"}}, "{object}"),
+        ({"ground_resolution": (2, 1)}, r"ground_resolution=\(2, 1\)"),
+    ],
+)
+def test_bad_fields_are_named(processor, fields, message):
+    with pytest.raises(ValueError, match=message):
+        MFRSVLMProcessor(processor.image_processor, processor.tokenizer, **fields)

@@ -58,7 +58,8 @@ def test_wheel(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = {name.removeprefix("mfrsvlm/") for name in zipfile.ZipFile(wheel).namelist() if name.startswith("mfrsvlm/")}
     folders = {name.partition("/")[0] for name in names if "/" in name}
-    assert folders == {"demo", "evaluation", "files", "geospatial", "model_card", "scenes", "training"}
+    rooms = {"app", "demo", "evaluation", "files", "geospatial", "inspection", "model_card", "scenes", "serving", "training"}
+    assert folders == rooms
     needed = {"py.typed", "cli.py", "chat_template.jinja", "demo/scene.png", "demo/model/model.safetensors"}
     needed |= {
         "demo/model/modeling_mfrsvlm.py",

@@ -6,8 +6,7 @@ questions.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from ...configuration_mfrsvlm import MFRSVLMConfig
+from ...inspection.routers import has_routers, recorded_routers
 from ...modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from ...processing_mfrsvlm import MFRSVLMProcessor
 from ...scenes import Scene, draw, plan_scene, scene_seed
@@ -24,38 +24,6 @@ from .reading import count_questions, prompts_and_answers
 
 # Lengths of the objects in the two groups of scenes whose routing is compared, pixels of a scene of 512.
 SMALL_OBJECTS, LARGE_OBJECTS = (8.0, 12.0), (16.0, 32.0)
-
-
-@contextmanager
-def recorded_routers(model: MFRSVLMForConditionalGeneration) -> Iterator[list[list[np.ndarray]]]:
-    """Yields a list for every injection layer that fills with its router's weights, (N, K, T) of each forward pass.
-
-    With `"stack"` routing the last axis has length 1.
-    """
-    injectors = model.model.injectors
-    records: list[list[np.ndarray]] = [[] for _ in injectors]
-
-    def keep(record: list[np.ndarray]) -> Callable[..., None]:
-        def hook(module: Any, args: Any, weights: torch.Tensor) -> None:
-            by_token = model.config.routing == "token"
-            # (K, N, 1, T) or (N, 1, K) to (N, K, T)
-            weights = weights[:, :, 0].movedim(1, 0) if by_token else weights[:, 0, :, None]
-            record.append(weights.detach().float().cpu().numpy())
-
-        return hook
-
-    handles = [
-        injector.router.register_forward_hook(keep(record)) for injector, record in zip(injectors, records, strict=True)
-    ]
-    try:
-        yield records
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def has_routers(config: MFRSVLMConfig) -> bool:
-    return config.has_details and config.injection_type == "gated"
 
 
 @torch.inference_mode()

@@ -191,6 +191,24 @@ def test_truncated_answers_are_reported(tmp_path):
         assert answer.truncated == (end not in words[:length])
 
 
+def test_tokens_have_the_probabilities_that_transformers_computes(loaded):
+    model, processor = loaded
+    answerer = Answerer(model, processor, 6)
+    prompts = [Prompt(text, 0) for text in QUESTIONS]
+    answers = answerer.answer(prompts, answerer.encode_images(GROUPS[:1], prompts))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        with answerer._greedy():
+            inputs = answerer._plain_inputs([prompt], GROUPS)
+            outputs = model.generate(
+                **inputs, generation_config=answerer.generation, return_dict_in_generate=True, output_logits=True
+            )
+        new = outputs.sequences[:, inputs["input_ids"].shape[1] :]
+        scores = model.compute_transition_scores(outputs.sequences, outputs.logits, normalize_logits=True)[0]
+        ids, likelihoods = zip(*answer.tokens, strict=True)
+        assert list(ids) == new[0, : len(ids)].tolist() and not answerer.end_tokens & set(ids)
+        assert likelihoods == pytest.approx(scores[: len(ids)].tolist(), abs=1e-4)
+
+
 def test_probability_of_yes():
     first = YesProbability([1], [2])
     logits = torch.tensor([[0.0, 2.0, 1.0], [0.0, -1.0, 1.0]])

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from hub_server import HubServer
-from PIL import Image
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -84,16 +83,3 @@ def test_push_to_hub(tmp_path):
     )
     assert files["README.md"].decode() == (MODEL / "README.md").read_text()
     assert files["modeling_mfrsvlm.py"] == (EXAMPLES.parent / "modeling_mfrsvlm.py").read_bytes()
-
-
-@pytest.mark.integration
-def test_gradio_page():
-    gradio = pytest.importorskip("gradio")
-    page = load_example("gradio_app").make_page(str(MODEL))
-    (ask,) = {function.fn for function in page.fns.values() if function.name == "ask"}
-    image = Image.open(EXAMPLES.parent / "demo" / "scene.png")
-    text, (shown, boxes) = ask(image, "Give the bounding box of the building.")
-    assert text == "[749, 082, 776, 110]" and shown is image
-    assert boxes == [((383, 42, 397, 56), "box 1")]
-    with pytest.raises(gradio.Error, match="Choose an image"):
-        ask(None, "Why?")

@@ -134,7 +134,7 @@ def server(tmp_path_factory):
     options = ["--name", "demo", "--host", "127.0.0.1", "--port", str(port), "--max-requests", "6"]
     command = [sys.executable, "-m", "mfrsvlm.cli", "serve", MODEL, *options]
     process = subprocess.Popen(command, stdout=log, stderr=log)
-    import httpx
+    import httpx2 as httpx  # of openai
 
     address = f"http://127.0.0.1:{port}"
     for _ in range(300):
@@ -165,7 +165,7 @@ def run_threads(threads):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads memory from /proc")
 def test_many_clients_and_clients_that_leave(server, expected):
     """Right answers from several threads, no loss by clients that leave in mid-answer, memory flat, 503 beyond the limit."""
-    import httpx
+    import httpx2 as httpx  # of openai
     from openai import OpenAI
 
     address, process = server

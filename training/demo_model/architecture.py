@@ -11,6 +11,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast,
 from ...configuration_mfrsvlm import MFRSVLMConfig
 from ...modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from ...processing_mfrsvlm import MFRSVLMImageProcessor, MFRSVLMProcessor, make_chat_template
+from ...scenes.questions import BOX_SCALE
 
 
 IMAGE_SIZE, PATCH_SIZE = 128, 16  # 64 visual tokens
@@ -111,7 +112,8 @@ def make_processor(config: Any, tokenizer: Any, canvas_source: str = "image") ->
     image_processor = MFRSVLMImageProcessor.for_model(
         config, canvas_source=canvas_source, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
-    return MFRSVLMProcessor(image_processor, tokenizer, chat_template=make_chat_template(tokenizer))
+    boxes = {"scale": BOX_SCALE, "order": "xyxy", "padded": False, "prompt": "Give the bounding box of the {object}."}
+    return MFRSVLMProcessor(image_processor, tokenizer, chat_template=make_chat_template(tokenizer), box_format=boxes)
 
 
 @torch.no_grad()

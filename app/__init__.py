@@ -1,0 +1,1 @@
+"""A web page that answers questions about photographs and rasters: `mfrsvlm app`."""

@@ -1,0 +1,1 @@
+"""Shows what a model does inside while it answers."""
