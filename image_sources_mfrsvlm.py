@@ -137,10 +137,16 @@ def locate(source: Any, folder: str | os.PathLike[str] | None, allow_outside: bo
 
 
 def shown(source: Any) -> str:
-    """A source for an error message: bytes by their length, long text truncated."""
+    """A source for an error message, in one line: bytes by their length, long text truncated."""
     if isinstance(source, (bytes, bytearray)):
         return f"of {len(source)} bytes"
-    text = f"{source.format} {source.size}" if isinstance(source, Image.Image) else repr(source)
+    if isinstance(source, Image.Image):
+        return f"{source.format} {source.size}"
+    try:
+        text = repr(source[:201] if isinstance(source, str) else source)
+    except Exception as error:  # nested too deeply, for example
+        text = f"{type(source).__name__} without a text ({type(error).__name__})"
+    text = text if text.isascii() and "\n" not in text else " ".join(text.split()).encode(errors="replace").decode()
     return text if len(text) <= 200 else text[:200] + "..."
 
 

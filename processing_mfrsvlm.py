@@ -1,9 +1,11 @@
 """Processor of MF-RSVLM: converts prompts to ids with image placeholders, and images to pixels."""
 
 import bisect
+import copy
 import math
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,14 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from .checksums_mfrsvlm import PROCESSOR_FILES, update_checksums
+from .conversations_mfrsvlm import (
+    ControlTokens,
+    check_conversations,
+    check_settings,
+    check_text,
+    control_tokens,
+    rename_control_tokens,
+)
 from .image_processing_mfrsvlm import (
     MFRSVLMImageProcessor,
     MFRSVLMImageProcessorKwargs,
@@ -24,8 +34,10 @@ from .image_processing_mfrsvlm import (
     join_windows,
     plain_errors,
 )
+from .image_sources_mfrsvlm import shown
 
 
+ASSISTANT = "ASSISTANT:"  # what the chat template ends a prompt with
 NUMBER = r"\s*([0-9]+(?:\.[0-9]+)?)\s*"
 WRITTEN_BOX = re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]")
 BOX_FORMAT = {"scale": 1000, "order": "xyxy", "padded": False}
@@ -150,6 +162,7 @@ class MFRSVLMProcessor(ProcessorMixin):
     box_format: dict[str, Any] | None = None
     ground_resolution: tuple[float, float] | None = None
     valid_processor_kwargs = MFRSVLMProcessorKwargs
+    _control_tokens: ControlTokens | None = None  # of a copy that reads a conversation with stand-ins
 
     def __init__(
         self,
@@ -283,11 +296,79 @@ class MFRSVLMProcessor(ProcessorMixin):
         merged = super()._merge_kwargs(*args, **kwargs)
         for name in ("max_length", "pad_to_multiple_of"):
             value = merged["text_kwargs"].get(name)
-            if value is not None and not isinstance(value, int):
-                raise TypeError(f"{name}={value!r} must be a whole number.")
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise TypeError(f"{name}={shown(value)} must be a whole number.")
             if value is not None and not 1 <= value < 2**31:  # the tokenizer would answer with an OverflowError
-                raise ValueError(f"{name}={value} must lie in [1, 2**31).")
+                raise ValueError(f"{name}={shown(value)} must lie in [1, 2**31).")
+        for name in ("padding", "truncation"):
+            value = merged["text_kwargs"].get(name)
+            if value is not None and not isinstance(value, (bool, str)):  # or an enum of transformers, which is a string
+                raise TypeError(f"{name}={shown(value)} must be True, False or the name of a strategy.")
         return merged
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        tools: Any = None,
+        documents: Any = None,
+        add_generation_prompt: bool = False,
+        sanitize_control_tokens: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Renders a conversation, or a batch, after checking it; see `ProcessorMixin.apply_chat_template`.
+
+        Args:
+            conversation: messages with a `role` and a `content`, which is text or a list of parts:
+                `{"type": "text", "text": ...}`, or `{"type": "image"}` with one image as `image`, `url`, `path` or `base64`.
+            sanitize_control_tokens: read control tokens in the messages, such as `</s>` and `<image>`, as ordinary text. For
+                text of strangers. Needs `tokenize=True` and a fast tokenizer. transformers has it since 5.24, but not for
+                `image_placement="prefix"` and not together with `return_assistant_tokens_mask`.
+            **kwargs: all others of transformers, and variables of the template, such as `prompt_version`.
+
+        Raises:
+            ValueError: a conversation is malformed, or the template rejects it. The message names conversation, turn and
+                part, counted from 1.
+            TypeError: something has the wrong type.
+        """
+        settings = {"add_generation_prompt": add_generation_prompt, "sanitize_control_tokens": sanitize_control_tokens}
+        check_settings({**kwargs, **settings, "chat_template": chat_template, "tools": tools, "documents": documents})
+        templates = self.chat_template
+        template = chat_template or templates or ""
+        if isinstance(templates, dict):
+            template = templates.get(chat_template or "default", chat_template or "")
+        images = {**(kwargs.get("processor_kwargs") or {}), **kwargs}.get("images")
+        opens_images = bool(kwargs.get("tokenize")) and images is None
+        conversations, is_batch = check_conversations(conversation, template, opens_images)
+        rendered_by = self
+        if sanitize_control_tokens:
+            if not kwargs.get("tokenize"):
+                raise ValueError(
+                    "sanitize_control_tokens=True needs tokenize=True, since a rendered text does not tell who wrote what."
+                )
+            tokens = ControlTokens(control_tokens(self.tokenizer, template))
+            rendered_by = copy.copy(self)
+            rendered_by._control_tokens = tokens
+            conversations = [tokens.hide_in_messages(messages) for messages in conversations]
+            tools, documents = tokens.hide(tools), tokens.hide(documents)
+            kwargs = {name: value if name == "processor_kwargs" else tokens.hide(value) for name, value in kwargs.items()}
+        options = {"chat_template": chat_template, "tools": tools, "documents": documents, **kwargs}
+        options["add_generation_prompt"] = add_generation_prompt
+        render = super(MFRSVLMProcessor, rendered_by).apply_chat_template
+        try:
+            return render(conversations if is_batch else conversations[0], **options)
+        except Exception:
+            # Was it the template? Which conversation?
+            for name in ("tokenize", "return_dict", "return_tensors", "processor_kwargs", "return_assistant_tokens_mask"):
+                options.pop(name, None)
+            for number, messages in enumerate(conversations, start=1):
+                try:
+                    render(messages, **options)
+                except Exception as error:  # a template may raise anything
+                    where = f"Conversation {number} of {len(conversations)}: " if is_batch else ""
+                    reason = " ".join(str(error).split()) or type(error).__name__
+                    raise ValueError(f"{where}the chat template does not render it: {reason}") from error
+            raise
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
         image_inputs = self.image_processor(images, **kwargs)
@@ -313,6 +394,9 @@ class MFRSVLMProcessor(ProcessorMixin):
                 setting makes no sense.
             TypeError: an input or a setting has the wrong type.
         """
+        for name in ("text_kwargs", "images_kwargs", "common_kwargs"):
+            if kwargs.get(name) is not None and not isinstance(kwargs[name], Mapping):
+                raise TypeError(f"{name}={shown(kwargs[name])} must be a mapping of settings.")
         prompts = [text] if text is None or isinstance(text, str) else text
         if not isinstance(prompts, (list, tuple)) or not all(text is None or isinstance(prompt, str) for prompt in prompts):
             raise TypeError(f"text must be a string or a list of strings, got {type(text).__name__} {str(text)[:200]!r}.")
@@ -320,6 +404,10 @@ class MFRSVLMProcessor(ProcessorMixin):
             raise ValueError("text is an empty list: pass at least one prompt.")
         if text is not None and isinstance(images, (list, tuple)) and not flatten_images(images):
             images = None  # a batch of prompts without any image
+        for index, prompt in enumerate(prompts):
+            check_text(prompt or "", f"prompt {index + 1} of {len(prompts)}")
+        if self._control_tokens is not None:
+            return self._call_with_stand_ins(self._control_tokens, images, prompts, **kwargs)
         bos = self.tokenizer.bos_token
         begun = [bool(bos) and prompt.startswith(bos) for prompt in prompts if prompt is not None]
         if any(begun) and "add_special_tokens" not in {**kwargs, **(kwargs.get("text_kwargs") or {})}:
@@ -332,6 +420,7 @@ class MFRSVLMProcessor(ProcessorMixin):
         with plain_errors():
             if text is not None and self.image_placement == "prefix":
                 return self._call_prefix(images, text, **kwargs)
+            self._check_truncation(prompts, **kwargs)
             outputs = super().__call__(images=images, text=text, **kwargs)
         if "offset_mapping" in outputs:
             found = outputs["offset_mapping"]
@@ -344,6 +433,44 @@ class MFRSVLMProcessor(ProcessorMixin):
             if "text_replacement_offsets" in outputs:
                 outputs["text_replacement_offsets"] = [[] for _ in prompts]
         return outputs
+
+    def _call_with_stand_ins(self, tokens: ControlTokens, images: Any, prompts: Any, **kwargs: Any) -> BatchFeature:
+        """Reads prompts in which control tokens and stand-ins have changed places, see `ControlTokens`."""
+        reader = copy.copy(self)
+        reader._control_tokens = None
+        reader.tokenizer = rename_control_tokens(self.tokenizer, tokens.stand_ins)
+        reader.image_token = tokens.stand_ins[self.image_token]
+        try:
+            return reader(images, [tokens.exchange(prompt) for prompt in prompts], **kwargs)
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(tokens.exchange(str(error))) from error
+
+    def _check_truncation(self, prompts: Any, **kwargs: Any) -> None:
+        """Raises `ValueError` where truncation would remove the end of a prompt for the assistant. For inline placement."""
+        ending = [prompt for prompt in prompts if prompt is not None and prompt.rstrip().endswith(ASSISTANT)]
+        if not ending or self.tokenizer.truncation_side != "right":
+            return
+        merged = self._merge_kwargs(
+            ModelProcessorKwargs=self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
+        given, limit = merged["text_kwargs"], merged["text_kwargs"].get("max_length") or self.tokenizer.model_max_length
+        if given.get("truncation") in (None, False, "do_not_truncate") or given.get("return_overflowing_tokens"):
+            return
+        (tokens,) = self._get_num_multimodal_tokens([(0, 0)], **merged["images_kwargs"]).num_image_tokens
+        for prompt in ending:
+            ids = self.tokenizer(prompt, add_special_tokens=given.get("add_special_tokens", True), verbose=False).input_ids
+            _check_length(len(ids) + ids.count(self.image_token_id) * (tokens - 1), limit)
+
+    def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
+        expected = [prompt.count(self.image_token) for prompt in text]
+        found = [[int(token) for token in row].count(self.image_token_id) for row in text_inputs["input_ids"]]
+        if expected != found:
+            lengths = [len(row) for row in text_inputs["input_ids"]]
+            raise ValueError(
+                f"The prompts have {expected} image tokens, but the {lengths} tokens that are left have {found}: image "
+                "tokens are never truncated. Raise max_length, pass fewer images, or leave out split_special_tokens."
+            )
 
     def _offsets_in_prompt(self, prompt: str, ids: Any, offsets: Any) -> list[tuple[int, int]]:
         """Offsets into a prompt as it was given, from those into the prompt with each marker as often as it has tokens.
@@ -422,6 +549,11 @@ class MFRSVLMProcessor(ProcessorMixin):
                         f"max_length={longest} leaves no room for text after {num_visual} image tokens, which are never "
                         "truncated. Raise max_length or pass fewer images."
                     )
+                if prompt.rstrip().endswith(ASSISTANT) and self.tokenizer.truncation_side == "right":
+                    whole = self.tokenizer(
+                        pieces, is_split_into_words=True, add_special_tokens=add_special_tokens, verbose=False
+                    )
+                    _check_length(num_visual + len(whole.input_ids), longest)
             encoding = self.tokenizer(
                 pieces,
                 is_split_into_words=True,
@@ -465,6 +597,14 @@ class MFRSVLMProcessor(ProcessorMixin):
         if return_text_replacement_offsets:
             outputs["text_replacement_offsets"] = [[] for _ in text]
         return outputs
+
+
+def _check_length(length: int, limit: int) -> None:
+    if length > limit:
+        raise ValueError(
+            f"The prompt has {length} tokens, and truncation to max_length={limit} would remove {ASSISTANT!r} at its end. "
+            "Raise max_length, shorten the prompt, or set tokenizer.truncation_side to 'left'."
+        )
 
 
 # See the end of `configuration_mfrsvlm.py`.

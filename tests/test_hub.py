@@ -33,6 +33,7 @@ IMAGE_PROCESSOR = "image_processing_mfrsvlm.MFRSVLMImageProcessor"
 CODE = {
     "checksums_mfrsvlm.py",
     "configuration_mfrsvlm.py",
+    "conversations_mfrsvlm.py",
     "image_processing_mfrsvlm.py",
     "image_sources_mfrsvlm.py",
     "modeling_mfrsvlm.py",

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from jinja2.exceptions import TemplateError
 from PIL import ExifTags, Image, ImageOps
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -486,17 +485,17 @@ def test_images_come_first_in_their_turn(tiny):
     ("conversation", "kwargs", "message"),
     [
         ([user("Hi")], {"prompt_version": "v9"}, "Unknown prompt_version v9: use one of mfrsvlm_v1, v1"),
-        ([{"role": "tool", "content": "4"}], {}, "Unknown role tool"),
-        ([{"content": "Hi"}], {}, "Unknown role"),
+        ([{"role": "tool", "content": "4"}], {}, "Unknown role 'tool' of turn 1"),
+        ([{"content": "Hi"}], {}, "Unknown role None of turn 1"),
         ([user("Hi"), {"role": "system", "content": "Late"}], {}, "Unknown role system.*first"),
-        ([{"role": "user", "content": [{"type": "video"}]}], {}, "Content of type video"),
-        ([{"role": "user", "content": [{"text": "Hi"}]}], {}, "Content of type "),
+        ([{"role": "user", "content": [{"type": "video"}]}], {}, "Content of type 'video' in part 1 of turn 1"),
+        ([{"role": "user", "content": [{"text": "Hi"}]}], {}, "Content of type None in part 1 of turn 1"),
         ([{"role": "system", "content": [{"type": "image"}]}, user("Hi")], {}, "system message may hold text only"),
         ([user("Hi"), {"role": "assistant", "content": [{"type": "image"}]}], {}, "assistant message holds an image"),
     ],
 )
 def test_bad_conversations(tiny, conversation, kwargs, message):
-    with pytest.raises(TemplateError, match=message):
+    with pytest.raises(ValueError, match=message):
         tiny.apply_chat_template(conversation, **kwargs)
 
 
@@ -635,7 +634,7 @@ def test_images_of_a_conversation(tiny, doors, door, monkeypatch):
 
 
 def test_an_image_without_pixels_is_an_error(tiny):
-    with pytest.raises(ValueError, match=r"found (1|\[1\]) tokens.* and (0|\[0\]) images"):
+    with pytest.raises(ValueError, match="Part 1 of turn 1 has no image"):
         tiny.apply_chat_template([user("Hi", 1)], tokenize=True, return_dict=True)
 
 

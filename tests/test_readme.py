@@ -33,7 +33,7 @@ def test_readme(monkeypatch, tmp_path, capsys):
 @pytest.mark.integration
 def test_usage(monkeypatch, tmp_path, capsys):
     pytest.importorskip("transformers", "5.19")  # `mm_encoder_outputs`
-    assert run_page("docs/usage.md", monkeypatch, tmp_path) == 4
+    assert run_page("docs/usage.md", monkeypatch, tmp_path) == 5
     printed = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert printed[0] == "A harbor scene with 1 ship, 9 aircraft and 1 building."
     assert printed[1].startswith("[[383.4") and printed[2:] == ["yes", "9"]
