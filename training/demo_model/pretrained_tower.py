@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ...files.writing import write_tensors
 from ...modeling_mfrsvlm import MFRSVLMModel, resample_to_grid
 from ..image_features import ENCODER
 from ..trainer import SettingsError
@@ -239,9 +240,7 @@ def tune(
         if step >= steps:
             break
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_suffix(".partial")
-    torch.save({"model": kept, "heads": heads.state_dict(), "figures": best}, partial)
-    partial.rename(output)
+    write_tensors(output, {"model": kept, "heads": heads.state_dict(), "figures": best})
 
 
 def freeze_squeeze_excitation(model: nn.Module) -> None:
