@@ -16,6 +16,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from ..files.model_folder import problems_of
 from ..files.reading import SURROGATE, shorten
 from ..files.writing import check_folder, write_file
 from .answer_log import AnswerLog, as_answer, claim_folder
@@ -249,7 +250,8 @@ def digest(content: Any) -> str:
 def describe_model(model: Any, processor: Any, name: str | None = None) -> dict[str, Any]:
     source = model.config.name_or_path
     path = Path(source)
-    return {
+    incomplete = {"incomplete": problems_of(model)} if problems_of(model) else {}
+    return incomplete | {
         # Only the name of a folder, since its path has no meaning on another machine.
         "name": name or (path.resolve().name if path.is_dir() else source) or type(model).__name__,
         # Commit of the loaded files. Only the fingerprint shows whether the model was trained since.
