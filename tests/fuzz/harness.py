@@ -28,9 +28,7 @@ import mfrsvlm
 
 FOLDER = Path(__file__).parent
 PACKAGE = Path(mfrsvlm.__file__).resolve().parent
-AREAS = tuple(
-    sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in ("harness", "__main__") and not p.stem.startswith("test_"))
-)
+AREAS = tuple(sorted(p.stem for p in FOLDER.glob("*.py") if p.stem != "harness" and not p.stem.startswith(("_", "test_"))))
 RIGHT, REJECTED = "right", "rejected"
 OUTCOMES = (RIGHT, REJECTED, "wrong", "crashed", "slow")
 SLOW_SECONDS = 5.0  # of processor time, since the clock of a busy machine says little
