@@ -11,8 +11,18 @@ from PIL import Image
 from ...image_sources_mfrsvlm import EIGHT_BIT_MODES, locate, open_image
 
 
+LONGEST_MESSAGE = 900  # characters
+
+
 class BenchmarkError(ValueError):
-    """Files of a benchmark that are missing, broken or not as published. The message names the file and, if any, the row."""
+    """Files of a benchmark that are missing, broken or not as published. The message names the file and, if any, the row.
+
+    The message is one line of limited length, whatever the files contain.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = "".join(letter if letter.isprintable() else " " for letter in message[: LONGEST_MESSAGE + 1])
+        super().__init__(line if len(line) <= LONGEST_MESSAGE else f"{line[:LONGEST_MESSAGE]}…")
 
 
 @dataclass(frozen=True)
