@@ -50,7 +50,6 @@ JSON_READERS = {
     "geospatial/vectors.py": "its own record in a file of vectors",
     "conversations_mfrsvlm.py": "the text of a tokenizer in memory",
     "training/arguments.py": "text of the command line",
-    "serving/app.py": "the body of a request, whose errors have their own status",
 }
 
 
