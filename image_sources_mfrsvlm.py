@@ -8,12 +8,16 @@ its type or by the caller, never from other values.
 import base64
 import contextlib
 import io
+import ipaddress
 import os
+import socket
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 from urllib.request import url2pathname
 
 import numpy as np
@@ -36,7 +40,7 @@ COLORS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}  # bands that a photometric interp
 GRAY, RGB = 1, 2  # photometric interpretations; 0 is gray from white to black
 DEPENDENT_PAGE = 0b101  # bits of the subfile type: a smaller copy, or a mask, of another page (GeoTIFFs hold both)
 SOURCE_KEYS = ("bytes", "image", "base64", "image_url", "url", "path")  # of `datasets` images and parts of a chat
-FETCH_SECONDS = 30
+FETCH_BYTES, FETCH_SECONDS, FETCH_REDIRECTS = 256 * 2**20, 30, 5
 ADVICE = "Read it with rasterio, choose its bands, and pass an array: uint8, or any other with value_range=(black, white)."
 
 
@@ -115,9 +119,7 @@ def locate(source: Any, folder: str | os.PathLike[str] | None, allow_outside: bo
     if scheme.startswith(("http://", "https://")):
         if folder is not None and not allow_outside:
             raise ValueError(f"it is an address, and only files in {str(folder)!r} may be opened here")
-        response = get_session().get(text, follow_redirects=True, timeout=FETCH_SECONDS)
-        response.raise_for_status()
-        return io.BytesIO(response.content)
+        return fetch(text)
     if scheme.startswith("file://"):
         path = url2pathname(urlsplit(text).path)
     if folder is not None:
@@ -134,6 +136,73 @@ def locate(source: Any, folder: str | os.PathLike[str] | None, allow_outside: bo
         return io.BytesIO(base64.b64decode("".join(text.split()), validate=True))
     except ValueError as error:
         raise ValueError("it is neither a file, nor an http(s) address, nor base64 text") from error
+
+
+def fetch(address: str) -> io.BytesIO:
+    """Content of an http(s) address, of at most `FETCH_BYTES`, within `FETCH_SECONDS` and `FETCH_REDIRECTS`.
+
+    Raises:
+        ValueError: a limit is exceeded, or the address redirects to a private network or another scheme.
+        Exception: those of the HTTP library.
+    """
+    result: list[Any] = []
+
+    def work() -> None:
+        try:
+            result.append(download(address, time.monotonic() + FETCH_SECONDS))
+        except Exception as error:
+            result.append(error)
+
+    # A thread, since a server may send a header byte by byte for hours, and the library limits every byte alone.
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    worker.join(FETCH_SECONDS)
+    if not result:
+        raise ValueError(f"it was not complete after {FETCH_SECONDS} s")
+    if isinstance(result[0], Exception):
+        raise result[0]
+    return result[0]
+
+
+def download(address: str, deadline: float) -> io.BytesIO:
+    """Reads an address until the deadline, a time of `time.monotonic`. See `fetch`."""
+    session, first = get_session(), urlsplit(address)
+    for _ in range(FETCH_REDIRECTS + 1):
+        options = {"follow_redirects": False, "timeout": FETCH_SECONDS, "headers": {"Accept-Encoding": "identity"}}
+        with session.stream("GET", address, **options) as response:
+            if response.has_redirect_location:
+                address = urljoin(address, response.headers["location"])
+                target = urlsplit(address)
+                if target.scheme not in ("http", "https"):
+                    raise ValueError(f"it redirects to {shown(address)}, which is no http(s) address")
+                # Nobody typed this address, so it must not reach what only this machine can reach.
+                if target.netloc != first.netloc and not is_public(target.hostname or ""):
+                    raise ValueError(f"it redirects to {shown(address)}, which is an address of a private network")
+                continue
+            response.raise_for_status()
+            if response.headers.get("content-encoding", "identity") != "identity":  # a small answer may become a huge one
+                raise ValueError("the server compresses it, although it was asked not to")
+            content = io.BytesIO()
+            for part in response.iter_raw(2**16):
+                content.write(part)
+                if content.tell() > FETCH_BYTES:
+                    raise ValueError(f"it is larger than {FETCH_BYTES / 2**20:g} MiB")
+                if time.monotonic() > deadline:
+                    raise ValueError(f"it was not complete after {FETCH_SECONDS} s")
+            content.seek(0)
+            return content
+    raise ValueError(f"it redirects more than {FETCH_REDIRECTS} times")
+
+
+def is_public(host: str) -> bool:
+    """Whether every address of a host is in the public internet. A name that is not known here counts as public."""
+    try:
+        found = socket.getaddrinfo(host, None)
+    except OSError:  # the fetch says so, or a proxy knows it
+        return True
+    addresses = [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
+    addresses = [getattr(address, "ipv4_mapped", None) or address for address in addresses]
+    return all(address.is_global and not address.is_multicast for address in addresses)
 
 
 def shown(source: Any) -> str:
