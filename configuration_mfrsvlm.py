@@ -134,14 +134,16 @@ class MFRSVLMConfig(PreTrainedConfig):
 
     Args:
         vision_config: vision encoder: a ViT with `num_hidden_layers` (`clip_vision_model`, `siglip_vision_model`,
-            `dinov2`, `dinov3_vit`, ...), or a hierarchical backbone with `depths` (`resnet`, `convnext`, `swin`, ...).
+            `dinov2`, `dinov3_vit`, ...), a hierarchical backbone with `depths` (`resnet`, `convnext`, `swin`, ...), or a
+            convolutional model whose hidden states are feature maps (`efficientnet`, `mobilenet_v2`, ...).
         text_config: decoder: any model type of `AutoModel` whose model has a list of `layers`.
         image_token_id: id of the `<image>` placeholder, one row of the decoder's embedding. Defaults to the last row.
         image_size: side of the global view, pixels. Defaults to a ViT's own, to 336 for a hierarchical backbone.
         patch_size: side of the square of one visual token, pixels. Defaults to a ViT's own, to 14 for a
             hierarchical backbone. The global view gives `(image_size // patch_size) ** 2` visual tokens.
         vision_feature_layer: which encoder output gives the visual tokens. Index into the hidden states of a ViT (0 is
-            the embedding, -1 the last layer) or into the stages of a backbone (0 is the stem, 1 the first stage).
+            the embedding, -1 the last layer) or into the stages of a backbone (0 is the stem, 1 the first stage). Outputs
+            of a convolutional model are its hidden states and, if it is not among them, its last hidden state.
         vision_feature_size: channels of the visual features. Defaults to the ViT's width; the stages of a backbone
             are projected to it (1024 by default).
         projector_hidden_act: activation between the two layers of the projector.
@@ -232,7 +234,7 @@ class MFRSVLMConfig(PreTrainedConfig):
         # A decoder that ties its embeddings says so in its own config.
         if not self.tie_word_embeddings and getattr(text_config, "tie_word_embeddings", False):
             self.tie_word_embeddings = True
-        if self.is_hierarchical and hasattr(vision_config, "stage_names"):
+        if self.is_backbone:
             # A backbone returns only the stages it is asked for.
             stages = {*self.detail_feature_layers, self.vision_feature_layer % (self.num_vision_layers + 1)}
             vision_config.out_indices = sorted(stage for stage in stages if stage <= self.num_vision_layers)
@@ -242,8 +244,13 @@ class MFRSVLMConfig(PreTrainedConfig):
 
     @property
     def is_hierarchical(self) -> bool:
-        """Whether the encoder is a backbone read at its stages, and not a ViT read at its hidden states."""
-        return hasattr(self.vision_config, "depths")
+        """Whether the outputs of the encoder are maps of several resolutions, and not the tokens of a ViT."""
+        return hasattr(self.vision_config, "depths") or not hasattr(self.vision_config, "patch_size")
+
+    @property
+    def is_backbone(self) -> bool:
+        """Whether the encoder is read at the stages of a backbone of `transformers`."""
+        return self.is_hierarchical and isinstance(getattr(self.vision_config, "stage_names", None), (list, tuple))
 
     @property
     def vision_has_attention(self) -> bool:
@@ -251,10 +258,13 @@ class MFRSVLMConfig(PreTrainedConfig):
         return hasattr(self.vision_config, "num_heads") or hasattr(self.vision_config, "num_attention_heads")
 
     @property
-    def num_vision_layers(self) -> int:
-        """Number of the last encoder output: transformer layers of a ViT, stages of a hierarchical backbone."""
+    def num_vision_layers(self) -> Any:
+        """Number of the last encoder output (int): transformer layers of a ViT, stages of a hierarchical backbone.
+
+        `None` for a convolutional model that is no backbone, whose config does not state it.
+        """
         if self.is_hierarchical:
-            return len(self.vision_config.stage_names) - 1
+            return len(self.vision_config.stage_names) - 1 if self.is_backbone else None
         return int(self.vision_config.num_hidden_layers)
 
     @property
@@ -296,12 +306,13 @@ class MFRSVLMConfig(PreTrainedConfig):
         Called by `@strict` after initialization, which wraps it in a `StrictDataclassClassValidationError`.
         """
         encoder = self.vision_config
-        needed = ("stage_names",) if self.is_hierarchical else ("num_hidden_layers", "hidden_size", "patch_size")
+        needed = () if self.is_hierarchical else ("num_hidden_layers", "hidden_size", "patch_size")
         lacking = [name for name in needed if not isinstance(getattr(encoder, name, None), (int, list, tuple))]
         if lacking:
             raise ValueError(
                 f"vision_config of type {encoder.model_type!r} lacks {lacking}: an encoder is a ViT with one hidden_size, "
-                "one patch_size and num_hidden_layers, or a hierarchical backbone with depths and stage_names."
+                "one patch_size and num_hidden_layers, a hierarchical backbone with depths and stage_names, or a "
+                "convolutional model without patch_size."
             )
         if not self.is_hierarchical:
             if self.patch_size != encoder.patch_size:
@@ -313,6 +324,8 @@ class MFRSVLMConfig(PreTrainedConfig):
                 )
         windows = self.windows  # validates sizes, overlap and canvas
         depth = self.num_vision_layers
+        if depth is None:  # the model compares with what the encoder returns
+            depth = max(0, self.vision_feature_layer, -1 - self.vision_feature_layer, *self.detail_feature_layers)
         if not -depth - 1 <= self.vision_feature_layer <= depth:
             raise ValueError(
                 f"vision_feature_layer={self.vision_feature_layer} is out of range: the encoder's outputs are 0 to {depth}."

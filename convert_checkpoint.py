@@ -228,7 +228,9 @@ def whole_output(output: Path, overwrite: bool, sources: list[Path]) -> Iterator
     It is in a hidden folder next to `output`, which may also contain other temporary files. Only a killed run leaves it
     behind.
     """
-    output = output.resolve()
+    output = Path(os.path.realpath(output))
+    if output.is_symlink():
+        raise ConversionError(f"--output {output} is a link in a circle: choose another --output.")
     for source in (source.resolve() for source in sources if source.exists()):
         if source.is_relative_to(output) or output.is_relative_to(source):
             raise ConversionError(f"--output {output} and the source {source} lie in one another: choose another --output.")

@@ -116,13 +116,19 @@ class MFRSVLMMultiModalProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(image_features)))
 
 
-def resample_to_grid(feature_maps: torch.Tensor, side: int) -> torch.Tensor:
+def feature_maps(outputs: Any) -> list[torch.Tensor]:
+    """All outputs of a convolutional model: its hidden states and, if it is not among them, its last hidden state."""
+    maps = list(outputs.hidden_states)
+    return maps if maps[-1] is outputs.last_hidden_state else [*maps, outputs.last_hidden_state]
+
+
+def resample_to_grid(maps: torch.Tensor, side: int) -> torch.Tensor:
     """Average-pools (or bilinearly upsamples) (n, C, h, w) to (n, C, side, side)."""
-    if feature_maps.shape[-2:] == (side, side):
-        return feature_maps
-    if min(feature_maps.shape[-2:]) >= side:
-        return nn.functional.adaptive_avg_pool2d(feature_maps, side)
-    return nn.functional.interpolate(feature_maps, size=(side, side), mode="bilinear", align_corners=False)
+    if maps.shape[-2:] == (side, side):
+        return maps
+    if min(maps.shape[-2:]) >= side:
+        return nn.functional.adaptive_avg_pool2d(maps, side)
+    return nn.functional.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)
 
 
 def stitch_windows(features: torch.Tensor, window: WindowScale, canvas_side: int, weighting: str) -> torch.Tensor:
@@ -212,17 +218,17 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
         if config.is_hierarchical:
             if not config.vision_has_attention:
                 vision_config._attn_implementation = "eager"  # so the switch of the other parts means nothing to it
-            self.vision_tower = AutoBackbone.from_config(vision_config)
-            self.stage_projections = nn.ModuleDict(
-                {
-                    str(stage): nn.Linear(channels, config.vision_feature_size)
-                    for stage, channels in zip(vision_config.out_indices, self.vision_tower.channels, strict=True)
-                }
-            )
+            kind = AutoBackbone if config.is_backbone else AutoModel
+            self.vision_tower = kind.from_config(vision_config)
         else:
             self.vision_tower = AutoModel.from_config(vision_config)
         self.tower_interpolates = "interpolate_pos_encoding" in inspect.signature(self.vision_tower.forward).parameters
         self._check_window_sizes()
+        if config.is_hierarchical:
+            self.stages, channels = self._stages()
+            self.stage_projections = nn.ModuleDict(
+                {str(stage): nn.Linear(size, config.vision_feature_size) for stage, size in channels.items()}
+            )
         self._freeze_unread_parameters()
         self.multi_modal_projector = MFRSVLMMultiModalProjector(config)
         if config.visual_position_embeddings:
@@ -236,6 +242,39 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
         self._hook_injectors()
         self.post_init()
 
+    def _stages(self) -> tuple[dict[int, int], dict[int, int]]:
+        """Of a hierarchical encoder: stage by layer as the config writes it, and channels by stage, ascending.
+
+        Raises:
+            ValueError: the encoder has no such output, or its outputs are no feature maps.
+        """
+        config, tower = self.config, self.vision_tower
+        layers = [config.vision_feature_layer, *config.detail_feature_layers]
+        if config.is_backbone:
+            stages = {layer: layer % (config.num_vision_layers + 1) for layer in layers}
+            return stages, dict(zip(config.vision_config.out_indices, tower.channels, strict=True))
+        with torch.device("meta"), torch.no_grad():
+            trial = AutoModel.from_config(copy.deepcopy(config.vision_config)).eval()
+            outputs = trial(
+                torch.zeros(1, config.num_channels, config.image_size, config.image_size), output_hidden_states=True
+            )
+        maps = feature_maps(outputs)
+        kind = config.vision_config.model_type
+        if any(feature_map.ndim != 4 for feature_map in maps):
+            shapes = [tuple(feature_map.shape) for feature_map in maps if feature_map.ndim != 4]
+            raise ValueError(
+                f"vision_config of type {kind!r} has outputs of shape {shapes[0]}, but feature maps are needed: "
+                "(n, C, h, w). Use a ViT, a backbone, or a convolutional model."
+            )
+        out_of_range = [layer for layer in layers if not -len(maps) <= layer < len(maps)]
+        if out_of_range:
+            raise ValueError(
+                f"vision_feature_layer and detail_feature_layers: {out_of_range} are out of range: the outputs of the "
+                f"encoder ({kind!r}) are 0 to {len(maps) - 1}."
+            )
+        stages = {layer: layer % len(maps) for layer in layers}
+        return stages, {stage: maps[stage].shape[1] for stage in sorted(set(stages.values()))}
+
     def _check_window_sizes(self) -> None:
         """Raises `ValueError` if the encoder cannot take an image of the sizes that it would be shown."""
         config, tower = self.config, self.vision_tower
@@ -248,7 +287,8 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
         if config.is_hierarchical:
             # Only a trial tells how small a map the last stage still takes; on the meta device it costs nothing.
             with torch.device("meta"), torch.no_grad():
-                trial = AutoBackbone.from_config(copy.deepcopy(config.vision_config)).eval()
+                kind = AutoBackbone if config.is_backbone else AutoModel
+                trial = kind.from_config(copy.deepcopy(config.vision_config)).eval()
                 for size in sizes:
                     try:
                         trial(torch.zeros(1, config.num_channels, size, size))
@@ -326,9 +366,14 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
         """Runs the tower on (n, channels, size, size): its outputs, and feature maps (n, C, h, w) at the given layers."""
         config, size = self.config, pixels.shape[-1]
         if config.is_hierarchical:
-            outputs = self.vision_tower(pixels, return_dict=True, **kwargs)
-            stages = [layer % (config.num_vision_layers + 1) for layer in layers]
-            maps = [outputs.feature_maps[config.vision_config.out_indices.index(stage)] for stage in stages]
+            stages = [self.stages[layer] for layer in layers]
+            if config.is_backbone:
+                outputs = self.vision_tower(pixels, return_dict=True, **kwargs)
+                maps = [outputs.feature_maps[config.vision_config.out_indices.index(stage)] for stage in stages]
+            else:
+                outputs = self.vision_tower(pixels, return_dict=True, **{**kwargs, "output_hidden_states": True})
+                every = feature_maps(outputs)
+                maps = [every[stage] for stage in stages]
             return outputs, [
                 self.stage_projections[str(stage)](feature_map.movedim(1, -1)).movedim(-1, 1)
                 for stage, feature_map in zip(stages, maps, strict=True)
@@ -426,10 +471,10 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             stacks = self.multi_modal_projector(self.get_detail_features(pixel_values, window_chunk_size))
             details = [list(stack) for stack in stacks]  # views of one tensor
         return MFRSVLMImageFeatures(
-            last_hidden_state=outputs.feature_maps[-1] if config.is_hierarchical else outputs.last_hidden_state,
+            last_hidden_state=outputs.feature_maps[-1] if config.is_backbone else outputs.last_hidden_state,
             pooler_output=list(visual),
             hidden_states=outputs.hidden_states if wanted else None,
-            attentions=outputs.attentions,
+            attentions=outputs.get("attentions"),
             deepstack_features=details,
         )
 

@@ -8,6 +8,7 @@ import sys
 import time
 
 from ..arguments import ArgumentParser
+from ..files.writing import WriteError, check_file, write_image
 from . import MODEL
 
 
@@ -39,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
+        check_file(args.picture, is_image=True)
         start = time.perf_counter()
         model, processor = load(args.model, dtype="float32")
         if args.image is None:
@@ -58,10 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
             lines.append((reply.question, reply.text + truth))
         found = [("yellow", box) for reply in answers for box in reply.boxes]
         true = [("white", list(box)) for question in asked for box in question.boxes]
-        draw_answers(image.convert("RGB"), lines, found + true).save(args.picture)
+        write_image(args.picture, draw_answers(image.convert("RGB"), lines, found + true))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, WriteError) else 1
     print(f"\n{time.perf_counter() - start:.1f} s with loading. Picture: {args.picture}")
     if found and true:
         print("Boxes: yellow is the model's, white is true.")

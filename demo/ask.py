@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ..arguments import DTYPES, ArgumentParser
+from ..files.writing import WriteError, check_file, write_image
 from ..geospatial.errors import RasterError, RasterWarning
 from ..geospatial.options import add_raster_options, print_notes, raster_options
 
@@ -45,16 +46,18 @@ def main(arguments: list[str] | None = None) -> int:
 
     logging.disable_progress_bar()
     try:
+        if args.picture is not None:
+            check_file(args.picture, is_image=True)
         image, record = open_image_or_raster(args.image, raster_options(args))
         model, processor = load(args.model, args.dtype, args.device, args.trust_remote_code)
         answers = answer(model, processor, image, args.questions, args.max_new_tokens)
         if args.picture is not None:
             lines = [(reply.question, reply.text) for reply in answers]
             boxes = [("yellow", box) for reply in answers for box in reply.boxes]
-            draw_answers(image.convert("RGB"), lines, boxes).save(args.picture)
+            write_image(args.picture, draw_answers(image.convert("RGB"), lines, boxes))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, RasterError) else 1
+        return 2 if isinstance(error, (RasterError, WriteError)) else 1
     if args.json:
         sizes = {"width": image.width, "height": image.height}
         rows = [asdict(reply) for reply in answers]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..arguments import DTYPES, ArgumentParser
+from ..files.writing import check_file, check_folder
 from .settings import EvaluationSettings
 
 
@@ -88,13 +89,15 @@ def run(args: argparse.Namespace) -> None:
     from . import evaluate, evaluate_majority, load_benchmark
     from .answering import load
     from .benchmarks import BENCHMARKS
-    from .evaluate import get_protocol, process_state
+    from .evaluate import get_protocol, make_runs, process_state
     from .report import as_markdown, make_tables, parse_summary
 
     if (args.model is None) == (args.baseline is None):
         raise ValueError("Name what to evaluate: either --model or --baseline majority.")
     if len(args.benchmark) > 1 and (args.data or args.split):
         raise ValueError("--data and --split belong to one benchmark. Name several as NAME/SPLIT=FOLDER.")
+    if args.output:
+        check_folder(args.output)
     settings = EvaluationSettings(
         output=args.output,
         model_name=args.name,
@@ -129,6 +132,7 @@ def run(args: argparse.Namespace) -> None:
     if args.baseline:
         summaries = evaluate_majority(benchmarks, protocol, settings)
     else:
+        make_runs(benchmarks, protocol, settings, mode="blind" if args.blind else "image")  # all checks, before the model
         model, processor = load(args.model, args.revision, args.dtype, state.device, args.trust_remote_code)
         summaries = evaluate(model, processor, benchmarks, protocol, settings)
     if state.is_main_process:
@@ -148,6 +152,10 @@ def report(args: argparse.Namespace) -> None:
         write_report,
     )
 
+    if args.output:
+        check_folder(args.output)
+    if args.card and (args.card / "README.md").exists():
+        check_file(args.card / "README.md")
     summaries, published = read_summaries(args.runs), args.published or PUBLISHED
     if args.output:
         tables = write_report(summaries, args.output, published, args.latex)

@@ -226,7 +226,7 @@ def find_summaries(folder: Path) -> list[Path]:
 
 def read_summary(path: Path) -> Summary:
     try:
-        fields = read_json(path)
+        fields = read_json(path, allow_nan=True)  # a figure of nothing
     except ValueError as error:
         raise ReportError(f"The summary is incomplete. Repeat the run: {error}") from error
     return parse_summary(fields, path.parent)

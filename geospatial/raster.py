@@ -47,6 +47,7 @@ class Raster:
         name: for messages and records.
         grid: size, transform, CRS, ground control points.
         selection: the bands that are shown, and what the choice rests on.
+        files: names of the datasets that are read.
         notes: assumptions and advice; each was also issued as a `RasterWarning`.
     """
 
@@ -59,6 +60,7 @@ class Raster:
         composite: str | None = None,
         stretch: str | Sequence[float] | Stretch | None = None,
         nodata: float | None = None,
+        like: "Raster | None" = None,
     ) -> "Raster":
         """Opens a raster and decides which bands are shown.
 
@@ -74,17 +76,21 @@ class Raster:
                 (reflectance 0 to 0.3) or `"physical:0,0.5"`, `"LOW,HIGH"` in the numbers of the file, or the `Stretch` of
                 another raster. `None`, `"auto"`: none for 8 bits, percentile for others.
             nodata: value that stands for no data, against what the file says.
+            like: another raster, over whose pixels this one is laid with cubic resampling, such as an earlier date. Its
+                stretch is used unless another one is given.
 
         Raises:
             RasterError: it cannot be opened, or shown, or nothing says which bands are which. The message is one line.
             TypeError: the source is none of the above.
         """
         composite = find_composite(composite)
+        if like is not None and stretch is None:
+            stretch = like.stretch
         request = stretch if isinstance(stretch, Stretch) else parse_stretch(stretch)
         stack = ExitStack()
         try:
             with gdal():
-                return cls(source, bands, sensor, composite, request, nodata, stack)
+                return cls(source, bands, sensor, composite, request, nodata, like, stack)
         except BaseException:
             stack.close()
             raise
@@ -97,6 +103,7 @@ class Raster:
         composite: str,
         request: Any,
         nodata: float | None,
+        like: "Raster | None",
         stack: ExitStack,
     ) -> None:
         self._stack, self._request = stack, request
@@ -124,9 +131,13 @@ class Raster:
             else:
                 datasets.append(band.location)
         finest = max(datasets, key=lambda dataset: dataset.width * dataset.height)
-        self.grid = Grid.of(finest)
-        self._bands = [(self._aligned(dataset, finest), band.index) for dataset, band in zip(datasets, chosen, strict=True)]
+        self._file = finest if like is None else like._file
+        self.grid = Grid.of(self._file)
+        self._bands = [
+            (self._aligned(dataset, self._file), band.index) for dataset, band in zip(datasets, chosen, strict=True)
+        ]
         self.driver = finest.driver
+        self.files = tuple(dict.fromkeys(str(dataset.name) for dataset in datasets))
         self.overviews: list[int] = finest.overviews(self._bands[datasets.index(finest)][1])
         self.dtypes = tuple(dataset.dtypes[band.index - 1] for dataset, band in zip(datasets, chosen, strict=True))
         preset_scale = reflectance_of(preset, found.file_name, found.tags) if preset else None
@@ -138,17 +149,17 @@ class Raster:
         if COMPOSITES[composite].scaled and preset and preset.scale and None in self._scales:
             self.note(f"{self.name} does not say how its numbers become reflectance; {composite} is made of them as stored.")
 
-    def _aligned(self, dataset: DatasetReader, finest: DatasetReader) -> DatasetReader | WarpedVRT:
-        """A dataset on the grid of the finest one."""
-        size, other = (finest.width, finest.height), (dataset.width, dataset.height)
-        if size == other and (dataset.transform, dataset.crs) == (finest.transform, finest.crs):
+    def _aligned(self, dataset: DatasetReader, target: DatasetReader) -> DatasetReader | WarpedVRT:
+        """A dataset on the grid of another one."""
+        size, other = (target.width, target.height), (dataset.width, dataset.height)
+        if size == other and (dataset.transform, dataset.crs) == (target.transform, target.crs):
             return dataset
-        if dataset.crs is None or finest.crs is None:
+        if dataset.crs is None or target.crs is None:
             raise RasterError(
-                f"{self.name}: bands of {other[0]} x {other[1]} and {size[0]} x {size[1]} pixels cannot be laid over each "
-                "other, since a file has no CRS. Pass bands of one size, or add it: gdal_edit.py -a_srs EPSG:... FILE."
+                f"{self.name}: {other[0]} x {other[1]} and {size[0]} x {size[1]} pixels cannot be laid over each other, "
+                "since a file has no CRS. Pass files of one size, or add it: gdal_edit.py -a_srs EPSG:... FILE."
             )
-        grid = {"crs": finest.crs, "transform": finest.transform, "width": finest.width, "height": finest.height}
+        grid = {"crs": target.crs, "transform": target.transform, "width": target.width, "height": target.height}
         return self._stack.enter_context(
             WarpedVRT(dataset, **grid, resampling=Resampling.cubic, add_alpha=dataset.nodata is None)
         )
@@ -221,12 +232,18 @@ class Raster:
             )
         return unit
 
-    def read(self, window: tuple[int, int, int, int] | None = None, max_side: int = MAX_SIDE) -> View:
+    def read(
+        self,
+        window: tuple[int, int, int, int] | None = None,
+        max_side: int = MAX_SIDE,
+        size: tuple[int, int] | None = None,
+    ) -> View:
         """Reads a window as an image, by the overview that fits, with cubic resampling.
 
         Args:
             window: column, row, width, height in pixels of the raster, north up; `None` is all of it.
             max_side: longest side of the image, pixels. A larger window is reduced to it; nothing is enlarged.
+            size: width and height of the image, against `max_side`. Larger than the window, it is enlarged.
 
         Raises:
             RasterError: the window lies outside, cannot be read, or holds no valid pixel.
@@ -236,9 +253,10 @@ class Raster:
         inside = 0 <= column < column + width <= self.width and 0 <= row < row + height <= self.height
         if not inside:
             raise RasterError(f"{self.name}: window {window} leaves its {self.width} x {self.height} pixels.")
-        factor = min(1.0, max_side / max(width, height))
-        size = (max(1, round(width * factor)), max(1, round(height * factor)))
-        if factor < 1 and width * height > MANY_PIXELS and not self.overviews:
+        if size is None:
+            factor = min(1.0, max_side / max(width, height))
+            size = (max(1, round(width * factor)), max(1, round(height * factor)))
+        if size[0] < width and width * height > MANY_PIXELS and not self.overviews:
             self.note(
                 f"{self.name} has no overviews, so {width} x {height} pixels are read for {size[0]} x {size[1]}. "
                 "Build them once: gdaladdo -r average FILE.",
@@ -256,6 +274,15 @@ class Raster:
         pixels[:, ~shown] = 0
         pixels = np.ascontiguousarray(np.broadcast_to(pixels, (3, *shown.shape)).transpose(1, 2, 0))  # (H, W, 3)
         return View(Image.fromarray(pixels), shown, self._record(window, size, stretch, 1 - float(shown.mean())))
+
+    def describe(self) -> dict[str, Any]:
+        """What every image of this raster has in common, for the record of a run.
+
+        Raises:
+            RasterError: it has no valid pixel.
+        """
+        record = self._record((0, 0, self.width, self.height), (self.width, self.height), self.stretch, 0.0).as_dict()
+        return {name: value for name, value in record.items() if name not in ("nodata_share", "window")}
 
     def _record(
         self, window: tuple[int, int, int, int], size: tuple[int, int], stretch: Stretch, nodata_share: float

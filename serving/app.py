@@ -21,6 +21,7 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerateManager, GenerationState, Modality
 
 from ..files.reading import shorten
+from ..processing_mfrsvlm import MFRSVLMProcessor
 from .chat_requests import BadRequest, Limits, check_request
 
 
@@ -98,6 +99,8 @@ def build_app(model: Any, processor: Any, name: str, limits: Limits | None = Non
         **template_options: arguments of `processor.apply_chat_template` for every request.
     """
     limits = limits or Limits()
+    if isinstance(processor, MFRSVLMProcessor):
+        template_options.setdefault("sanitize_control_tokens", True)  # `</s>` in a question is text
     state = OneThread()
     handler = ChatHandler(OneModel(model, processor, name), state, chat_template_kwargs=template_options)
     started = int(time.time())

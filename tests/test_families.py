@@ -55,6 +55,13 @@ ENCODERS = {
     "resnet": {"embedding_size": 8, **STAGE_SIZES},
     "convnext": STAGE_SIZES,
     "convnextv2": STAGE_SIZES,
+    "efficientnet": {
+        "width_coefficient": 0.25,
+        "depth_coefficient": 0.3,
+        "hidden_dim": 320,
+        "initializer_range": 0.5,  # the usual one makes the last of its outputs vanish
+    },
+    "mobilenet_v2": {"depth_multiplier": 0.25, "hidden_act": "relu6"},
     "swin": {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 2, "image_size": 28},
 }
 
@@ -121,9 +128,9 @@ def encoder(request):
 def encoder_model(family: str, num_channels: int = 3, **overrides) -> MFRSVLMForConditionalGeneration:
     vision_config = AutoConfig.for_model(family, **ENCODERS[family], num_channels=num_channels)
     sizes = {"detail_feature_layers": [1, 3], "routing": "token"}
-    if hasattr(vision_config, "depths"):
+    if hasattr(vision_config, "depths") or not hasattr(vision_config, "patch_size"):
         sizes.update(image_size=28, patch_size=7, vision_feature_size=24, detail_feature_layers=[2, 4])
-    if family.startswith("convnext"):  # its last stage stands for 32 pixels
+    if family.startswith(("convnext", "efficientnet", "mobilenet")):  # their last maps stand for 32 pixels
         sizes.update(image_size=64, patch_size=16, window_sizes=[64, 32])
     return tiny_model(tiny_config(vision_config=vision_config, **{**sizes, **overrides}))
 
@@ -188,14 +195,40 @@ def test_four_channels(family, tmp_path):
     assert MFRSVLMForConditionalGeneration.from_pretrained(tmp_path).config.num_channels == 4
 
 
+def test_outputs_of_a_convolutional_model_are_its_hidden_states_and_then_its_last():
+    model = encoder_model("efficientnet", detail_feature_layers=[2, 7], vision_feature_layer=-1)
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        outputs = model.model.vision_tower(pixels, output_hidden_states=True)
+        _, maps = model.model._encode(pixels, [2, 7, -1])
+    assert len(outputs.hidden_states) == 9
+    for layer, own, seen in zip([2, 7, 9], [*outputs.hidden_states[2::5], outputs.last_hidden_state], maps, strict=True):
+        projected = model.model.stage_projections[str(layer)](own.movedim(1, -1)).movedim(-1, 1)
+        assert torch.equal(seen, projected)
+    with pytest.raises(
+        ValueError, match=r"\[10\] are out of range: the outputs of the encoder \('efficientnet'\) are 0 to 9"
+    ):
+        encoder_model("efficientnet", detail_feature_layers=[2, 10])
+
+
 def test_an_encoder_of_an_unknown_shape_is_refused():
-    with pytest.raises(Exception, match=r"vision_config of type 'mobilenet_v2' lacks \['num_hidden_layers'"):
-        tiny_config(vision_config=AutoConfig.for_model("mobilenet_v2"))
+    with pytest.raises(Exception, match=r"vision_config of type 'patches' lacks \['num_hidden_layers'"):
+        tiny_config(vision_config=PatchesConfig())
+    levit = AutoConfig.for_model("levit", hidden_sizes=[16, 16, 16], num_attention_heads=[2, 2, 2], depths=[1, 1, 1])
+    sizes = {"image_size": 224, "patch_size": 16, "vision_feature_size": 24, "window_sizes": [224]}
+    with pytest.raises(ValueError, match=r"'levit' has outputs of shape \(1, 196, 16\), but feature maps are needed"):
+        tiny_model(tiny_config(vision_config=levit, **sizes))
 
 
 def test_windows_too_small_for_a_backbone_are_refused():
     with pytest.raises(ValueError, match=r"'convnext' cannot encode 14 pixels: .*window_sizes|other sizes"):
         encoder_model("convnext", image_size=28, patch_size=7, window_sizes=[28, 14])
+
+
+class PatchesConfig(PreTrainedConfig):
+    """A ViT that does not say how many layers it has."""
+
+    model_type, patch_size = "patches", 7
 
 
 class FixedConfig(PreTrainedConfig):

@@ -131,6 +131,13 @@ def assembled_config(vision_config: Any, text_config: Any, options: dict[str, An
         bare: dict[str, Any] = {"window_sizes": [], "injection_layers": [], "detail_feature_layers": []}
         probe = MFRSVLMConfig(vision_config=vision_config, text_config=text_config, **sizes, **bare)
         depth, num_layers = probe.num_vision_layers, text_config.num_hidden_layers
+        if depth is None:  # a convolutional model, whose config does not say how many outputs it has
+            if "detail_feature_layers" not in options:
+                raise ValueError(
+                    f"detail_feature_layers is missing: an encoder of type {vision_config.model_type!r} does not say which "
+                    "of its hidden states to read the windows at."
+                )
+            depth = max(1, *options["detail_feature_layers"])
         stages = list(range(max(1, depth - 2), depth + 1))
         layers = [layer for layer in (3, 7, 11, 15) if layer < num_layers] or [num_layers - 1]
         defaults = {

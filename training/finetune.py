@@ -23,6 +23,7 @@ from transformers.utils.logging import set_verbosity_info
 
 from ..files.model_folder import ModelFolderError, classify, load_model, load_processor
 from ..files.reading import read_text
+from ..files.writing import WriteError, check_folder
 from ..modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from .collator import ConversationCollator
 from .data import BadRow, ConversationDataset, ConversationStream
@@ -368,6 +369,7 @@ def finetune(options: ModelArguments, data: DataArguments, args: MFRSVLMTraining
         BadRow: a row is bad and `on_bad_row="fail"`.
     """
     check_settings(options, data, args)
+    check_folder(args.output_dir)
     checkpoint = None
     if args.process_index == 0 or args.resume_from_checkpoint is not None:  # the first rank checks before any rank writes
         checkpoint = check_output_dir(args, data.overwrite_output_dir)
@@ -436,6 +438,9 @@ def run(arguments: list[str] | None = None) -> int:
     """Runs the command and returns its exit status. Errors that the user can correct are printed in one line."""
     try:
         main(arguments)
+    except WriteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except (SettingsError, ModelFolderError, BadRow, FileNotFoundError, IsADirectoryError, PermissionError) as error:
         print(f"error: {error}", file=sys.stderr)
     except ImportError as error:

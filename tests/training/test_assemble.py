@@ -156,6 +156,14 @@ class TestAssemble:
         config = assembled_config(default.vision_config, LlamaConfig(num_hidden_layers=2), {}, None)
         assert config.injection_layers == [1]
 
+    def test_a_convolutional_encoder_needs_the_outputs_to_read(self):
+        encoder, decoder = transformers.MobileNetV2Config(), LlamaConfig(num_hidden_layers=4)
+        with pytest.raises(ConversionError, match="detail_feature_layers is missing: an encoder of type 'mobilenet_v2'"):
+            assembled_config(encoder, decoder, {}, None)
+        options = {"detail_feature_layers": [3, 5], "image_size": 64, "patch_size": 16}
+        config = assembled_config(encoder, decoder, options, None)
+        assert config.detail_feature_layers == [3, 5] and config.window_sizes == [64, 32]
+
     def test_seed(self, parts: Path, tmp_path: Path):
         for name, seed in (("a", 0), ("b", 0), ("c", 1)):
             torch.rand(seed + 1)  # what was drawn before does not matter

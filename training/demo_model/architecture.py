@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedTokenizerFast, ResNetConfig
+from transformers import CLIPVisionConfig, EfficientNetConfig, LlamaConfig, PreTrainedTokenizerFast, ResNetConfig
 
 from ...configuration_mfrsvlm import MFRSVLMConfig
 from ...modeling_mfrsvlm import MFRSVLMForConditionalGeneration
@@ -16,6 +16,28 @@ from ...scenes.questions import BOX_SCALE
 
 IMAGE_SIZE, PATCH_SIZE = 128, 16  # 64 visual tokens
 NUM_DECODER_LAYERS = 6
+# The geometry for photographs of 256 pixels: 64 visual tokens, and four windows of the canvas of 512.
+PHOTOGRAPHS = {
+    "image_size": 256,
+    "patch_size": 32,
+    "vision_feature_size": 256,
+    "window_sizes": [256],
+    "window_overlap": 0.0,
+    "visual_position_embeddings": True,
+}
+
+
+def efficientnet_lite0() -> EfficientNetConfig:
+    """The config of EfficientNet-lite0, see `pretrained_tower`."""
+    return EfficientNetConfig(
+        width_coefficient=1.0,
+        depth_coefficient=1.0,
+        hidden_dim=1280,
+        hidden_act="relu6",
+        squeeze_expansion_ratio=0.0,  # one channel, which does nothing
+        image_size=224,
+        batch_norm_momentum=0.01,
+    )
 
 
 def make_config(vocab_size: int, encoder: str = "resnet", width: int = 192, **overrides: Any) -> MFRSVLMConfig:
@@ -23,8 +45,9 @@ def make_config(vocab_size: int, encoder: str = "resnet", width: int = 192, **ov
 
     Args:
         vocab_size: of the tokenizer, whose last token is the image placeholder.
-        encoder: `"resnet"` or `"vit"`; the two cost the same number of multiplications a window.
-        width: of the decoder, a multiple of 32.
+        encoder: `"resnet"` or `"vit"`; the two cost the same number of multiplications a window. Or `"efficientnet"`, a
+            larger one for photographs, with larger views.
+        width: of the decoder, a multiple of 64.
         **overrides: fields of `MFRSVLMConfig`.
     """
     vision_config: Any
@@ -46,27 +69,33 @@ def make_config(vocab_size: int, encoder: str = "resnet", width: int = 192, **ov
             projection_dim=128,
         )
         depths = [3, 5]
+    elif encoder == "efficientnet":
+        vision_config = efficientnet_lite0()
+        depths = [11, 17]  # the last map of 1/16 of the side, and the last map
+        fields |= PHOTOGRAPHS
     else:
-        raise ValueError(f'encoder={encoder!r} must be "resnet" or "vit".')
+        raise ValueError(f'encoder={encoder!r} must be "resnet", "vit" or "efficientnet".')
+    head_size = 64 if encoder == "efficientnet" else 32  # half the heads take half the time of attention
     text_config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=width,
         intermediate_size=width * 8 // 3,
         num_hidden_layers=NUM_DECODER_LAYERS,
-        num_attention_heads=width // 32,
-        num_key_value_heads=width // 32,
+        num_attention_heads=width // head_size,
+        num_key_value_heads=width // head_size,
         max_position_embeddings=1024,
         initializer_range=0.06,  # the usual 0.02 suits widths of thousands
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
     )
-    fields |= {
+    fields = {
         "image_size": IMAGE_SIZE,
         "patch_size": PATCH_SIZE,
         "vision_feature_size": 128,
         "canvas_scale": 2,
         "window_sizes": [128],
+        **fields,
         "detail_feature_layers": depths,
         "injection_layers": [1, 2, 3, 4],
         "routing": "stack",

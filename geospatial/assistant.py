@@ -1,0 +1,387 @@
+"""Asks a vision-language model about rasters, and puts its answers on the map."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import geopandas
+import huggingface_hub
+import numpy as np
+import shapely
+import torch
+
+from ..evaluation.answering import Answerer, fingerprint, load
+from ..evaluation.numbers import read_number
+from ..processing_mfrsvlm import check_box_format
+from .answers import Outcome
+from .areas import read_layer
+from .errors import RasterError, RasterWarning
+from .raster import Raster
+from .runs import MISSING, Run, find_scale, plan_features, plan_tiles, reply_columns
+from .tiles import merge_boxes, unite
+
+
+TILE = 512  # pixels of the image
+OVERLAP = 64
+CAPTION = "Describe this image."
+COUNT = "How many {object} are there?"
+CHANGE = "What changed between the first and the second image?"
+BOXES = "Give the bounding box of every {object} as [x_min, y_min, x_max, y_max], each number scaled to 0-{scale}."
+SYNTHETIC = "synthetic"  # `training_images` in the card of a model that has seen drawings alone
+
+
+class GeoAssistant:
+    """A model that answers about rasters. Made by `GeoAssistant.from_pretrained`.
+
+    Every verb takes a `Raster`, or what `Raster.open` takes, and returns a GeoDataFrame in the CRS of the raster. Without a
+    CRS, places are in pixels, from the upper left corner. `frame.attrs["record"]` says how the answers were made.
+
+    Arguments that the verbs share:
+        area: limits what is looked at: (left, bottom, right, top) in the raster's CRS, a shapely geometry in that CRS, a
+            file of polygons or a GeoDataFrame.
+        tile: longest side, in pixels, of the images into which the raster is divided; `None` shows it as one image.
+        resolution: metres a pixel of the images; `None`: as stored, reduced only where an image would be too large.
+        checkpoint: file that keeps the answers of finished images. A run with the same settings continues there.
+
+    Columns that the results share: `question`, `answer`, `count` (the number in the answer), `score` (the geometric mean of
+    the probabilities of its tokens; no probability of being right), `truncated`, `tile` (column, row, width and height in
+    pixels of the raster) and `error` (why there is no answer). Images without a valid pixel are not asked about; the record
+    counts them.
+
+    Args:
+        answerer: an `evaluation.answering.Answerer`.
+        model: what the record says about the model.
+        box_format: how the model writes boxes, see `MFRSVLMProcessor`; `None`: not known, so it cannot detect.
+        ground_resolution: finest and coarsest pixel of its training images, in metres; `None`: not known.
+        batch_size: answers that are generated together.
+        progress: show a bar with the time left, if there is a terminal.
+    """
+
+    def __init__(
+        self,
+        answerer: Any,
+        model: dict[str, Any] | None = None,
+        box_format: dict[str, Any] | None = None,
+        ground_resolution: Any = None,
+        batch_size: int = 8,
+        progress: bool = False,
+    ) -> None:
+        self.answerer, self.model = answerer, dict(model or {})
+        self.box_format = None if box_format is None else check_box_format(box_format)
+        self.ground_resolution, self.batch_size, self.progress = ground_resolution, batch_size, progress
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
+        trust_remote_code: bool = False,
+        max_new_tokens: int = 256,
+        box_format: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> "GeoAssistant":
+        """Loads any image-text-to-text model of transformers.
+
+        Args:
+            name: folder or Hub id.
+            revision: branch, tag or commit of a Hub id.
+            dtype: type of the weights; `"auto"`: as saved.
+            device: of the model; `None`: an accelerator, if there is one.
+            trust_remote_code: run the code in the model folder.
+            max_new_tokens: maximum length of an answer.
+            box_format: how the model writes boxes; `None`: as its processor says.
+            **options: further arguments of `GeoAssistant`.
+
+        Raises:
+            ValueError: no model can be loaded from there.
+        """
+        if device is None:
+            accelerator = torch.accelerator.current_accelerator()
+            device = "cpu" if accelerator is None else str(accelerator)
+        model, processor = load(name, revision, dtype, device, trust_remote_code)
+        about = {"name": name, "revision": getattr(model.config, "_commit_hash", None) or revision}
+        about |= {"weights": fingerprint(model), "max_new_tokens": max_new_tokens}
+        if training_images(name, revision) == SYNTHETIC:
+            warnings.warn(
+                f"{name} was trained on synthetic images alone, as its card says. It does not know real ones: its answers "
+                "about them mean nothing.",
+                RasterWarning,
+                stacklevel=2,
+            )
+        return cls(
+            Answerer(model, processor, max_new_tokens),
+            about,
+            getattr(processor, "box_format", None) if box_format is None else box_format,
+            getattr(processor, "ground_resolution", None),
+            **options,
+        )
+
+    def query(
+        self,
+        raster: Any,
+        questions: str | Sequence[str],
+        area: Any = None,
+        features: Any = None,
+        tile: int | None = None,
+        resolution: float | None = None,
+        checkpoint: str | Path | None = None,
+    ) -> geopandas.GeoDataFrame:
+        """Answers to questions.
+
+        Args:
+            raster, area, tile, resolution, checkpoint: see the class.
+            questions: one or more. Every image is encoded once for all of them.
+            features: layer of polygons, a file or a GeoDataFrame. The questions are asked about each polygon, with all
+                around it black.
+
+        Returns:
+            A row for every image and question, with the outline of the image. With `features`: a copy of the layer in its
+            own CRS with the answers as columns; those of several questions are numbered.
+        """
+        questions = [questions] if isinstance(questions, str) else list(questions)
+        if features is not None:
+            if area is not None or tile is not None:
+                raise RasterError("features are asked about one by one: give no area and no tile with them.")
+            return self._ask_features(raster, questions, features, resolution, checkpoint)
+        run = self._run("query", [raster], questions, area, tile, None, resolution, checkpoint)
+        return run.frame(run.rows())
+
+    def caption(self, raster: Any, prompt: str = CAPTION, **options: Any) -> geopandas.GeoDataFrame:
+        """Descriptions; arguments as for `query`."""
+        return self.query(raster, prompt, **options)
+
+    def count(
+        self,
+        raster: Any,
+        objects: str | Sequence[str],
+        area: Any = None,
+        tile: int | None = TILE,
+        resolution: float | None = None,
+        checkpoint: str | Path | None = None,
+        prompt: str = COUNT,
+    ) -> geopandas.GeoDataFrame:
+        """Numbers of objects, asked tile by tile on a partition, so that nothing is counted twice.
+
+        An object on a seam may be counted in both tiles or in none. A second partition, shifted by half a tile, shows how
+        much that matters. `frame.attrs["totals"]` has, for every object, the `total` of the first partition and, for more
+        than one tile, the `shifted_total` of the second, each with the number of tiles that gave no number (`unanswered`,
+        `shifted_unanswered`).
+
+        Args:
+            raster, area, tile, resolution, checkpoint: see the class.
+            objects: what to count, in the plural: "cars".
+            prompt: the question, with `{object}`.
+
+        Returns:
+            A row for every tile of the first partition and object, with the column `object`.
+        """
+        objects = [objects] if isinstance(objects, str) else list(objects)
+        questions = [prompt.replace("{object}", name) for name in objects]
+        runs = []
+        for shifted in (False, True):
+            if shifted and len(runs[0].pieces) == 1:
+                break
+            path = checkpoint if not shifted or checkpoint is None else f"{checkpoint}.shifted"
+            runs.append(self._run("count", [raster], questions, area, tile, None, resolution, path, shifted))
+        totals = {}
+        for index, name in enumerate(objects):
+            counts = [[read_number(reply[index].text) for reply in run.replies()] for run in runs]
+            sums = [sum(number for number in row if number is not None) for row in counts]
+            missing = [row.count(None) + len(run.failed) for row, run in zip(counts, runs, strict=True)]
+            totals[name] = {"total": sums[0], "unanswered": missing[0]}
+            if len(runs) > 1:
+                totals[name] |= {"shifted_total": sums[1], "shifted_unanswered": missing[1]}
+        rows = [row | {"object": objects[row.pop("index")]} for row in runs[0].rows(with_index=True)]
+        frame = runs[0].frame(rows, label="count", totals=totals)
+        frame.attrs["totals"] = totals
+        return frame
+
+    def detect(
+        self,
+        raster: Any,
+        objects: str | Sequence[str],
+        area: Any = None,
+        tile: int | None = TILE,
+        overlap: int = OVERLAP,
+        resolution: float | None = None,
+        checkpoint: str | Path | None = None,
+        prompt: str | None = None,
+    ) -> geopandas.GeoDataFrame:
+        """Boxes of objects, asked tile by tile on overlapping tiles. Boxes of one object in several tiles are merged.
+
+        Args:
+            raster, area, tile, resolution, checkpoint: see the class. Boxes whose centre lies outside the area are left out.
+            objects: what to look for, in the singular: "ship".
+            overlap: pixels that neighbouring images share.
+            prompt: the request, with `{object}`; `None`: that of the box format, else a general one.
+
+        Returns:
+            A row for every box: its four corners as a polygon, the column `object`, and the question, answer and tile in
+            which most of it was seen. `score` is that of the tokens that write the box.
+        """
+        return self._detect("detect", raster, objects, area, tile, overlap, resolution, checkpoint, prompt)
+
+    def point(self, raster: Any, objects: str | Sequence[str], **options: Any) -> geopandas.GeoDataFrame:
+        """The centres of what `detect` finds, as points; arguments as for `detect`."""
+        names = ("area", "tile", "overlap", "resolution", "checkpoint", "prompt")
+        defaults = {"tile": TILE, "overlap": OVERLAP}
+        unknown = set(options) - set(names)
+        if unknown:
+            raise TypeError(f"point takes {', '.join(names)}, not {', '.join(sorted(unknown))}.")
+        return self._detect("point", raster, objects, *(options.get(name, defaults.get(name)) for name in names))
+
+    def compare(
+        self,
+        before: Any,
+        after: Any,
+        questions: str | Sequence[str] = CHANGE,
+        area: Any = None,
+        tile: int | None = None,
+        resolution: float | None = None,
+        checkpoint: str | Path | None = None,
+    ) -> geopandas.GeoDataFrame:
+        """Answers about two dates of one place, shown as two images of one question.
+
+        The second raster is laid over the pixels of the first and shown with the same stretch.
+
+        Args:
+            before: as in the class.
+            after: what `Raster.open` takes, or a raster that was opened with `like=before`.
+            questions: one or more.
+            area, tile, resolution, checkpoint: see the class.
+
+        Returns:
+            As for `query`.
+        """
+        questions = [questions] if isinstance(questions, str) else list(questions)
+        with opened(before) as first, opened(after, like=first) as second:
+            run = self._run("compare", [first, second], questions, area, tile, None, resolution, checkpoint)
+        return run.frame(run.rows())
+
+    def _detect(
+        self,
+        task: str,
+        raster: Any,
+        objects: str | Sequence[str],
+        area: Any,
+        tile: int | None,
+        overlap: int,
+        resolution: float | None,
+        checkpoint: str | Path | None,
+        prompt: str | None,
+    ) -> geopandas.GeoDataFrame:
+        if self.box_format is None:
+            raise RasterError(
+                f"the processor of {self.model.get('name', 'the model')} does not say how the model writes boxes. Pass "
+                'box_format, for instance {"scale": 1000, "order": "xyxy", "padded": False}.'
+            )
+        objects = [objects] if isinstance(objects, str) else list(objects)
+        form = prompt or self.box_format.get("prompt") or BOXES
+        form = form.replace("{scale}", f"{self.box_format['scale']:g}")
+        questions = [form.replace("{object}", name) for name in objects]
+        run = self._run(task, [raster], questions, area, tile, overlap, resolution, checkpoint)
+        rows = []
+        for index, name in enumerate(objects):
+            found = [
+                (box, number, outcome.replies[index])
+                for number, outcome in enumerate(run.outcomes)
+                if outcome.state == "answered"
+                for box in outcome.replies[index].boxes
+            ]
+            boxes = np.array([box[:4] for box, _, _ in found], dtype=float).reshape(-1, 4)
+            owners = [number for _, number, _ in found]
+            for group in merge_boxes(boxes, owners, [piece.window for piece in run.pieces]):
+                sides = boxes[group][:, 2:] - boxes[group][:, :2]
+                best = group[int(np.argmax(sides.prod(1)))]
+                scores = [found[member][0][4] for member in group if found[member][0][4] is not None]
+                box = unite(boxes[group])
+                centre = shapely.Point((box[:2] + box[2:]) / 2)
+                if run.shape is not None and not run.shape.covers(centre):
+                    continue
+                _, number, reply = found[best]
+                rows.append(
+                    run.row(questions[index], reply, run.pieces[number], max(scores, default=None))
+                    | {"count": 1, "object": name, "geometry": centre if task == "point" else shapely.box(*box)}
+                )
+        return run.frame(rows, label="object")
+
+    def _ask_features(
+        self, raster: Any, questions: list[str], features: Any, resolution: float | None, checkpoint: Any
+    ) -> geopandas.GeoDataFrame:
+        layer = read_layer(features, "features").copy()
+        with opened(raster) as source:
+            scale, notes = find_scale(source, resolution, self.ground_resolution)
+            places, pieces = plan_features(source, layer, scale)
+            grid = {"kind": "features", "resolution": resolution, "features": len(layer)}
+            run = Run.start(self, "query", [source], questions, pieces, grid, None, notes, checkpoint)
+        several = len(questions) > 1
+        columns: dict[str, list[Any]] = {}
+        for index, question in enumerate(questions):
+            ending = f"_{index + 1}" if several else ""
+            for place in places:
+                outcome = Outcome("outside") if place is None else run.outcomes[place]
+                reply = outcome.replies[index] if outcome.state == "answered" else None
+                row = {
+                    "question": question,
+                    **reply_columns(reply),
+                    "error": MISSING.get(outcome.state, outcome.reason or None),
+                }
+                for name, value in row.items():
+                    columns.setdefault(f"{name}{ending}", []).append(value)
+        for name, values in columns.items():
+            while name in layer.columns:
+                name = f"{name}_new"
+            layer[name] = values
+        layer.attrs = {"record": run.record(), "label": "answer_1" if several else "answer"}
+        return layer
+
+    def _run(
+        self,
+        task: str,
+        rasters: list[Any],
+        questions: list[str],
+        area: Any,
+        tile: int | None,
+        overlap: int | None,
+        resolution: float | None,
+        checkpoint: str | Path | None,
+        shifted: bool = False,
+    ) -> "Run":
+        """Asks the questions on a partition or, with an overlap, on overlapping tiles."""
+        with opened(rasters[0]) as source:
+            rasters = [source, *rasters[1:]]
+            scale, notes = find_scale(source, resolution, self.ground_resolution)
+            shape, pieces = plan_tiles(source, area, scale, tile, overlap, shifted)
+            grid: dict[str, Any] = {"kind": "whole" if tile is None else "partition" if overlap is None else "overlapping"}
+            grid |= {"tile": tile, "overlap": overlap, "shifted": shifted, "resolution": resolution}
+            grid |= {"area": None if shape is None else shapely.to_wkt(shape, rounding_precision=3)}
+            return Run.start(self, task, rasters, questions, pieces, grid, shape, notes, checkpoint)
+
+
+def training_images(name: str, revision: str | None = None) -> str | None:
+    """What the field `training_images` in the metadata of a model's card says."""
+    try:
+        folder = Path(name)
+        path = (
+            folder / "README.md"
+            if folder.is_dir()
+            else huggingface_hub.hf_hub_download(name, "README.md", revision=revision)
+        )
+        card = huggingface_hub.metadata_load(path) or {}
+    except Exception:  # no card, no connection or damaged YAML: nothing is known
+        return None
+    return card.get("training_images")
+
+
+@contextmanager
+def opened(source: Any, like: Raster | None = None) -> Iterator[Raster]:
+    """A `Raster` as it is; what `Raster.open` takes is opened, and closed at the end."""
+    if isinstance(source, Raster):
+        yield source
+    else:
+        with Raster.open(source, like=like) as raster:
+            yield raster

@@ -1,0 +1,184 @@
+"""Figures of a model on held-out photographs, by the harness, beside baselines, and the text of its card."""
+
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, EfficientNetModel
+
+from ...evaluation import EvaluationSettings, evaluate
+from ...evaluation.encoder_baselines import evaluate_encoder
+from ...evaluation.evaluate import evaluate_majority
+from ...evaluation.intervals import corpus_figure
+from ...files.reading import read_json, read_rows
+from .architecture import efficientnet_lite0
+from .photographs import PROTOCOL, load_split, to_tensor
+from .pretrained_tower import ORIGIN, convert_efficientnet_lite
+
+
+COLUMNS = ("image", "encoder", "blind", "majority")
+# Rows of the table: name, benchmark, and where its figure is in the results.
+ROWS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("class, accuracy", "uc-merced", ("classification", "accuracy")),
+    ("caption, BLEU-4", "ucm-captions", ("captioning", "bleu_4")),
+    ("caption, CIDEr", "ucm-captions", ("captioning", "cider")),
+    ("17 labels, macro F1", "ucm-multilabel", ("macro_f1",)),
+    ("17 labels, accuracy", "ucm-multilabel", ("vqa", "accuracy")),
+    ("17 labels, calibration error", "ucm-multilabel", ("calibration", "ece")),
+    ("RSIVQA, theme", "rsivqa-ucm", ("vqa", "per_type", "theme")),
+    ("RSIVQA, presence", "rsivqa-ucm", ("vqa", "per_type", "presence")),
+    ("RSIVQA, count", "rsivqa-ucm", ("vqa", "per_type", "count")),
+    ("RSIVQA, location", "rsivqa-ucm", ("vqa", "per_type", "location")),
+)
+
+
+def pooled_imagenet_features(weights: Path) -> Callable[[Any], np.ndarray]:
+    """Computes the mean of the last feature map of EfficientNet-lite0 as trained on ImageNet, (1280,), of an image."""
+    model = EfficientNetModel(efficientnet_lite0()).eval()
+    model.load_state_dict(convert_efficientnet_lite(torch.load(weights, weights_only=True)))
+
+    @torch.inference_mode()
+    def encode(image: Any) -> np.ndarray:
+        pixels = to_tensor(np.asarray(image.convert("RGB").resize((256, 256)))[None])
+        return model(pixels).last_hidden_state.mean((2, 3))[0].numpy()
+
+    return encode
+
+
+def evaluate_photographs(
+    folder: Path, splits: Path, output: Path, weights: Path | None = None, split: str = "test"
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Figures of the model in a folder, loaded as a user would load it.
+
+    Args:
+        folder: the model folder.
+        splits: see `split_photographs`.
+        output: folder for the files of the harness, one for each column. A stopped evaluation resumes there.
+        weights: ImageNet weights, for the baselines of the encoder. `None`: those are left out.
+        split: the split to evaluate on.
+
+    Returns:
+        For `image`, `encoder` (linear probe and nearest training image on frozen ImageNet features), `blind` (without the
+        image) and `majority`: results by benchmark, with the macro F1 of the labels.
+    """
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    benchmarks = load_split(splits, split)
+    settings = {name: EvaluationSettings(output / split / name, progress=False) for name in COLUMNS}
+    summaries = {"image": evaluate(model, processor, benchmarks, PROTOCOL, settings["image"])}
+    if weights is not None:
+        known = {benchmark.name: benchmark for benchmark in load_split(splits, "train")}
+        pairs = [(known[benchmark.name], benchmark) for benchmark in benchmarks]
+        encode = pooled_imagenet_features(weights)
+        summaries["encoder"] = evaluate_encoder(pairs, encode, "EfficientNet-lite0", PROTOCOL, settings["encoder"])
+    blind = EvaluationSettings(output / split / "blind", blind=True, progress=False)
+    summaries["blind"] = evaluate(model, processor, benchmarks, PROTOCOL, blind)
+    summaries["majority"] = evaluate_majority(benchmarks, PROTOCOL, settings["majority"])
+    figures: dict[str, dict[str, dict[str, Any]]] = {}
+    for column, of_column in summaries.items():
+        figures[column] = {key.partition("/")[0]: dict(summary["results"]) for key, summary in of_column.items()}
+        labels = next((benchmark for benchmark in benchmarks if benchmark.name == "ucm-multilabel"), None)
+        if labels is not None:
+            path = output / split / column / labels.name / labels.split / "predictions.jsonl"
+            figures[column][labels.name] |= label_f1([row for _, row in read_rows(path)])
+    return figures
+
+
+def label_f1(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """F1 of "yes" from lines of predictions.jsonl: `per_label`, and `macro_f1`, the mean over labels with a "yes".
+
+    Images are resampled for the interval, since the labels of an image are not independent.
+    """
+    images = sorted({row["images"][0] for row in rows})
+    labels = sorted({row["group"] for row in rows})
+    given, truth = (np.zeros((len(images), len(labels)), dtype=bool) for _ in range(2))
+    place = {name: index for index, name in enumerate(images)}
+    for row in rows:
+        at = place[row["images"][0]], labels.index(row["group"])
+        given[at], truth[at] = row["parsed"] == "yes", row["references"][0] == "yes"
+
+    def scores(drawn: np.ndarray) -> np.ndarray:
+        both, total = drawn @ (given & truth), drawn @ given + drawn @ truth
+        with np.errstate(invalid="ignore"):
+            return np.where(drawn @ truth > 0, 2 * both / total, np.nan)
+
+    single = scores(np.ones(len(images), dtype=np.int64))
+    return {
+        "macro_f1": corpus_figure(lambda drawn: float(np.nanmean(scores(drawn))), len(images)),
+        "per_label": {label: float(value) for label, value in zip(labels, single, strict=True)},
+    }
+
+
+def look_up(results: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any] | None:
+    for name in path:
+        if name not in results:
+            return None
+        results = results[name]
+    return results
+
+
+def figure_table(figures: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Markdown: one row for each of `ROWS`."""
+    lines = [
+        "| figure | model | 95 % interval | n | ImageNet encoder | blind | majority |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, benchmark, path in ROWS:
+        cells = {column: look_up(results.get(benchmark, {}), path) for column, results in figures.items()}
+        own = cells["image"]
+        if own is None:
+            continue
+        others = [
+            "-" if cells.get(column) is None else f"{100 * cells[column]['value']:.1f}"  # type: ignore[index]
+            for column in COLUMNS[1:]
+        ]
+        lines.append(
+            f"| {name} | {100 * own['value']:.1f} | {100 * own['low']:.1f} - {100 * own['high']:.1f} | {own['n']} "
+            f"| {' | '.join(others)} |"
+        )
+    return "\n".join(lines)
+
+
+def photograph_evidence(
+    options: Any, args: Any, seconds: dict[str, float], splits: Path, figures: dict[str, dict[str, dict[str, Any]]]
+) -> str:
+    """Markdown for the card: parts, data, figures and times."""
+    summary = read_json(splits / "splits.json")
+    counts, dropped = summary["counts"], summary["dropped"]
+    in_test = sum(entry["in"] == "test" for entry in dropped.values())
+    minutes = ", ".join(f"{stage} {value / 60:.0f} minutes" for stage, value in seconds.items())
+    threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
+    return f"""\
+**This model is a small demonstration.** It has seen {counts["train"]} aerial photographs of UC Merced (256 pixels, 0.3 m a
+pixel, cities of the USA). It answers short questions about such photographs: class, caption, 17 labels, and, with many
+errors, counts and places. Other resolutions, sensors and regions are outside of what it was trained on.
+
+| part | origin | license |
+|---|---|---|
+| encoder | {ORIGIN}, tuned here | Apache-2.0 |
+| decoder, tokenizer | trained here from random weights | Apache-2.0 |
+| photographs | UC Merced Land Use (Yang and Newsam 2010), from the USGS National Map | public domain in the USA |
+| captions | UCM captions (Qu et al. 2016) | no license stated |
+| labels | multi-label UC Merced (Chaudhuri et al. 2018) | no license stated |
+| questions | RSIVQA (Zheng et al. 2021) | no license stated |
+
+The table reports per cent, and CIDEr times 100, on the {counts["test"]} photographs of the official test split (`{PROTOCOL}`
+protocol, greedy decoding, free generation). *ImageNet encoder* needs no language model: a linear probe, or the answer of the
+nearest training photograph, on the frozen features of the encoder before it was tuned. *Blind* is the same model without the
+image. *Majority* always predicts the most frequent answer to a kind of question. The calibration error is better if lower.
+
+{figure_table(figures)}
+
+No photograph of the test split was trained on or chosen by. {len(dropped)} further photographs were dropped because they
+resemble a held-out one at some shift ({in_test} of them one of the test split; correlation of {summary["threshold"]} or
+more, see `training/demo_model/near_duplicates.py`). Settings were chosen on {counts["validation"]} other photographs.
+
+First the encoder was tuned to predict classes, labels and words of captions. Then its features of {options.copies}
+rotated or mirrored copies of each photograph were cached, and the decoder was trained to answer. The command was
+
+`python -m mfrsvlm.training.train_demo_model training/configs/demo_model_photographs.yaml --real_data DIR` with
+encoder_steps={options.encoder_steps}, max_steps={args.max_steps}, decoder_width={options.decoder_width} and
+seed={args.seed}, on {threads} thread(s) of {platform.machine()} ({capability}), torch {torch.__version__}: {minutes}."""
