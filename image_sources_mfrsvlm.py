@@ -33,6 +33,7 @@ EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YC
 DEEP_MODES = {"I", "I;16", "I;16B", "I;16L", "F"}
 # File formats that have only 8 bits per sample, and only color bands and alpha. The headers of others are checked.
 EIGHT_BIT_FORMATS = {"BMP", "GIF", "JPEG", "MPO", "TGA", "WEBP"}
+ROWS_PIXELS = 2**22  # of a large image at a time, where it is converted
 HEADER_BYTES = 2**20  # a JPEG 2000 file has its size marker by then, behind its metadata
 TAGS = (254, 258, 262, 266, 277, 284, 338, 339)  # of a TIFF
 SUBFILE_TYPE, BITS, PHOTOMETRIC, FILL_ORDER, SAMPLES, PLANAR, EXTRA_SAMPLES, SAMPLE_FORMAT = TAGS
@@ -320,7 +321,12 @@ def damage(what: str) -> Iterator[None]:
 
 
 def read_planes(image: Any, given: SimpleNamespace) -> list[Image.Image]:
-    """Checks one image. Returns one image in RGB, or one in gray for every channel (8 bits, or floats in [0, 1])."""
+    """Checks one image and decodes it.
+
+    Returns:
+        One image of three channels, or one in gray for every channel (8 bits, or floats in [0, 1]). An image of three
+        channels may still have another mode, such as RGBA or P: converted at once, it would need its memory twice.
+    """
     to_rgb = bool(given.do_convert_rgb) and given.num_channels == 3
     limits = (given.do_pad, given.max_aspect_ratio, given.max_image_pixels)
     if isinstance(image, Image.Image):
@@ -334,21 +340,24 @@ def read_planes(image: Any, given: SimpleNamespace) -> list[Image.Image]:
         image = upright(image)
         with damage("it"):
             image.load()
-            image = image.convert("RGB") if to_rgb and image.mode not in ("RGB", *DEEP_MODES) else image
         if not to_rgb and image.mode not in ({"RGB"} if given.num_channels == 3 else {"1", "L", *DEEP_MODES}):
             raise ValueError(
                 f"its mode {image.mode!r} is not num_channels={given.num_channels} bands: pass them as an array."
             )
-        if image.mode == "RGB" and to_rgb and given.value_range is None:
-            return [image]
+        if to_rgb and image.mode not in DEEP_MODES:
+            if given.value_range is None:
+                return [image]
+            image = image.convert("RGB")
         array = np.atleast_3d(image).transpose(2, 0, 1)
         array = array.astype(np.uint8) * 255 if array.dtype == bool else array
     else:
         array = to_array(image, given.input_data_format, given.num_channels)
         check_extent(array.shape[1], array.shape[2], *limits)
     array = to_eight_bits(array, given.value_range, quantize=bool(given.do_rescale))
-    if to_rgb and len(array) in (1, 4):
-        array = np.repeat(array, 3, axis=0) if len(array) == 1 else array[:3]
+    if to_rgb and len(array) == 1:
+        plane = Image.fromarray(np.ascontiguousarray(array[0]))
+        return [plane] if plane.mode == "L" else [plane] * 3
+    array = array[:3] if to_rgb and len(array) == 4 else array
     if len(array) != given.num_channels:
         rule = "set do_convert_rgb" if given.num_channels == 3 else "pass an array with as many bands"
         raise ValueError(f"it has {len(array)} channels, but num_channels={given.num_channels}: {rule}.")
@@ -416,11 +425,16 @@ def to_eight_bits(image: np.ndarray, value_range: Sequence[float] | None, quanti
         black, white = value_range
         if not is_float and not np.iinfo(image.dtype).min <= black < white <= np.iinfo(image.dtype).max:
             raise ValueError(f"value_range={value_range} does not fit samples of {image.dtype}.")
-        wide: Any = image.astype(np.float64 if image.itemsize > 2 and image.dtype != np.float32 else np.float32)
-        wide -= black
-        wide *= 1 / (white - black)
-        np.clip(wide, 0, 1, out=wide)
-        return np.rint(wide * 255).astype(np.uint8) if quantize else wide.astype(np.float32)
+        result = np.empty(image.shape, np.uint8 if quantize else np.float32)
+        step = max(1, ROWS_PIXELS // max(1, image.shape[2]))
+        for top in range(0, image.shape[1], step):  # in strips, since wide numbers take eight times the memory
+            rows = image[:, top : top + step]
+            wide: Any = rows.astype(np.float64 if image.itemsize > 2 and image.dtype != np.float32 else np.float32)
+            wide -= black
+            wide *= 1 / (white - black)
+            np.clip(wide, 0, 1, out=wide)
+            result[:, top : top + step] = np.rint(wide * 255) if quantize else wide
+        return result
     if image.dtype == np.uint8:
         return image
     if not is_float and image.itemsize < 8:
