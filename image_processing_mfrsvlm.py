@@ -423,33 +423,37 @@ def pad_colors(mode: str, num_planes: int, image_mean: Any) -> list[Any]:
 
 def pad_to_square(planes: list[Image.Image], image_mean: Any) -> list[Image.Image]:
     """Centers an image on a square of the mean color; an odd remainder goes to the bottom and the right."""
-    (width, height), side = planes[0].size, max(planes[0].size)
+    colors = pad_colors(planes[0].mode, len(planes), image_mean)
+    return [pad(plane, color) for plane, color in zip(planes, colors, strict=True)]
+
+
+def pad(plane: Image.Image, color: Any) -> Image.Image:
+    (width, height), side = plane.size, max(plane.size)
     if height == width:
-        return planes
-    squares, mode = [], planes[0].mode
-    for plane, color in zip(planes, pad_colors(mode, len(planes), image_mean), strict=True):
-        squares.append(Image.new(mode, (side, side), color))
-        squares[-1].paste(plane, ((side - width) // 2, (side - height) // 2))
-    return squares
+        return plane
+    square = Image.new(plane.mode, (side, side), color)
+    square.paste(plane, ((side - width) // 2, (side - height) // 2))
+    return square
 
 
 def resize(plane: Image.Image, mode: str, target: tuple[int, int], resample: Any, color: Any = None) -> Image.Image:
-    """Converts an image to `mode`, pads it to a square as `pad_to_square` does if there is a color, and resizes it.
+    """Converts an image to `mode`, pads it to a square if there is a color, and resizes it to `target`.
 
-    The result is that of these three steps, to the last bit, but the padded square never exists: an image of 100 x 10000
-    pixels would take the memory of 10000 x 10000. Pillow resizes the rows and then the columns, so that rows can be resized
-    strip by strip.
+    The result is that of these three steps, to the last bit. From square to square, which is the default, the padded image
+    never exists: one of 100 x 10000 pixels would take the memory of 10000 x 10000. Pillow then resizes the rows first and
+    the columns afterwards, so that the rows can be resized strip by strip. In other cases, its version decides.
     """
     (width, height), side = plane.size, max(plane.size)
-    full, left, top = (plane.size, 0, 0) if color is None else ((side, side), (side - width) // 2, (side - height) // 2)
-    if full == plane.size and mode == plane.mode:
-        return plane.resize(target, resample)
-    rows = Image.new(mode, (target[0], full[1]), color or 0)
-    step = max(1, ROWS_PIXELS // full[0])
+    is_square = target[0] == target[1] and (height == width or color is not None)
+    if not is_square or (height == width and mode == plane.mode):
+        plane = plane if plane.mode == mode else plane.convert(mode)  # to its own mode, it would be copied
+        return (plane if color is None else pad(plane, color)).resize(target, resample)
+    left, top, step = (side - width) // 2, (side - height) // 2, max(1, ROWS_PIXELS // side)
+    rows = Image.new(mode, (target[0], side), color or 0)
     for start in range(0, height, step):
         strip = plane.crop((0, start, width, min(start + step, height))).convert(mode)
-        if full[0] > width:
-            wide = Image.new(mode, (full[0], strip.height), color)
+        if width < side:
+            wide = Image.new(mode, (side, strip.height), color)
             wide.paste(strip, (left, 0))
             strip = wide
         rows.paste(strip.resize((target[0], strip.height), resample), (0, top + start))
