@@ -125,7 +125,7 @@ def locate(source: Any, folder: str | os.PathLike[str] | None, allow_outside: bo
         path = url2pathname(urlsplit(text).path)
     if folder is not None:
         path = os.path.join(folder, path)
-        if not allow_outside and not Path(path).resolve().is_relative_to(Path(folder).resolve()):
+        if not allow_outside and not is_inside(path, folder):
             raise ValueError(f"it leaves {str(folder)!r}, and only files in there may be opened here")
     if os.path.isfile(path):
         return path
@@ -204,6 +204,11 @@ def is_public(host: str) -> bool:
     addresses = [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
     addresses = [getattr(address, "ipv4_mapped", None) or address for address in addresses]
     return all(address.is_global and not address.is_multicast for address in addresses)
+
+
+def is_inside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
+    """Whether a path lies in a folder, after symbolic links are followed."""
+    return Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 
 def shown(source: Any) -> str:
@@ -449,4 +454,4 @@ def to_eight_bits(image: np.ndarray, value_range: Sequence[float] | None, quanti
     return np.rint(image * 255).astype(np.uint8) if is_float and quantize else image
 
 
-__all__ = ["image_size", "open_image"]
+__all__ = ["image_size", "is_inside", "open_image"]

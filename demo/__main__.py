@@ -7,7 +7,7 @@ model in this folder, which was trained on synthetic scenes only.
 import sys
 import time
 
-from ..arguments import ArgumentParser
+from ..arguments import ArgumentParser, add_loading_arguments
 from ..files.writing import WriteError, check_file, write_image
 from . import MODEL
 
@@ -24,6 +24,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--model", default=MODEL, help="model folder or Hub id (default: the small model)")
     parser.add_argument("--scene", type=int, default=0, help="number of the synthetic scene (default: %(default)s)")
     parser.add_argument("--picture", default="answers.png", help="file to draw (default: %(default)s)")
+    add_loading_arguments(parser)
     return parser
 
 
@@ -42,7 +43,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         check_file(args.picture, is_image=True)
         start = time.perf_counter()
-        model, processor = load(args.model, dtype="float32")
+        model, processor = load(
+            args.model,
+            dtype="float32",
+            trust_remote_code=args.trust_remote_code,
+            allow_incomplete=args.allow_incomplete,
+        )
         if args.image is None:
             scene = plan_scene(scene_seed("demo", args.scene))
             image, asked = draw(scene), ask(scene, TASKS)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..arguments import DTYPES, ArgumentParser
+from ..arguments import DTYPES, ArgumentParser, add_loading_arguments
 from ..files.writing import check_file, check_folder
 from .settings import EvaluationSettings
 
@@ -57,7 +57,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="images whose features are in memory at the same time; default: %(default)s",
     )
     how.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights; default: as saved")
-    how.add_argument("--trust-remote-code", action="store_true", help="run the code in the model folder")
+    add_loading_arguments(how)
     how.add_argument("--no-sharing", action="store_true", help="encode the images again for every question")
     how.add_argument("--allow-count-mismatch", action="store_true", help="accept splits of another size than published")
     how.add_argument("--allow-size-mismatch", action="store_true", help="accept images of another size than published")
@@ -133,7 +133,9 @@ def run(args: argparse.Namespace) -> None:
         summaries = evaluate_majority(benchmarks, protocol, settings)
     else:
         make_runs(benchmarks, protocol, settings, mode="blind" if args.blind else "image")  # all checks, before the model
-        model, processor = load(args.model, args.revision, args.dtype, state.device, args.trust_remote_code)
+        model, processor = load(
+            args.model, args.revision, args.dtype, state.device, args.trust_remote_code, args.allow_incomplete
+        )
         summaries = evaluate(model, processor, benchmarks, protocol, settings)
     if state.is_main_process:
         tables = make_tables([parse_summary(fields, Path(key)) for key, fields in summaries.items()])

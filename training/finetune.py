@@ -21,7 +21,7 @@ from transformers import HfArgumentParser, TrainerState, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils.logging import set_verbosity_info
 
-from ..files.model_folder import ModelFolderError, classify, load_model, load_processor
+from ..files.model_folder import ModelFolderError, classify, load_model, load_processor, problems_of
 from ..files.reading import read_text
 from ..files.writing import WriteError, check_folder
 from ..modeling_mfrsvlm import MFRSVLMForConditionalGeneration
@@ -59,6 +59,10 @@ class ModelArguments:
             "the master copy.",
             "choices": ["float32", "bfloat16", "float16"],
         },
+    )
+    allow_incomplete: bool = field(
+        default=False,
+        metadata={"help": "Warn, instead of stopping, if weights are missing, damaged or not those that were saved."},
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flash_attention_2, eager."})
     lora: bool = field(default=False, metadata={"help": "Train an adapter (LoRA) instead of the weights."})
@@ -259,7 +263,12 @@ def prepare_model(options: ModelArguments, args: MFRSVLMTrainingArguments) -> An
     # The fully trained modules are saved with the adapter, so they must not be rounded.
     keeps_base = options.lora and not options.lora_merge
     dtype = "auto" if keeps_base else options.dtype
-    model, _ = load_model(options.model_name_or_path, dtype=dtype, attn_implementation=options.attn_implementation)
+    model, _ = load_model(
+        options.model_name_or_path,
+        dtype=dtype,
+        attn_implementation=options.attn_implementation,
+        allow_incomplete=options.allow_incomplete,
+    )
     sharded = (
         args.fsdp or args.deepspeed or os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_USE_DEEPSPEED")
     )
@@ -379,7 +388,7 @@ def finetune(options: ModelArguments, data: DataArguments, args: MFRSVLMTraining
         return None
     check_start(options)
 
-    processor = load_processor(options.model_name_or_path)
+    processor = load_processor(options.model_name_or_path, allow_incomplete=options.allow_incomplete)
     collator = ConversationCollator(processor, data.template, data.prompt_version, data.max_length)
     datasets = load_data(data, args, collator.encode)
     if data.dataset_streaming and args.accelerator_config.dispatch_batches is None:
@@ -392,7 +401,9 @@ def finetune(options: ModelArguments, data: DataArguments, args: MFRSVLMTraining
         eval_dataset=datasets.get("eval"),
         processing_class=processor,
     )
+    problems = problems_of(trainer.model)
     trainer.card_details = {
+        "evidence": f"**The model that it was trained from was incomplete.** {' '.join(problems)}" if problems else None,
         "base_model": data.base_model,
         "datasets": data.card_datasets,
         "name": None if args.hub_model_id is None else args.hub_model_id.rpartition("/")[2],
