@@ -342,7 +342,7 @@ def test_settings_that_exclude_each_other_are_named(tmp_path):
     common = ["--output", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     for words, message in (
         (["--train_file", "rows.json"], "need each other"),
-        (["--real_data", str(tmp_path), "--scenes", "5"], "cannot be combined"),
+        (["--real_data", str(tmp_path), "--train_encoder", "true"], "cannot be combined"),
         (["--real_data", str(tmp_path), "--copies", "9"], "copies=9 must be 1 to 8"),
     ):
         with pytest.raises(SettingsError, match=message):
@@ -356,7 +356,21 @@ def test_command_from_photographs_to_a_model_folder(tmp_path):
     config = str(Path(train_demo_model.__file__).with_name("configs") / "demo_model_photographs.yaml")
     words = ["--real_data", str(real), "--work", str(tmp_path / "work"), "--output", str(tmp_path / "out")]
     words += ["--encoder_weights", str(tmp_path / "lite0.pth"), "--encoder_steps", "2", "--max_steps", "2", "--copies", "1"]
-    folder = train_demo_model.main([config, *words, "--decoder_width", "64", "--per_device_train_batch_size", "2"])
+    folder = train_demo_model.main(
+        [
+            config,
+            *words,
+            "--scenes",
+            "2",
+            "--test_scenes",
+            "0",
+            "--decoder_width",
+            "64",
+            "--per_device_train_batch_size",
+            "2",
+        ]
+    )
     card = (folder / "README.md").read_text()
     assert "| class, accuracy |" in card and "no license stated" in card and "splits 0 minutes" in card
+    assert "also trained on 2 synthetic scenes" in card
     assert not list(folder.glob("*.png"))
