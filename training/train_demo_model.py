@@ -32,7 +32,14 @@ from ..model_card.card import write_model_card
 from ..modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from .branches import BranchCollator
 from .data import BadRow, ConversationDataset, to_messages
-from .demo_model.architecture import make_config, make_processor, make_tokenizer, start_positions, whiten_projector
+from .demo_model.architecture import (
+    make_config,
+    make_processor,
+    make_tokenizer,
+    settle_placeholder,
+    start_positions,
+    whiten_projector,
+)
 from .demo_model.encoder import load_encoder, pretrain
 from .demo_model.photograph_figures import evaluate_photographs, photograph_evidence
 from .demo_model.photograph_questions import PhotographQuestions, photograph_dialogues
@@ -171,6 +178,7 @@ def train_demo_model(options: DemoModelArguments, args: DemoModelTrainingArgumen
     checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
     with times.measure("decoder"):
         trainer.train(resume_from_checkpoint=checkpoint)
+    settle_placeholder(model)
     model.eval().generation_config.max_new_tokens = 64
     model.to(torch.bfloat16).save_pretrained(output)
     processor.save_pretrained(output)
