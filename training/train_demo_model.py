@@ -32,6 +32,7 @@ from ..model_card.card import write_model_card
 from ..modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from .branches import BranchCollator
 from .data import BadRow, ConversationDataset, to_messages
+from .demo_model.aerial_cars import count_figures, read_frames, write_car_rows
 from .demo_model.architecture import (
     make_config,
     make_processor,
@@ -185,7 +186,8 @@ def train_demo_model(options: DemoModelArguments, args: DemoModelTrainingArgumen
     if options.real_data:
         with times.measure("evaluation"):
             figures = evaluate_photographs(output, splits, work / "evaluation", weights)
-        card = photograph_evidence(options, args, times.seconds, splits, figures)
+        counts = count_cars(output, Path(options.real_data)) if read_frames(Path(options.real_data)) else None
+        card = photograph_evidence(options, args, times.seconds, splits, figures, counts)
         if options.scenes:
             card += f"\n\nIt was also trained on {options.scenes} synthetic scenes."
             if options.test_scenes:
@@ -208,6 +210,10 @@ def prepare(
     photographs = read_photographs(work / "photographs", "train") if options.real_data else None
     if photographs is not None:
         texts += photograph_dialogues(photographs)
+    cars = None
+    if options.real_data and read_frames(Path(options.real_data)):
+        cars = ConversationDataset(str(write_car_rows(Path(options.real_data), work / "cars")), str(work / "cars"))
+        texts += conversation_dialogues(cars)
     sizes = make_config(16, options.encoder)
     sides = (sizes.canvas_scale * sizes.image_size, sizes.image_size)
     images = SceneImages(work / "scenes", "train", options.scenes, sides=sides) if options.scenes else None
@@ -215,10 +221,7 @@ def prepare(
         texts += dialogues(images.scenes[:500])
     conversations = ConversationDataset(options.train_file, options.image_root) if options.train_file else None
     if conversations is not None:
-        for index in conversations.good:
-            messages = [m for m in to_messages(conversations.rows[index]) if m["role"] != "system"]
-            contents = ["".join(part.get("text", "") for part in message["content"]) for message in messages]
-            texts += zip(contents[::2], contents[1::2], strict=True)
+        texts += conversation_dialogues(conversations)
     tokenizer = make_tokenizer(texts, options.vocab_size)
     set_seed(seed)
     config = make_config(len(tokenizer), options.encoder, options.decoder_width, **ARCHITECTURE)
@@ -236,6 +239,11 @@ def prepare(
         asked = PhotographQuestions(photographs, collator, model, path, options.copies)
         features.append(asked.features)
         rows.append(asked)
+    if cars is not None:
+        with torch.autocast("cpu", torch.bfloat16):
+            cached_cars = CachedRows(cars, collator, model, work / f"features-{encoder.stem}-cars.npy")
+        features.append(cached_cars.features)
+        rows += [cached_cars] * asked.rounds
     if images is not None:
         path = work / f"features-{encoder.stem}-scenes-{options.scenes}.npy"
         features.append(cache_image_features(model, images.batches(model.config), len(images), path))
@@ -255,6 +263,14 @@ def prepare(
     return model, processor, rows[0] if len(rows) == 1 else ConcatDataset(rows)
 
 
+def conversation_dialogues(conversations: ConversationDataset) -> Iterator[tuple[str, str]]:
+    """All questions of the rows and their answers."""
+    for index in conversations.good:
+        messages = [message for message in to_messages(conversations.rows[index]) if message["role"] != "system"]
+        contents = ["".join(part.get("text", "") for part in message["content"]) for message in messages]
+        yield from zip(contents[::2], contents[1::2], strict=True)
+
+
 def evaluate_folder(folder: Path, scenes: int) -> dict[str, dict[str, Any]]:
     """Figures of the model in a folder, loaded as a user would load it, by task.
 
@@ -270,6 +286,13 @@ def evaluate_folder(folder: Path, scenes: int) -> dict[str, dict[str, Any]]:
         "majority": evaluate_majority([benchmark], PROTOCOL),
     }
     return {name: scene_figures(summary["scenes/test"]["results"]) for name, summary in summaries.items()}
+
+
+def count_cars(folder: Path, real: Path) -> dict[str, Any]:
+    """See `count_figures`."""
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    return count_figures(model, processor, real)
 
 
 def scene_figures(results: dict[str, Any]) -> dict[str, dict[str, Any]]:

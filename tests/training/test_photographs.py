@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from mfrsvlm.evaluation.benchmarks import BenchmarkError
 from mfrsvlm.modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from mfrsvlm.training import train_demo_model
 from mfrsvlm.training.branches import BranchCollator
-from mfrsvlm.training.demo_model import near_duplicates, photograph_questions, pretrained_tower
+from mfrsvlm.training.data import ConversationDataset
+from mfrsvlm.training.demo_model import aerial_cars, near_duplicates, photograph_questions, pretrained_tower
+from mfrsvlm.training.demo_model.aerial_cars import inside, video_of, write_car_rows
 from mfrsvlm.training.demo_model.architecture import efficientnet_lite0, make_config, make_processor, make_tokenizer
 from mfrsvlm.training.demo_model.near_duplicates import prepare, similarities
 from mfrsvlm.training.demo_model.photograph_figures import figure_table, label_f1
@@ -185,6 +188,43 @@ def test_features_of_a_row_are_those_of_its_transformed_photograph(splits, tmp_p
     expected = torch.stack([features.pooler_output[0], *(stack[0] for stack in features.deepstack_features)])
     assert row["image_features"].shape == (1, 9, 64, 256)
     torch.testing.assert_close(row["image_features"][0], expected.half().float(), atol=1e-2, rtol=1e-2)
+
+
+# Cars
+
+
+def test_boxes_of_a_crop_are_in_thousandths_of_it():
+    objects = [
+        {"class": kind, "box": box}
+        for kind, box in (("car", [10, 20, 30, 40]), ("car", [0, 0, 8, 8]), ("bus", [0, 0, 9, 9]))
+    ]
+    assert inside(objects, "car", 10, 20, 40, 80).tolist() == [[0, 0, 500, 250]]
+    # A box whose center is inside is clipped, and one whose center is outside is not listed. From top to bottom:
+    assert inside(objects, "car", 2, 2, 20, 40).tolist() == [[0, 0, 300, 150], [400, 450, 1000, 950]]
+    assert inside([], "car", 0, 0, 1, 1).shape == (0, 4)
+
+
+def test_held_out_videos_are_not_trained_on(real, tmp_path):
+    path = write_car_rows(real, tmp_path / "cars")
+    rows = json.loads(path.read_text())
+    assert len(rows) == 6 and all(row["image"].startswith("images/DJI_0005-0001-") for row in rows)
+    assert video_of("images/DJI_0005-0001.png") == "DJI_0005" and video_of("images/MOS74.jpg") == "MOS"
+    conversations = ConversationDataset(str(path), str(path.parent))
+    assert len(conversations) == 6
+    for row in rows:
+        turns = [turn["value"].removeprefix("<image>\n") for turn in row["conversations"]]
+        asked = dict(zip(turns[::2], turns[1::2], strict=True))
+        count = int(asked["How many objects of the class 'car' are there in this image?\nAnswer with a number."])
+        boxes = next((answer for question, answer in asked.items() if "all cars" in question), "")
+        assert boxes.count("[") == count
+
+
+def test_count_error_is_the_sum_over_tiles_and_frames(real, monkeypatch):
+    replies = iter(["1", "0", "0", "none", "2", "1"] + ["1"] * 6)
+    monkeypatch.setattr("mfrsvlm.demo.answering.answer", lambda *args: [SimpleNamespace(text=next(replies))])
+    figures = aerial_cars.count_figures(None, None, real)
+    assert figures["true"] == [3, 3] and figures["counted"] == [4, 6]
+    assert figures["error"]["value"] == pytest.approx(4 / 6)
 
 
 # The tower
