@@ -220,8 +220,19 @@ def test_held_out_videos_are_not_trained_on(real, tmp_path):
 
 
 def test_count_error_is_the_sum_over_tiles_and_frames(real, monkeypatch):
-    replies = iter(["1", "0", "0", "none", "2", "1"] + ["1"] * 6)
-    monkeypatch.setattr("mfrsvlm.demo.answering.answer", lambda *args: [SimpleNamespace(text=next(replies))])
+    replies = iter([["1", "0", "0", "none", "2", "1"], ["1"] * 6])
+
+    class Replies:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def encode_images(self, tiles, prompts):
+            assert [tile.size for (tile,) in tiles] == [(512, 512)] * 6
+
+        def answer(self, prompts, encoded):
+            return [SimpleNamespace(text=text) for text in next(replies)]
+
+    monkeypatch.setattr(aerial_cars, "Answerer", Replies)
     figures = aerial_cars.count_figures(None, None, real)
     assert figures["true"] == [3, 3] and figures["counted"] == [4, 6]
     assert figures["error"]["value"] == pytest.approx(4 / 6)

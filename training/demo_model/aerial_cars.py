@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ...evaluation.answering import Answerer, Prompt
 from ...evaluation.intervals import corpus_figure
 from ...evaluation.protocols import PROTOCOLS
 from ...files.reading import read_json
@@ -115,24 +116,22 @@ def count_figures(model: Any, processor: Any, real: Path) -> dict[str, Any]:
         `error`: sum of the absolute errors over the sum of the cars, with its interval over frames; `true` and `counted`,
         one for each frame.
     """
-    from ...demo.answering import answer
-
-    true, counted = [], []
+    answerer, true, counted = Answerer(model, processor, max_new_tokens=8), [], []
+    prompts = [Prompt(count_prompt("car"), number) for number in range(TILES[0] * TILES[1])]
     for frame in read_frames(real):
         if video_of(frame["image"]) not in HELD_OUT:
             continue
         with Image.open(real / "aerial_cars" / frame["image"]) as image:
             picture = image.convert("RGB")
         width, height = picture.width / TILES[0], picture.height / TILES[1]
-        total = 0
+        tiles = []
         for row in range(TILES[1]):
             for column in range(TILES[0]):
                 box = (column * width, row * height, (column + 1) * width, (row + 1) * height)
-                tile = picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=box)
-                (reply,) = answer(model, processor, tile, [count_prompt("car")], 8)
-                found = re.search(r"\d{1,3}", reply.text)
-                total += int(found.group()) if found else 0
-        counted.append(total)
+                tiles.append([picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=box)])
+        replies = answerer.answer(prompts, answerer.encode_images(tiles, prompts))
+        found = [re.search(r"\d{1,3}", reply.text) for reply in replies]
+        counted.append(sum(int(number.group()) for number in found if number))
         true.append(len([one for one in frame["objects"] if one["class"] == "car"]))
     truth, errors = np.array(true), np.abs(np.array(true) - np.array(counted))
     return {
