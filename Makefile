@@ -66,9 +66,9 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/ruff format --check .
 	mkdir -p $(VENV)/types && ln -sfn "$(CURDIR)" $(VENV)/types/mfrsvlm  # mypy wants a folder of the package's name
 	cd $(VENV)/types && ../bin/mypy --config-file mfrsvlm/pyproject.toml --cache-dir mfrsvlm/.mypy_cache \
-		mfrsvlm/configuration_mfrsvlm.py mfrsvlm/image_sources_mfrsvlm.py mfrsvlm/image_processing_mfrsvlm.py \
-		mfrsvlm/conversations_mfrsvlm.py mfrsvlm/processing_mfrsvlm.py mfrsvlm/injection_mfrsvlm.py \
-		mfrsvlm/modeling_mfrsvlm.py mfrsvlm/released_layout.py \
+		mfrsvlm/checksums_mfrsvlm.py mfrsvlm/configuration_mfrsvlm.py mfrsvlm/image_sources_mfrsvlm.py \
+		mfrsvlm/image_processing_mfrsvlm.py mfrsvlm/conversations_mfrsvlm.py mfrsvlm/processing_mfrsvlm.py \
+		mfrsvlm/injection_mfrsvlm.py mfrsvlm/modeling_mfrsvlm.py mfrsvlm/released_layout.py \
 		mfrsvlm/convert_checkpoint.py mfrsvlm/arguments.py mfrsvlm/cli.py mfrsvlm/lazy_exports.py
 	$(VENV)/bin/lint-imports
 

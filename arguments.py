@@ -63,6 +63,16 @@ def converter_parser() -> ArgumentParser:
     return parser
 
 
+def add_loading_arguments(parser: Any) -> None:
+    """The options of every command that loads a model folder: what is only done at the user's word."""
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the code in the model folder")
+    parser.add_argument(
+        "--allow-incomplete",
+        action="store_true",
+        help="warn, instead of stopping, if weights are missing, damaged or not those that were saved",
+    )
+
+
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of every command that writes a model folder."""
     parser.add_argument("--output", required=True, type=Path, help="folder to write")

@@ -35,6 +35,7 @@ from .processing_mfrsvlm import MFRSVLMProcessor, make_chat_template
 from .released_layout import (
     ConversionError,
     explained,
+    is_finite,
     read_json,
     read_tokenizer,
     refuse_variants,
@@ -103,8 +104,16 @@ def read_shard(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def read_renamed(shards: list[Path], dtype: torch.dtype, scratch: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the files, renamed and in the wanted type. Tensors of another type are converted in `scratch`."""
+def read_renamed(
+    shards: list[Path], dtype: torch.dtype, scratch: Path, stated: torch.dtype | None = None
+) -> dict[str, torch.Tensor]:
+    """All tensors of the files, renamed and in the wanted type. Tensors of another type are converted in `scratch`.
+
+    Raises:
+        ConversionError: see `read_shard` and `rename`; or a tensor comes twice, or is not of the type `stated`, if any.
+
+    Tensors that are not finite are kept, with a warning, since the loader of the result rejects them.
+    """
     state: dict[str, torch.Tensor] = {}
     storages = set()
     for shard in shards:
@@ -112,6 +121,15 @@ def read_renamed(shards: list[Path], dtype: torch.dtype, scratch: Path) -> dict[
             for name, value in rename(key, tensor).items():
                 if name in state:
                     raise ConversionError(f"{name} comes twice, the second time in {shard}.")
+                if not is_finite(value):
+                    logger.warning(
+                        f"{key} in {shard} holds NaN or infinity, so the result loads only with allow_incomplete."
+                    )
+                if value.is_floating_point() and stated not in (None, value.dtype):
+                    raise ConversionError(
+                        f"{key} in {shard} is {value.dtype}, but config.json has torch_dtype={stated}. Pass --dtype to "
+                        "choose the type of the written weights."
+                    )
                 value = cast(name, value, dtype, scratch)
                 storage = value.untyped_storage().data_ptr()
                 state[name] = value.clone() if storage in storages else value  # tensors that share memory are not saved
@@ -228,7 +246,9 @@ def whole_output(output: Path, overwrite: bool, sources: list[Path]) -> Iterator
     It is in a hidden folder next to `output`, which may also contain other temporary files. Only a killed run leaves it
     behind.
     """
-    output = output.resolve()
+    output = Path(os.path.realpath(output))
+    if output.is_symlink():
+        raise ConversionError(f"--output {output} is a link in a circle: choose another --output.")
     for source in (source.resolve() for source in sources if source.exists()):
         if source.is_relative_to(output) or output.is_relative_to(source):
             raise ConversionError(f"--output {output} and the source {source} lie in one another: choose another --output.")
@@ -315,7 +335,8 @@ def convert_released(
             settings = GenerationConfig.from_pretrained(source)
     with whole_output(output, overwrite, [source, tower]) as folder:
         parts: dict[str, Any] = {"released checkpoint": source}
-        state = read_renamed(find_shards(source), config.dtype, folder.parent)
+        stated = None if dtype or not content.get("torch_dtype") else config.dtype
+        state = read_renamed(find_shards(source), config.dtype, folder.parent, stated)
         if any(name.startswith("model.vision_tower.") for name in state):
             logger.warning("The shards hold a vision tower of their own: it is used, not the weights of --vision-tower.")
         else:

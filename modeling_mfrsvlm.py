@@ -14,6 +14,7 @@ enters and leaves as arguments; nothing is kept on a module between calls.
 import copy
 import functools
 import inspect
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
 
+from .checksums_mfrsvlm import MODEL_FILES, remove_stale_weights, update_checksums
 from .configuration_mfrsvlm import (
     CACHE,
     CAN_SELECT_HIDDEN_STATES,
@@ -194,6 +196,18 @@ class MFRSVLMPreTrainedModel(PreTrainedModel):
             names = dict.fromkeys(("", "text_config"), attn_implementation)
             attn_implementation = {**names, "vision_config": "eager"}
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
+        """As in `transformers`, with `checksums.json`, and without weights of an earlier save in another number of files."""
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process and os.path.isdir(save_directory):
+            remove_stale_weights(save_directory)
+            update_checksums(save_directory, MODEL_FILES)
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        # `save_pretrained` of transformers uploads before it returns.
+        update_checksums(working_dir, MODEL_FILES)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -17,6 +17,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.tokenization_utils_base import LARGE_INTEGER
 
+from .checksums_mfrsvlm import PROCESSOR_FILES, update_checksums
 from .conversations_mfrsvlm import (
     ControlTokens,
     check_conversations,
@@ -218,7 +219,14 @@ class MFRSVLMProcessor(ProcessorMixin):
         if getattr(self.tokenizer, "legacy", None) is not None:
             self.tokenizer.init_kwargs["legacy"] = self.tokenizer.legacy
         # As a string, because pushing takes the repository's name from it in a way that fails for a Path.
-        return super().save_pretrained(os.fspath(save_directory), push_to_hub=push_to_hub, **kwargs)
+        written = super().save_pretrained(os.fspath(save_directory), push_to_hub=push_to_hub, **kwargs)
+        update_checksums(save_directory, PROCESSOR_FILES)
+        return written
+
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        # `save_pretrained` of transformers uploads before it returns.
+        update_checksums(working_dir, PROCESSOR_FILES)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         (tokens,) = self._get_num_multimodal_tokens([(0, 0)], **kwargs).num_image_tokens

@@ -83,6 +83,14 @@ def read_json(path: Path) -> dict[str, Any]:
         return {**json.loads(path.read_text())}
 
 
+def is_finite(tensor: Any) -> bool:
+    """Whether a tensor holds neither NaN nor infinity. Integers and packed weights of quantized layers count as finite."""
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or tensor.element_size() == 1:
+        return True
+    # The sum needs no memory. It may overflow where all values are finite.
+    return bool(tensor.sum(dtype=torch.float64).isfinite()) or bool(tensor.isfinite().all())
+
+
 def rename(key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     """Renames one released tensor by `KEY_TABLE`: to one tensor, one per injector, or none if it is dropped.
 

@@ -7,7 +7,8 @@ model in this folder, which was trained on synthetic scenes only.
 import sys
 import time
 
-from ..arguments import ArgumentParser
+from ..arguments import ArgumentParser, add_loading_arguments
+from ..files.writing import WriteError, check_file, write_image
 from . import MODEL
 
 
@@ -23,6 +24,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--model", default=MODEL, help="model folder or Hub id (default: the small model)")
     parser.add_argument("--scene", type=int, default=0, help="number of the synthetic scene (default: %(default)s)")
     parser.add_argument("--picture", default="answers.png", help="file to draw (default: %(default)s)")
+    add_loading_arguments(parser)
     return parser
 
 
@@ -39,8 +41,14 @@ def main(arguments: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
+        check_file(args.picture, is_image=True)
         start = time.perf_counter()
-        model, processor = load(args.model, dtype="float32")
+        model, processor = load(
+            args.model,
+            dtype="float32",
+            trust_remote_code=args.trust_remote_code,
+            allow_incomplete=args.allow_incomplete,
+        )
         if args.image is None:
             scene = plan_scene(scene_seed("demo", args.scene))
             image, asked = draw(scene), ask(scene, TASKS)
@@ -58,10 +66,10 @@ def main(arguments: list[str] | None = None) -> int:
             lines.append((reply.question, reply.text + truth))
         found = [("yellow", box) for reply in answers for box in reply.boxes]
         true = [("white", list(box)) for question in asked for box in question.boxes]
-        draw_answers(image.convert("RGB"), lines, found + true).save(args.picture)
+        write_image(args.picture, draw_answers(image.convert("RGB"), lines, found + true))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, WriteError) else 1
     print(f"\n{time.perf_counter() - start:.1f} s with loading. Picture: {args.picture}")
     if found and true:
         print("Boxes: yellow is the model's, white is true.")

@@ -24,7 +24,13 @@ class Answer:
     boxes: list[list[float]]
 
 
-def load(name: str, dtype: str = "auto", device: str | None = None, trust_remote_code: bool = False) -> tuple[Any, Any]:
+def load(
+    name: str,
+    dtype: str = "auto",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    allow_incomplete: bool = False,
+) -> tuple[Any, Any]:
     """Loads the model, in eval mode, and the processor of a folder or Hub id, see `files.model_folder.load_model`.
 
     Args:
@@ -32,9 +38,10 @@ def load(name: str, dtype: str = "auto", device: str | None = None, trust_remote
         dtype: type of the weights; `"auto"`: as saved.
         device: device of the model; `None`: an accelerator, if there is one.
         trust_remote_code: run the code in the model folder. Without it, an MF-RSVLM uses the code of this package.
+        allow_incomplete: see `files.model_folder.load_model`.
 
     Raises:
-        ValueError: the device does not exist here.
+        ValueError: the device does not exist here, or the model cannot be loaded.
     """
     if device is None:
         accelerator = torch.accelerator.current_accelerator()
@@ -44,7 +51,7 @@ def load(name: str, dtype: str = "auto", device: str | None = None, trust_remote
     except (RuntimeError, AssertionError) as error:  # an unknown name, or a device that this machine or this torch lacks
         reason = str(error).splitlines()[0]
         raise ValueError(f"device={device!r} cannot be used here: {reason}. Name another, such as cpu.") from error
-    model, processor = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    model, processor = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code, allow_incomplete=allow_incomplete)
     return model.to(device), processor
 
 

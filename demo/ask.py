@@ -13,7 +13,8 @@ from importlib.util import find_spec
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..arguments import DTYPES, ArgumentParser
+from ..arguments import DTYPES, ArgumentParser, add_loading_arguments
+from ..files.writing import WriteError, check_file, write_image
 from ..geospatial.errors import RasterError, RasterWarning
 from ..geospatial.options import add_map_options, add_raster_options, map_options_given, print_notes, raster_options
 
@@ -32,8 +33,8 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=256, help="maximum length of an answer (default: %(default)s)")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="type of the weights (default: as saved)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the code in the model folder")
     parser.add_argument("--batch-size", type=int, default=8, help="answers at a time, for maps (default: %(default)s)")
+    add_loading_arguments(parser)
     add_map_options(parser, "ask")
     add_raster_options(parser)
     return parser
@@ -56,16 +57,18 @@ def main(arguments: list[str] | None = None) -> int:
 
     logging.disable_progress_bar()
     try:
+        if args.picture is not None:
+            check_file(args.picture, is_image=True)
         image, record = open_image_or_raster(args.image, raster_options(args))
-        model, processor = load(args.model, args.dtype, args.device, args.trust_remote_code)
+        model, processor = load(args.model, args.dtype, args.device, args.trust_remote_code, args.allow_incomplete)
         answers = answer(model, processor, image, args.questions, args.max_new_tokens)
         if args.picture is not None:
             lines = [(reply.question, reply.text) for reply in answers]
             boxes = [("yellow", box) for reply in answers for box in reply.boxes]
-            draw_answers(image.convert("RGB"), lines, boxes).save(args.picture)
+            write_image(args.picture, draw_answers(image.convert("RGB"), lines, boxes))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, RasterError) else 1
+        return 2 if isinstance(error, (RasterError, WriteError)) else 1
     if args.json:
         sizes = {"width": image.width, "height": image.height}
         rows = [asdict(reply) for reply in answers]

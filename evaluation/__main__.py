@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..arguments import DTYPES, ArgumentParser
+from ..arguments import DTYPES, ArgumentParser, add_loading_arguments
+from ..files.writing import check_file, check_folder
 from .settings import EvaluationSettings
 
 
@@ -56,7 +57,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="images whose features are in memory at the same time; default: %(default)s",
     )
     how.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights; default: as saved")
-    how.add_argument("--trust-remote-code", action="store_true", help="run the code in the model folder")
+    add_loading_arguments(how)
     how.add_argument("--no-sharing", action="store_true", help="encode the images again for every question")
     how.add_argument("--allow-count-mismatch", action="store_true", help="accept splits of another size than published")
     how.add_argument("--allow-size-mismatch", action="store_true", help="accept images of another size than published")
@@ -88,13 +89,15 @@ def run(args: argparse.Namespace) -> None:
     from . import evaluate, evaluate_majority, load_benchmark
     from .answering import load
     from .benchmarks import BENCHMARKS
-    from .evaluate import get_protocol, process_state
+    from .evaluate import get_protocol, make_runs, process_state
     from .report import as_markdown, make_tables, parse_summary
 
     if (args.model is None) == (args.baseline is None):
         raise ValueError("Name what to evaluate: either --model or --baseline majority.")
     if len(args.benchmark) > 1 and (args.data or args.split):
         raise ValueError("--data and --split belong to one benchmark. Name several as NAME/SPLIT=FOLDER.")
+    if args.output:
+        check_folder(args.output)
     settings = EvaluationSettings(
         output=args.output,
         model_name=args.name,
@@ -129,7 +132,10 @@ def run(args: argparse.Namespace) -> None:
     if args.baseline:
         summaries = evaluate_majority(benchmarks, protocol, settings)
     else:
-        model, processor = load(args.model, args.revision, args.dtype, state.device, args.trust_remote_code)
+        make_runs(benchmarks, protocol, settings, mode="blind" if args.blind else "image")  # all checks, before the model
+        model, processor = load(
+            args.model, args.revision, args.dtype, state.device, args.trust_remote_code, args.allow_incomplete
+        )
         summaries = evaluate(model, processor, benchmarks, protocol, settings)
     if state.is_main_process:
         tables = make_tables([parse_summary(fields, Path(key)) for key, fields in summaries.items()])
@@ -148,6 +154,10 @@ def report(args: argparse.Namespace) -> None:
         write_report,
     )
 
+    if args.output:
+        check_folder(args.output)
+    if args.card and (args.card / "README.md").exists():
+        check_file(args.card / "README.md")
     summaries, published = read_summaries(args.runs), args.published or PUBLISHED
     if args.output:
         tables = write_report(summaries, args.output, published, args.latex)

@@ -13,7 +13,7 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from ..files.reading import shorten
+from ..files.reading import parse_json, read_json, shorten
 from ..files.writing import write_file
 from .answering import Answer
 from .benchmarks import Sample
@@ -86,7 +86,9 @@ def claim_folder(folder: Path, settings: dict[str, Any], state: PartialState) ->
                 raise ValueError(f"{folder} contains {shorten(foreign)} but no run: choose an empty folder.")
             write_file(path, json.dumps(settings, indent=1) + "\n")
     state.wait_for_everyone()
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = read_json(path)
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path} holds a {type(stored).__name__}, not settings: choose another folder, or delete that one.")
     for name in sorted({*stored, *settings}):
         if stored.get(name) != settings.get(name):
             raise ValueError(
@@ -97,14 +99,21 @@ def claim_folder(folder: Path, settings: dict[str, Any], state: PartialState) ->
 
 def read_rows(folder: Path) -> Iterator[dict[str, Any]]:
     for path in sorted(folder.glob("answers-*.jsonl")):
-        text = path.read_bytes()
-        if text and not text.endswith(b"\n"):  # the process was killed while it wrote the line
-            text = text[: text.rfind(b"\n") + 1]
+        content = path.read_bytes()
+        if content and not content.endswith(b"\n"):  # the process was killed while it wrote the line
+            content = content[: content.rfind(b"\n") + 1]
             with path.open("r+b") as file:
-                file.truncate(len(text))
-        # Not `splitlines`, which also splits at line breaks that JSON does not escape, such as U+2028.
-        for line in text.decode("utf-8").split("\n")[:-1]:
-            yield json.loads(line)
+                file.truncate(len(content))
+        for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+            try:
+                row = parse_json(line.decode("utf-8"))
+            except ValueError:
+                row = None
+            if not (isinstance(row, dict) and isinstance(row.get("id"), str)):
+                raise ValueError(
+                    f"{path}, line {number} is no answer: {shorten(line)}. Remove the line, so that it is asked again."
+                )
+            yield row
 
 
 def as_row(sample: Sample, answer: Answer) -> dict[str, Any]:

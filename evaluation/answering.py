@@ -66,13 +66,16 @@ def load(
     dtype: str = "auto",
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
+    allow_incomplete: bool = False,
 ) -> tuple[Any, Any]:
     """Loads the model and the processor of a folder or Hub id, see `mfrsvlm.files.model_folder.load_model`.
 
     Raises:
         ValueError: the folder contains no model that can be loaded, has no chat template, or needs `trust_remote_code`.
     """
-    model, processor = load_model(name, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+    model, processor = load_model(
+        name, revision, dtype, trust_remote_code=trust_remote_code, allow_incomplete=allow_incomplete
+    )
     check_chat_template(processor, name)
     return model.to(device).eval(), processor
 

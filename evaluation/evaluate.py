@@ -16,7 +16,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from ..files.writing import write_file
+from ..files.model_folder import problems_of
+from ..files.reading import SURROGATE, shorten
+from ..files.writing import check_folder, write_file
 from .answer_log import AnswerLog, as_answer, claim_folder
 from .answering import Answer, Answerer, check_chat_template, fingerprint
 from .batches import ImageReader, answer_all
@@ -27,6 +29,8 @@ from .protocols import PROTOCOLS, Protocol
 from .report import FORMAT
 from .settings import EvaluationSettings
 
+
+IMAGE_TOKEN = "<image>"  # the marker of images in prompts; a question that contains it would ask for a further image
 
 # Packages whose version may change a figure.
 PACKAGES = (
@@ -172,6 +176,8 @@ def make_runs(
         run = make_run(benchmark, protocol, settings, mode)
         if run.key in {other.key for other in runs}:
             raise ValueError(f"{run.key} is listed twice.")
+        if (folder := run.folder(settings)) is not None:
+            check_folder(folder)
         runs.append(run)
     return runs
 
@@ -185,7 +191,9 @@ def make_run(benchmark: Benchmark, protocol: Protocol, settings: EvaluationSetti
         drawn = np.sort(np.random.default_rng(settings.seed).choice(len(samples), limit, replace=False))
         samples = [samples[index] for index in drawn]
     protocol.check(samples)
-    prompts = [protocol.prompt(sample, benchmark) for sample in samples]
+    prompts = [make_prompt(sample, benchmark, protocol) for sample in samples]
+    if mode == "image" and settings.missing_images == "error":
+        check_images(samples, benchmark)
     identity = {
         "format": FORMAT,
         "benchmark": benchmark.name,
@@ -202,6 +210,37 @@ def make_run(benchmark: Benchmark, protocol: Protocol, settings: EvaluationSetti
     return Run(benchmark, samples, prompts, identity)
 
 
+def make_prompt(sample: Sample, benchmark: Benchmark, protocol: Protocol) -> str:
+    """The prompt of a sample.
+
+    Raises:
+        ValueError: the protocol raises any error, or the prompt is not text that a model can read. Names the sample.
+    """
+    where = f"{benchmark.name} {benchmark.split}, sample {shorten(sample.id)}"
+    try:
+        prompt = protocol.prompt(sample, benchmark)
+    except Exception as error:  # the sample and the protocol may be the user's own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{where}: protocol {protocol.name} makes no prompt of it: {reason}") from error
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"{where}: its prompt must be text, got {shorten(prompt)}.")
+    if IMAGE_TOKEN in prompt:
+        raise ValueError(f"{where}: its prompt contains {IMAGE_TOKEN}: {shorten(prompt)}. Images are added to it later.")
+    if SURROGATE.search(prompt):
+        raise ValueError(f"{where}: its prompt contains a lone surrogate, which is no character: {shorten(prompt)}.")
+    return prompt
+
+
+def check_images(samples: Sequence[Sample], benchmark: Benchmark) -> None:
+    """Raises `BenchmarkError` if an image of a sample is not a file that may be opened. Images are not decoded."""
+    checked: set[str] = set()
+    for sample in samples:
+        for name in sample.images:
+            if benchmark.root is not None and name not in checked:
+                benchmark.check_image(name, sample.id)
+                checked.add(name)
+
+
 def digest(content: Any) -> str:
     """Sixteen hex digits of a value that can be written as JSON."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
@@ -210,7 +249,8 @@ def digest(content: Any) -> str:
 def describe_model(model: Any, processor: Any, name: str | None = None) -> dict[str, Any]:
     source = model.config.name_or_path
     path = Path(source)
-    return {
+    incomplete = {"incomplete": problems_of(model)} if problems_of(model) else {}
+    return incomplete | {
         # Only the name of a folder, since its path has no meaning on another machine.
         "name": name or (path.resolve().name if path.is_dir() else source) or type(model).__name__,
         # Commit of the loaded files. Only the fingerprint shows whether the model was trained since.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.reading import NotJSON, read_json, read_rows, shorten
-from ..files.writing import write_file
+from ..files.writing import write_file, write_image
 from .answering import Answer
 from .benchmarks import Benchmark, Sample
 from .evaluate import get_protocol, score
@@ -83,7 +83,7 @@ def export_task(benchmark: Benchmark, folder: str | Path, protocol: str | Protoc
         for image in sample.images:
             if image not in images:
                 path = folder / f"{name}_images" / f"{len(images)}.png"
-                protocol.prepare_image(benchmark.read_image(image)).save(path)
+                write_image(path, protocol.prepare_image(benchmark.read_image(image)))
                 images[image] = str(path)
         target = target_text(sample.references or sample.boxes)
         row = {"id": sample.id, "images": [images[image] for image in sample.images], "target": target}
@@ -118,7 +118,7 @@ def export_samples(run: str | Path, output: str | Path) -> list[Path]:
     run, output = Path(run), Path(output)
     if not (run / "summary.json").is_file():
         raise ValueError(f"{run} has no summary.json. Name the folder of a finished run, OUTPUT/BENCHMARK/SPLIT.")
-    summary = read_json(run / "summary.json")
+    summary = read_json(run / "summary.json", allow_nan=True)
     date = datetime.fromtimestamp((run / "summary.json").stat().st_mtime).strftime("%Y%m%d_%H%M%S")
     tasks: dict[str, list[dict[str, Any]]] = {}
     for index, (_, row) in enumerate(read_rows(run / "predictions.jsonl")):

@@ -1,12 +1,11 @@
 """Plots of the tables of a report."""
 
-import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files.writing import write_file
+from ..files.writing import write_figure
 from .report import ReportError, Table
 
 
@@ -71,6 +70,5 @@ def write_plots(tables: Sequence[Table], output: Path) -> None:
         if table.shares:
             plots.setdefault(f"{table.benchmark}-{table.split}-{table.protocol}", []).append(table)
     for name, members in plots.items():
-        image = io.BytesIO()
-        plot_shares(members).savefig(image, format="png", dpi=110)
-        write_file(output / f"plot-{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}.png", image.getvalue())
+        path = output / f"plot-{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}.png"
+        write_figure(path, plot_shares(members), dpi=110)

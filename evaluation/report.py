@@ -67,6 +67,7 @@ class Summary:
         published: published number of samples of the split.
         left_out: what was left out on purpose, with counts.
         results: figures by task.
+        incomplete: what is wrong with the weights, if they were loaded with `--allow-incomplete`.
     """
 
     folder: Path
@@ -83,6 +84,7 @@ class Summary:
     published: int | None
     left_out: dict[str, int]
     results: dict[str, dict[Column, Cell]]
+    incomplete: tuple[str, ...] = ()
 
     @property
     def is_complete(self) -> bool:
@@ -91,7 +93,8 @@ class Summary:
 
     @property
     def mode_in_words(self) -> str:
-        return ", ".join([self.mode, *self.shortcomings])
+        weights = ["incomplete weights"] if self.incomplete else []
+        return ", ".join([self.mode, *weights, *self.shortcomings])
 
     @property
     def shortcomings(self) -> list[str]:
@@ -226,7 +229,7 @@ def find_summaries(folder: Path) -> list[Path]:
 
 def read_summary(path: Path) -> Summary:
     try:
-        fields = read_json(path)
+        fields = read_json(path, allow_nan=True)  # a figure of nothing
     except ValueError as error:
         raise ReportError(f"The summary is incomplete. Repeat the run: {error}") from error
     return parse_summary(fields, path.parent)
@@ -255,6 +258,7 @@ def parse_summary(fields: Any, folder: Path) -> Summary:
             # The fingerprint first, since training a loaded model does not change its revision.
             weights=fields["model"].get("fingerprint") or fields["model"].get("revision"),
             dtype=fields["model"].get("dtype"),
+            incomplete=tuple(fields["model"].get("incomplete", ())),
             limit=fields["limit"],
             missing_images=fields["counts"]["missing_images"],
             in_split=fields["counts"]["in_split"],

@@ -34,7 +34,7 @@ from ..evaluation.evaluate import evaluate_majority
 from ..evaluation.intervals import mean_interval
 from ..evaluation.metrics.visual_grounding import matched_ious
 from ..files.reading import read_rows
-from ..files.writing import write_file
+from ..files.writing import check_file, write_figure, write_file, write_tensors
 from ..modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from ..training.branches import BranchCollator
 from ..training.demo_model.architecture import (
@@ -193,7 +193,7 @@ def train_start(encoder: str, work: Path, scenes: int, steps: int) -> None:
     rows = SceneQuestions(images, BranchCollator(processor), model.config, features, rounds=2, mix=MIX)
     with TemporaryDirectory(dir=work) as scratch:
         train_decoder(model, processor, rows, max_steps=steps, output_dir=scratch)
-    torch.save(model.state_dict(), path)
+    write_tensors(path, model.state_dict())
 
 
 def encoded_features(features: Features) -> Features:
@@ -318,7 +318,7 @@ def run(name: str, seed: int, work: Path, steps: int, batch: int, counts: dict[s
 
 def finished_runs(log: Path, arms: Collection[str], steps: int) -> list[dict[str, Any]]:
     """Lines of the log that are runs of these arms and of this length."""
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    rows = [row for _, row in read_rows(log)] if log.exists() else []
     return [row for row in rows if row["arm"] in arms and row["steps"] == steps]
 
 
@@ -447,7 +447,7 @@ def write_plot(summary: list[dict[str, Any]], majority: dict[str, float], path: 
         axis.set(title=task, yticks=places, yticklabels=names)
         axis.grid(axis="x", alpha=0.3)
     figure.supxlabel("correct answers on held-out scenes, per cent, with 95 % intervals (number of seeds)")
-    figure.savefig(path, dpi=90)
+    write_figure(path, figure, dpi=90)
     pyplot.close(figure)
 
 
@@ -468,6 +468,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--start-steps", type=int, default=1500)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args(arguments)
+    for path in (args.table, args.plot):
+        if path is not None:
+            check_file(path)
     summary, majority = summarize(run_all(args)), majority_baseline(args.test_scenes)
     write_table(summary, majority, args.table)
     if args.plot:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..evaluation.intervals import mean_interval
-from ..files.writing import write_file
+from ..files.writing import check_file, write_file
 from ..modeling_mfrsvlm import MFRSVLMModel
 from ..scenes import CLASSES
 from ..training.demo_model.architecture import IMAGE_SIZE, PATCH_SIZE, make_config
@@ -68,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--crowded-scenes", type=int, default=4000, help="of the encoders")
     parser.add_argument("--encoder-steps", type=int, default=3000)
     args = parser.parse_args(arguments)
+    check_file(args.table)
     pretrain_encoders(ENCODERS, args.work, args.crowded_scenes, args.encoder_steps)
     lines = ["| encoder | image | presence of a kind | exact count, of 0 to 9 | exact count, of 1 to 9 | scene class |"]
     lines.append("|---" * 6 + "|")

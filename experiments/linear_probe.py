@@ -19,7 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from ..evaluation.intervals import mean_interval
-from ..files.writing import write_file
+from ..files.writing import check_file, write_file
 from ..scenes import KINDS, Scene
 from ..training.demo_model.architecture import make_config
 from ..training.demo_model.scene_images import CANVAS, SCENE_SIZE, SceneImages
@@ -125,6 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--crowded-scenes", type=int, default=4000, help="of the encoders")
     parser.add_argument("--encoder-steps", type=int, default=3000)
     args = parser.parse_args(arguments)
+    check_file(args.table)
     counts = {"train": args.train_scenes, "test": args.test_scenes}
     encoders = dict.fromkeys(features.encoder for features in SETS.values())
     pretrain_encoders(encoders, args.work, args.crowded_scenes, args.encoder_steps)

@@ -5,24 +5,44 @@ import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from ..checksums_mfrsvlm import (
+    ADAPTER_FILES,
+    CHECKSUMS,
+    INDEX,
+    MODEL_FILES,
+    PROCESSOR_FILES,
+    WEIGHTS,
+    difference,
+    read_checksums,
+)
 from ..modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from ..processing_mfrsvlm import MFRSVLMProcessor
-from .reading import read_json
+from ..released_layout import is_finite
+from .reading import read_json, shorten
 
 
 logger = logging.getLogger(__name__)
 
 MODEL_TYPES = ("mfrsvlm", "vhm")  # released folders have either
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+PROCESSOR_CONFIGS = ("processor_config.json", "preprocessor_config.json")
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 NAMED = 5  # tensors listed in a message
+REASON = 400  # characters of another library's message
+STORED_TYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+}  # of safetensors, all rounded types
 BASE_ADVICE = "Name it with base_model, or correct base_model_name_or_path in the adapter_config.json."
 
 
@@ -66,7 +86,12 @@ def classify(source: str | Path, revision: str | None = None) -> ModelFolder:
     if adapter is not None:  # before config.json, which some trainers write to the same folder
         if folder.is_dir() and not any(folder.glob("adapter_model*")):
             raise ModelFolderError(f"{source} has an adapter_config.json, but no adapter_model.safetensors. Copy it again.")
-        return ModelFolder(source, "adapter", adapter, adapter.get("base_model_name_or_path"), is_checkpoint)
+        base = adapter.get("base_model_name_or_path")
+        if not isinstance(base, str | None):
+            raise ModelFolderError(
+                f"The adapter_config.json of {source} has base_model_name_or_path={shorten(base)}, no name."
+            )
+        return ModelFolder(source, "adapter", adapter, base, is_checkpoint)
     if config is None:
         if not folder.is_dir():
             raise ModelFolderError(f"{source} is no folder, and no model of that name was found on the Hub or in its cache.")
@@ -97,6 +122,7 @@ def load_model(
     """Loads the model, in eval mode on the CPU, and the processor of a folder or Hub id.
 
     An MF-RSVLM uses the code of this package unless `trust_remote_code` is set. An adapter is merged into its base model.
+    The files are compared with `checksums.json`, if there is one.
 
     Args:
         source: a full MF-RSVLM, an adapter, or another image-text-to-text model.
@@ -105,78 +131,158 @@ def load_model(
         attn_implementation: see `from_pretrained` of transformers.
         trust_remote_code: run the code in the folder.
         base_model: folder or Hub id that replaces the base model in the adapter's config.
-        allow_incomplete: warn, instead of raising, if tensors are missing, unknown or of another shape. Missing tensors
-            are then random.
+        allow_incomplete: warn, instead of raising, if files differ from their checksums, tensors are missing, unknown, of
+            another shape or not finite, or the type in config.json is not that of the file. Missing tensors are then
+            random. `problems_of` tells what was found. An adapter must fit its base model all the same.
 
     Returns:
         (model, processor).
 
     Raises:
-        ModelFolderError: see `classify`; or the folder is in the released layout, the base of an adapter is missing, or
-            its weights are incomplete.
+        ModelFolderError: see `classify`; or the folder is in the released layout, is damaged or incomplete, or the base
+            model of an adapter is missing.
     """
     folder = classify(source, revision)
-    processor = load_processor(source, revision, trust_remote_code, base_model)
+    processor, problems = _load_processor(folder, revision, trust_remote_code, base_model, allow_incomplete)
+    changed = _changed_files(folder.source, revision, (*MODEL_FILES, *ADAPTER_FILES))
+    changed += _unreadable(folder.source, revision, ("generation_config.json",))
+    _report(changed, allow_incomplete)
+    problems += changed
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
     if folder.kind == "adapter":
         base = _base_of(folder, base_model)
         with _explain_base(folder):
             model, _ = load_model(base, trust_remote_code=trust_remote_code, allow_incomplete=allow_incomplete, **options)
-        model = _merge_adapter(model, folder, base, revision)
+        problems += problems_of(model)
+        model = _merge_adapter(model, folder, base, revision, allow_incomplete)
     else:
         model = _load_full(folder, revision, trust_remote_code, allow_incomplete, options)
+    wanted, found = getattr(model.config, "image_token_id", None), getattr(processor, "image_token_id", None)
+    if folder.kind != "other" and found != wanted:
+        misfit = [f"The tokenizer of {folder.source} has {found} as id of {processor.image_token}, but the model {wanted}."]
+        _report(misfit, allow_incomplete)
+        problems += misfit
+    model._problems = list(dict.fromkeys([*problems, *problems_of(model)]))
     return model.eval(), processor
 
 
+def problems_of(model: Any) -> list[str]:
+    """What `load_model` found with `allow_incomplete`, in sentences. Empty for a sound folder."""
+    found: list[str] = getattr(model, "_problems", [])
+    return found
+
+
 def load_processor(
-    source: str | Path, revision: str | None = None, trust_remote_code: bool = False, base_model: str | None = None
+    source: str | Path,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    base_model: str | None = None,
+    allow_incomplete: bool = False,
 ) -> Any:
     """Loads the processor alone. Arguments and errors are those of `load_model`."""
     folder = classify(source, revision)
+    return _load_processor(folder, revision, trust_remote_code, base_model, allow_incomplete)[0]
+
+
+def _load_processor(
+    folder: ModelFolder, revision: str | None, trust_remote_code: bool, base_model: str | None, allow_incomplete: bool
+) -> tuple[Any, list[str]]:
+    """The processor, and what was found with `allow_incomplete`."""
+    source = folder.source
     if folder.kind == "released":
         raise ModelFolderError(
             f"{source} is in the released layout. Convert it first: mfrsvlm convert released {source} "
             "--vision-tower DIR_OR_HUB_ID --output OUT"
         )
-    has_own = any(_read_config(folder.source, name, revision) is not None for name in PROCESSOR_FILES)
+    has_own = any(_read_config(source, name, revision) is not None for name in PROCESSOR_CONFIGS)
     if folder.kind == "adapter" and not has_own:  # PEFT saves no processor
         with _explain_base(folder):
-            return load_processor(_base_of(folder, base_model), trust_remote_code=trust_remote_code)
-    place = folder.source
+            base = _base_of(folder, base_model)
+            return _load_processor(classify(base), None, trust_remote_code, None, allow_incomplete)
+    place = source
     if folder.is_checkpoint and not has_own:
         place = str(Path(place).parent)  # some trainers save the processor only in the parent folder
-    if folder.kind == "other" or trust_remote_code:
-        return AutoProcessor.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
-    return MFRSVLMProcessor.from_pretrained(place, revision=revision)
+    problems = _changed_files(place, revision, PROCESSOR_FILES)
+    problems += _unreadable(place, revision, ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"))
+    _report(problems, allow_incomplete)
+    with _explain_damage("processor", place):
+        if folder.kind == "other" or trust_remote_code:
+            processor = AutoProcessor.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
+        else:
+            processor = MFRSVLMProcessor.from_pretrained(place, revision=revision)
+    return processor, problems
+
+
+def _find(source: str, name: str, revision: str | None) -> str | None:
+    """Path of a file of a folder or Hub id, `None` if there is none. A file of the Hub is downloaded."""
+    if Path(source).is_dir():
+        path = Path(source) / name
+        return str(path) if path.is_file() else None
+    if not HUB_ID.fullmatch(source):
+        return None
+    try:
+        return cached_file(
+            source,
+            name,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except OSError as error:
+        raise ModelFolderError(f"{source} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _read_config(source: str, name: str, revision: str | None) -> dict[str, Any] | None:
     """A JSON file of a folder or Hub id, `None` if there is none."""
-    folder = Path(source)
-    if folder.is_dir():
-        path = folder / name if (folder / name).is_file() else None
-    elif not HUB_ID.fullmatch(source):
-        path = None
-    else:
-        try:
-            path = cached_file(
-                source,
-                name,
-                revision=revision,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-            )
-        except OSError as error:
-            raise ModelFolderError(f"{source} cannot be read: {' '.join(str(error).split())}") from error
+    path = _find(source, name, revision)
     if path is None:
         return None
     try:
         content = read_json(path)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ModelFolderError(str(error)) from error
     if not isinstance(content, dict):
         raise ModelFolderError(f"{path} holds a {type(content).__name__}, not fields and values.")
     return content
+
+
+def _changed_files(source: str, revision: str | None, patterns: tuple[str, ...]) -> list[str]:
+    """The listed files that match and differ from their checksums, in one sentence."""
+    path = _find(source, CHECKSUMS, revision)
+    if path is None:
+        return []
+    try:
+        entries = read_checksums(path)
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    listed = sorted(name for name in entries if any(fnmatch(name, pattern) for pattern in patterns))
+    found = {name: difference(_find(source, name, revision), entries[name]) for name in listed}
+    changes = [f"{name} {change}" for name, change in found.items() if change]
+    if not changes:
+        return []
+    return [
+        f"Files differ from the {CHECKSUMS} of {source}: {'; '.join(changes)}. Copy or save them again. If a file was "
+        f"changed on purpose, remove its entry from {CHECKSUMS}."
+    ]
+
+
+def _unreadable(source: str, revision: str | None, names: tuple[str, ...]) -> list[str]:
+    """JSON files that are damaged. transformers would ignore some of them."""
+    problems = []
+    for name in names:
+        try:
+            _read_config(source, name, revision)
+        except ModelFolderError as error:
+            problems.append(f"{error} Copy it again.")
+    return problems
+
+
+def _report(problems: list[str], allow_incomplete: bool) -> None:
+    """Raises, or warns, if there are problems."""
+    if problems and not allow_incomplete:
+        raise ModelFolderError(f"{' '.join(problems)} (With allow_incomplete, it is loaded all the same.)")
+    for problem in problems:
+        logger.warning(problem)
 
 
 def _load_full(
@@ -186,33 +292,89 @@ def _load_full(
     if folder.kind == "other" or trust_remote_code:
         model_class = AutoModelForImageTextToText
         options = {**options, "trust_remote_code": trust_remote_code}
-    with _quiet():  # the library also prints the errors below, as a table
-        model, info = model_class.from_pretrained(
-            folder.source, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-    _check_complete(folder, info, allow_incomplete)
+    problems = []
+    with _explain_damage("model", folder.source):
+        if folder.kind == "full":
+            problems += _misfit_of_files(folder, revision)
+            _report(problems, allow_incomplete)
+        with _quiet():  # the library also prints the errors below, as a table
+            model, info = model_class.from_pretrained(
+                folder.source, revision=revision, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+    found = [*_misfit_of_keys(folder, info), *_not_finite(folder, model)]
+    _report(found, allow_incomplete)
+    model._problems = problems + found
     return model
 
 
-def _check_complete(folder: ModelFolder, info: dict[str, Any], allow_incomplete: bool) -> None:
-    """Raises, or warns, where a checkpoint and its model differ. Other models may leave tensors unread."""
+def _misfit_of_files(folder: ModelFolder, revision: str | None) -> list[str]:
+    """Contradictions between config.json and the stored tensors that loading would hide. Only headers are read."""
+    index = _read_config(folder.source, INDEX, revision)
+    single = _find(folder.source, WEIGHTS, revision)
+    if single is not None and index is not None:
+        return [
+            f"{folder.source} has {WEIGHTS} and {INDEX}, but only one of them is of its last save. Remove the other one: "
+            f"{WEIGHTS}, or the index and its shards."
+        ]
+    shards = sorted(set(index["weight_map"].values())) if index is not None else [WEIGHTS]
+    paths = [_find(folder.source, shard, revision) for shard in shards]
+    missing = [shard for shard, path in zip(shards, paths, strict=True) if path is None]
+    if index is not None and missing:
+        raise ModelFolderError(f"{folder.source} lacks shards that its {INDEX} names: {_name(missing)}. Copy it again.")
+    stated = str(folder.config.get("dtype") or folder.config.get("torch_dtype") or "").removeprefix("torch.")
+    if not stated or "quantization_config" in folder.config:
+        return []
+    others = []
+    for path in paths:
+        if path is not None:  # a folder of `pytorch_model.bin`
+            with safe_open(path, "pt") as file:
+                types = {name: STORED_TYPES.get(file.get_slice(name).get_dtype()) for name in file.keys()}
+            others += [f"{name} {stored}" for name, stored in types.items() if stored not in (None, stated)]
+    if not others:
+        return []
+    return [
+        f"The config.json of {folder.source} has dtype={stated}, but {len(others)} tensors are of another type: "
+        f"{_name(sorted(others))}. Write the type of the file into config.json, or copy or save it again."
+    ]
+
+
+def _misfit_of_keys(folder: ModelFolder, info: dict[str, Any]) -> list[str]:
+    """Where a checkpoint and its model differ. Other models may leave tensors unread."""
     shapes = [f"{key} {tuple(stored)} instead of {tuple(wanted)}" for key, stored, wanted in info["mismatched_keys"]]
     problems = {
         "missing": sorted(info["missing_keys"]),
         "unknown to the model": sorted(info["unexpected_keys"]) if folder.kind == "full" else [],
         "of another shape": sorted(shapes),
     }
-    found = [
-        f"{len(keys)} tensors are {problem}: {', '.join(keys[:NAMED])}{', ...' if len(keys) > NAMED else ''}"
-        for problem, keys in problems.items()
-        if keys
-    ]
+    found = [f"{len(keys)} tensors are {problem}: {_name(keys)}" for problem, keys in problems.items() if keys]
     if not found:
-        return
-    message = f"The weights of {folder.source} do not fit its config.json. {'; '.join(found)}."
-    if not allow_incomplete:
-        raise ModelFolderError(f"{message} Copy or save it again.")
-    logger.warning(message)
+        return []
+    return [f"The weights of {folder.source} do not fit its config.json. {'; '.join(found)}. Copy or save it again."]
+
+
+def _not_finite(folder: ModelFolder, model: Any) -> list[str]:
+    found = sorted(name for name, tensor in model.state_dict().items() if not is_finite(tensor))
+    if not found:
+        return []
+    return [f"{len(found)} tensors of {folder.source} hold NaN or infinity: {_name(found)}. Copy or train it again."]
+
+
+def _name(items: list[str]) -> str:
+    return f"{', '.join(items[:NAMED])}{', ...' if len(items) > NAMED else ''}"
+
+
+@contextlib.contextmanager
+def _explain_damage(part: str, source: str) -> Iterator[None]:
+    """Errors that other libraries raise for damaged files, as a `ModelFolderError` of one line."""
+    try:
+        yield
+    except (ModelFolderError, KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic of tokenizers is no `Exception`
+        reason = " ".join(str(error).split())[:REASON] or type(error).__name__
+        raise ModelFolderError(
+            f"The {part} of {source} cannot be loaded: {reason.rstrip('.')}. Is a file damaged?"
+        ) from error
 
 
 def _base_of(folder: ModelFolder, base_model: str | None) -> str:
@@ -232,7 +394,7 @@ def _explain_base(folder: ModelFolder) -> Iterator[None]:
         ) from error
 
 
-def _merge_adapter(model: Any, folder: ModelFolder, base: str, revision: str | None) -> Any:
+def _merge_adapter(model: Any, folder: ModelFolder, base: str, revision: str | None, allow_incomplete: bool) -> Any:
     try:
         from peft import PeftConfig, PeftModel
     except ImportError as error:
@@ -240,18 +402,22 @@ def _merge_adapter(model: Any, folder: ModelFolder, base: str, revision: str | N
     misfit = f"The adapter {folder.source} does not fit its base model {base}"
     hub: dict[str, Any] = {"revision": revision} if revision else {}
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    try:
-        # Not `PeftModel.from_pretrained`, which only warns of missing tensors and ignores unknown ones.
-        adapted = PeftModel(model, PeftConfig.from_pretrained(folder.source, **hub))
-        result = adapted.load_adapter(folder.source, "default", **hub)
-    except (RuntimeError, ValueError) as error:
-        raise ModelFolderError(f"{misfit}: {' '.join(str(error).split())[:500]}") from error
-    for problem, keys in {"missing": result.missing_keys, "without a place in it": result.unexpected_keys}.items():
-        if keys:
-            raise ModelFolderError(f"{misfit}: {len(keys)} tensors are {problem}, among them {sorted(keys)[:NAMED]}.")
-    merged = adapted.merge_and_unload()
+    with _explain_damage("adapter", folder.source):
+        try:
+            # Not `PeftModel.from_pretrained`, which only warns of missing tensors and ignores unknown ones.
+            adapted = PeftModel(model, PeftConfig.from_pretrained(folder.source, **hub))
+            result = adapted.load_adapter(folder.source, "default", **hub)
+        except (RuntimeError, ValueError) as error:
+            raise ModelFolderError(f"{misfit}: {' '.join(str(error).split())[:REASON]}") from error
+        for problem, keys in {"missing": result.missing_keys, "without a place in it": result.unexpected_keys}.items():
+            if keys:
+                raise ModelFolderError(f"{misfit}: {len(keys)} tensors are {problem}, among them {sorted(keys)[:NAMED]}.")
+        problems = _not_finite(folder, adapted)
+        _report(problems, allow_incomplete)
+        merged = adapted.merge_and_unload()
     for name, parameter in merged.named_parameters():  # PEFT has frozen all of them
         parameter.requires_grad = name in trainable
+    merged._problems = problems
     return merged
 
 

@@ -4,7 +4,6 @@ mfrsvlm info scene.tif --preview scene.png
 mfrsvlm info red=B04.jp2 green=B03.jp2 blue=B02.jp2
 """
 
-import io
 import json
 import sys
 import warnings
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import ArgumentParser
-from ..files.writing import write_file
+from ..files.writing import WriteError, check_file, write_image
 from .errors import RasterWarning
 from .options import add_raster_options, print_notes, raster_options
 
@@ -31,8 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if args.preview is not None and args.preview.suffix.lower() != ".png":
         parser.error(f"--preview {args.preview} must end in .png")
-    if args.preview is not None and not args.preview.parent.is_dir():
-        parser.error(f"--preview {args.preview}: there is no folder {args.preview.parent}")
+    try:
+        if args.preview is not None:
+            check_file(args.preview)
+    except WriteError as error:
+        parser.error(f"--preview: {error}")
     source = source_of(args.file, parser)
     # Imported here: it needs rasterio, and `--help` does not.
     from .raster import Raster
@@ -43,9 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
             with Raster.open(source, **raster_options(args)) as raster:
                 view = raster.read()
         if args.preview is not None:
-            png = io.BytesIO()
-            view.image.save(png, "PNG")
-            write_file(args.preview, png.getvalue())
+            write_image(args.preview, view.image)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -82,6 +82,7 @@ class GeoAssistant:
         trust_remote_code: bool = False,
         max_new_tokens: int = 256,
         box_format: dict[str, Any] | None = None,
+        allow_incomplete: bool = False,
         **options: Any,
     ) -> "GeoAssistant":
         """Loads any image-text-to-text model of transformers.
@@ -94,6 +95,7 @@ class GeoAssistant:
             trust_remote_code: run the code in the model folder.
             max_new_tokens: maximum length of an answer.
             box_format: how the model writes boxes; `None`: as its processor says.
+            allow_incomplete: see `files.model_folder.load_model`.
             **options: further arguments of `GeoAssistant`.
 
         Raises:
@@ -102,7 +104,7 @@ class GeoAssistant:
         if device is None:
             accelerator = torch.accelerator.current_accelerator()
             device = "cpu" if accelerator is None else str(accelerator)
-        model, processor = load(name, revision, dtype, device, trust_remote_code)
+        model, processor = load(name, revision, dtype, device, trust_remote_code, allow_incomplete)
         about = {"name": name, "revision": getattr(model.config, "_commit_hash", None) or revision}
         about |= {"weights": fingerprint(model), "max_new_tokens": max_new_tokens}
         if training_images(name, revision) == SYNTHETIC:

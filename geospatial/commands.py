@@ -7,7 +7,6 @@ mfrsvlm compare before.tif after.tif --model MODEL
 """
 
 import argparse
-import io
 import json
 import sys
 import warnings
@@ -16,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..arguments import DTYPES, ArgumentParser
-from ..files.reading import list_images, shorten
-from ..files.writing import write_file
+from ..arguments import DTYPES, ArgumentParser, add_loading_arguments
+from ..files.reading import list_images
+from ..files.writing import check_file, write_image
 from .errors import NoOverlapError, RasterError, RasterWarning
 from .options import add_map_options, add_raster_options, raster_options
 
@@ -48,7 +47,7 @@ def make_parser(task: str) -> ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=256, help="maximum length of an answer (default: %(default)s)")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="type of the weights (default: as saved)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the code in the model folder")
+    add_loading_arguments(parser)
     add_map_options(parser, task)
     add_raster_options(parser)
     return parser
@@ -91,8 +90,10 @@ def printed_notes() -> Iterator[None]:
 def _run(task: str, args: argparse.Namespace) -> int:
     sources = find_sources(task, args.files)
     output = check_output_options(args, len(sources))
+    if args.preview is not None and len(sources) > 1:
+        raise RasterError("--preview takes one raster.")
     if args.preview is not None:
-        check_preview(args.preview, len(sources))
+        check_file(args.preview, is_image=True)
     if args.model is None and not args.dry_run:
         raise RasterError("--model is missing: name a model folder or a Hub id.")
     # Here, since `--help` and wrong options need none of it.
@@ -117,7 +118,7 @@ def _run(task: str, args: argparse.Namespace) -> int:
         raise RasterError("the area overlaps none of the rasters.")
     if args.dry_run:
         if preview is not None:
-            write_file(args.preview, preview)
+            write_image(args.preview, preview)
         print(json.dumps({"rasters": plans}) if args.json else "\n".join(map(plan_line, plans)))
         return 0
     return answer(task, args, usable, opening, output, preview)
@@ -129,7 +130,7 @@ def answer(
     sources: list[Any],
     opening: dict[str, Any],
     output: Path | None,
-    preview: bytes | None,
+    preview: Any,
 ) -> int:
     from transformers.utils import logging
 
@@ -140,10 +141,15 @@ def answer(
     logging.disable_progress_bar()
     options = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size, "progress": True}
     assistant = GeoAssistant.from_pretrained(
-        args.model, dtype=args.dtype, device=args.device, trust_remote_code=args.trust_remote_code, **options
+        args.model,
+        dtype=args.dtype,
+        device=args.device,
+        trust_remote_code=args.trust_remote_code,
+        allow_incomplete=args.allow_incomplete,
+        **options,
     )
     if preview is not None:
-        write_file(args.preview, preview)
+        write_image(args.preview, preview)
     frames = []
     pairs = [sources] if task == "compare" else [[source] for source in sources]
     for number, pair in enumerate(pairs):
@@ -167,7 +173,7 @@ def answer(
         write_layer(frame, output)
         for log in [] if failed else output.parent.glob(f"{output.name}.unfinished.*"):
             log.unlink()
-    print(to_json(frame) if args.json else to_text(task, frame, output))
+    print(as_json(frame) if args.json else as_text(task, frame, output))
     if failed and output is not None:
         print(
             f"{failed} images failed. Delete {output} and repeat the command with --resume to ask about them again.",
@@ -239,15 +245,6 @@ def check_output_options(args: argparse.Namespace, count: int) -> Path | None:
     return output
 
 
-def check_preview(path: str, count: int) -> None:
-    if Path(path).suffix.lower() != ".png":
-        raise RasterError(f"--preview {shorten(path)} must end in .png.")
-    if not Path(path).parent.is_dir():
-        raise RasterError(f"--preview {shorten(path)}: there is no folder {Path(path).parent}.")
-    if count > 1:
-        raise RasterError("--preview takes one raster.")
-
-
 def plan(task: str, args: argparse.Namespace, raster: Any) -> list[Any]:
     """The images that a task would look at."""
     from .areas import read_layer
@@ -278,8 +275,8 @@ def plan_line(plan: dict[str, Any]) -> str:
     return f"{plan['raster']}: {plan['images']} images, the largest of {size} pixels{pixel}"
 
 
-def draw_preview(raster: Any, pieces: list[Any]) -> bytes:
-    """PNG: the image of the only piece, or the whole raster with the edges of all."""
+def draw_preview(raster: Any, pieces: list[Any]) -> Any:
+    """The image of the only piece, or the whole raster with the edges of all."""
     from PIL import ImageDraw
 
     from .answers import show
@@ -294,9 +291,7 @@ def draw_preview(raster: Any, pieces: list[Any]) -> bytes:
             column, row, width, height = piece.window
             box = (column * across, row * down, (column + width) * across - 1, (row + height) * down - 1)
             pen.rectangle(box, outline="yellow")
-    png = io.BytesIO()
-    image.save(png, "PNG")
-    return png.getvalue()
+    return image
 
 
 def combine(frames: list[Any]) -> Any:
@@ -322,7 +317,7 @@ def records_of(frame: Any) -> list[dict[str, Any]]:
     return record.get("runs", [record])
 
 
-def to_json(frame: Any) -> str:
+def as_json(frame: Any) -> str:
     import pandas
 
     rows = frame.assign(geometry=frame.geometry.to_wkt()).astype(object)
@@ -332,7 +327,7 @@ def to_json(frame: Any) -> str:
     )
 
 
-def to_text(task: str, frame: Any, output: Path | None) -> str:
+def as_text(task: str, frame: Any, output: Path | None) -> str:
     lines = []
     for record in records_of(frame):
         names = " and ".join(raster["source"] for raster in record["rasters"])

@@ -40,7 +40,7 @@ def add_map_options(parser: argparse.ArgumentParser, task: str) -> None:
         "--resolution", type=float, metavar="METRES", help="size of a pixel of the images (default: as stored)"
     )
     group.add_argument("--output", metavar="FILE", help="layer to write: .gpkg, .geojson, .csv or .parquet")
-    group.add_argument("--preview", metavar="PATH", help="write, as PNG, what is looked at, with the edges of the images")
+    group.add_argument("--preview", metavar="PATH", help="write a picture of what is looked at, with the edges of images")
     group.add_argument("--dry-run", action="store_true", help="say what would be looked at, and load no model")
     group.add_argument("--resume", action="store_true", help="continue a run of the same command that was stopped")
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download, metadata_load
 
+from ..files.writing import write_file
+
 
 TEMPLATE = Path(__file__).with_name("template.md")
 LICENSE_FIELDS = ("license", "license_name", "license_link")
@@ -78,4 +80,4 @@ def write_model_card(
         evidence=evidence,
         parts=facts,
     )
-    card.save(folder / "README.md")
+    write_file(folder / "README.md", str(card))

@@ -81,10 +81,11 @@ def card_results(summary: Any) -> list[EvalResult]:
             dataset_config=summary.protocol,
             dataset_split=summary.split,
             metric_type=column.figure,
-            metric_name=f"{task} {column.figure}".replace("_", " "),
+            metric_name=f"{task} {column.figure}{' of incomplete weights' if summary.incomplete else ''}".replace("_", " "),
             metric_value=cell.value,
             metric_args={"low": cell.low, "high": cell.high, "confidence": 0.95, "n": cell.n}
-            | ({"weights": summary.weights} if summary.weights else {}),
+            | ({"weights": summary.weights} if summary.weights else {})
+            | ({"incomplete": " ".join(summary.incomplete)} if summary.incomplete else {}),
         )
         for task, cells in summary.results.items()
         for column, cell in cells.items()

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from ..arguments import ArgumentParser
+from ..files.writing import WriteError, check_file, write_image
 from .contact_sheet import contact_sheet
 from .dataset import DatasetPlan, write_dataset
 from .drawing import SPLITS
@@ -42,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("give either the folder OUT or --contact-sheet PATH")
     try:
         if args.contact_sheet is not None:
-            contact_sheet().save(args.contact_sheet, quality=80)
+            check_file(args.contact_sheet, is_image=True)
+            write_image(args.contact_sheet, contact_sheet(), quality=80)
             print(f"Drawn: {args.contact_sheet}")
             return 0
         low, high = args.object_pixels
@@ -50,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows = write_dataset(args.out, plan, args.workers)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, WriteError) else 1
     print(f"Written: {rows} questions about {plan.count} scenes to {args.out / plan.split}.jsonl")
     return 0
 

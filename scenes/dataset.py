@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..files.writing import check_folder, whole_file, write_image
 from .drawing import Scene, draw, plan_change, plan_scene, scene_seed
 from .questions import TASKS, Question, ask, ask_change
 
@@ -67,17 +68,20 @@ def write_dataset(folder: Path, plan: DatasetPlan, workers: int = 1) -> int:
 
     Raises:
         FileExistsError: the folder is not empty.
+        WriteError: the folder or a file cannot be written.
         ValueError: `workers` is less than 1.
     """
     if workers < 1:
         raise ValueError(f"workers={workers} must be at least 1.")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    check_folder(folder)
+    if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} exists and is not an empty folder: choose another, or delete it first.")
     (folder / IMAGES).mkdir(parents=True)
-    rows, unfinished = 0, folder / f"{plan.split}.jsonl.part"
+    rows = 0
     write = functools.partial(_write_scene, folder, plan)
     with ExitStack() as stack:
-        file = stack.enter_context(unfinished.open("w", encoding="utf-8"))
+        unfinished = stack.enter_context(whole_file(folder / f"{plan.split}.jsonl"))
+        file = stack.enter_context(unfinished.open("x", encoding="utf-8"))
         if workers == 1:
             written = map(write, range(plan.count))
         else:
@@ -86,7 +90,6 @@ def write_dataset(folder: Path, plan: DatasetPlan, workers: int = 1) -> int:
         for group in tqdm(written, total=plan.count, desc=plan.split, unit="scene"):
             file.writelines(json.dumps(row) + "\n" for row in group)
             rows += len(group)
-    unfinished.rename(folder / f"{plan.split}.jsonl")
     return rows
 
 
@@ -97,12 +100,12 @@ def _write_scene(folder: Path, plan: DatasetPlan, index: int) -> list[dict[str, 
     images = [f"{IMAGES}/{name}.png"]
     questions = ask(scene, plan.tasks)
     if questions or index < plan.changes:
-        draw(scene).save(folder / images[0])
+        write_image(folder / images[0], draw(scene))
     rows = [_row(f"{name}-{number}", question, images, scene.size) for number, question in enumerate(questions)]
     if index < plan.changes:
         later, kind, change = plan_change(scene, plan.object_pixels)
         images = [*images, f"{IMAGES}/{name}-later.png"]
-        draw(later, look=1).save(folder / images[1])
+        write_image(folder / images[1], draw(later, look=1))
         rows.append(_row(f"{name}-change", ask_change(kind, change), images, scene.size))
     return rows
 

@@ -23,6 +23,7 @@ from tiny_parts import CHECKPOINT, VOCAB, assert_same, refused, weights
 from mfrsvlm import MFRSVLMConfig, MFRSVLMForConditionalGeneration, MFRSVLMProcessor, convert_checkpoint
 from mfrsvlm.configuration_mfrsvlm import window_table
 from mfrsvlm.convert_checkpoint import convert_released, main
+from mfrsvlm.files.model_folder import ModelFolderError, load_model
 from mfrsvlm.model_card import card
 from mfrsvlm.released_layout import resolve_depths, resolve_injection_layers, resolve_window_sizes
 
@@ -147,6 +148,7 @@ class TestReleased:
     def test_folder_is_complete_and_loads(self, converted: Path):
         code = {path.name for path in Path(convert_checkpoint.__file__).parent.glob("*_mfrsvlm.py")}
         assert {path.name for path in converted.iterdir()} == code | {
+            "checksums.json",
             "README.md",
             "chat_template.jinja",
             "config.json",
@@ -265,7 +267,7 @@ class TestReleased:
         assert main(source.command()) == 0
         assert capsys.readouterr().out == f"wrote {source.output}\n"
 
-    def test_non_finite_and_shared_weights_are_kept(self, source: Source):
+    def test_non_finite_and_shared_weights_are_kept(self, source: Source, caplog):
         tensors = source.tensors()
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]  # one memory under two names
         tensors["lm_head.weight"][0, 0] = float("nan")
@@ -276,6 +278,14 @@ class TestReleased:
         embedding = ours["model.language_model.embed_tokens.weight"]
         for table in (embedding, ours["lm_head.weight"]):
             assert torch.equal(table[1:VOCAB], tensors["lm_head.weight"][1:].half())
+        assert "model.norm.weight in" in caplog.text and "NaN or infinity" in caplog.text
+        with pytest.raises(ModelFolderError, match=r"3 tensors of .* hold NaN or infinity: lm_head.weight"):
+            load_model(source.output)
+
+    def test_a_type_in_the_config_that_is_not_that_of_the_file(self, source: Source, capsys):
+        source.configure(torch_dtype="bfloat16")
+        refused(main, capsys, source.command(), "torch.float32, but config.json has torch_dtype=torch.bfloat16", "--dtype")
+        source.convert(dtype="bfloat16")
 
     @pytest.mark.parametrize("known", [False, True], ids=["new token", "token of the tokenizer"])
     def test_a_spare_row_is_used(self, source: Source, known: bool):

@@ -4,6 +4,7 @@ One process with the installed package publishes. A clean one, that cannot impor
 publishes a derived checkpoint. After the first repository is gone, a last clean one loads the derived checkpoint.
 """
 
+import hashlib
 import json
 import os
 import subprocess
@@ -30,6 +31,7 @@ AUTO_MAP = {
 }
 IMAGE_PROCESSOR = "image_processing_mfrsvlm.MFRSVLMImageProcessor"
 CODE = {
+    "checksums_mfrsvlm.py",
     "configuration_mfrsvlm.py",
     "conversations_mfrsvlm.py",
     "image_processing_mfrsvlm.py",
@@ -278,6 +280,15 @@ def test_repositories_hold_code_and_no_reference_to_another(published: Published
     for path in CODE:
         for repo in published.files:
             assert published.files[repo][path] == (ROOT / path).read_bytes(), f"{repo}/{path}"
+
+
+def test_checksums_are_those_of_the_repository(published: Published) -> None:
+    for repo, files in published.files.items():
+        entries = json.loads(files["checksums.json"])
+        assert "tokenizer.json" in entries, repo
+        for name, entry in entries.items():
+            assert entry["sha256"] == hashlib.sha256(files[name]).hexdigest(), f"{repo}/{name}"
+    assert "model.safetensors" in json.loads(published.files[BASE]["checksums.json"])
 
 
 def test_installed_package_needs_no_code_from_the_folder(published: Published) -> None:

@@ -21,8 +21,9 @@ from transformers import HfArgumentParser, TrainerState, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils.logging import set_verbosity_info
 
-from ..files.model_folder import ModelFolderError, classify, load_model, load_processor
+from ..files.model_folder import ModelFolderError, classify, load_model, load_processor, problems_of
 from ..files.reading import read_text
+from ..files.writing import WriteError, check_folder
 from ..modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from .collator import ConversationCollator
 from .data import BadRow, ConversationDataset, ConversationStream
@@ -58,6 +59,10 @@ class ModelArguments:
             "the master copy.",
             "choices": ["float32", "bfloat16", "float16"],
         },
+    )
+    allow_incomplete: bool = field(
+        default=False,
+        metadata={"help": "Warn, instead of stopping, if weights are missing, damaged or not those that were saved."},
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flash_attention_2, eager."})
     lora: bool = field(default=False, metadata={"help": "Train an adapter (LoRA) instead of the weights."})
@@ -258,7 +263,12 @@ def prepare_model(options: ModelArguments, args: MFRSVLMTrainingArguments) -> An
     # The fully trained modules are saved with the adapter, so they must not be rounded.
     keeps_base = options.lora and not options.lora_merge
     dtype = "auto" if keeps_base else options.dtype
-    model, _ = load_model(options.model_name_or_path, dtype=dtype, attn_implementation=options.attn_implementation)
+    model, _ = load_model(
+        options.model_name_or_path,
+        dtype=dtype,
+        attn_implementation=options.attn_implementation,
+        allow_incomplete=options.allow_incomplete,
+    )
     sharded = (
         args.fsdp or args.deepspeed or os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_USE_DEEPSPEED")
     )
@@ -368,6 +378,7 @@ def finetune(options: ModelArguments, data: DataArguments, args: MFRSVLMTraining
         BadRow: a row is bad and `on_bad_row="fail"`.
     """
     check_settings(options, data, args)
+    check_folder(args.output_dir)
     checkpoint = None
     if args.process_index == 0 or args.resume_from_checkpoint is not None:  # the first rank checks before any rank writes
         checkpoint = check_output_dir(args, data.overwrite_output_dir)
@@ -377,7 +388,7 @@ def finetune(options: ModelArguments, data: DataArguments, args: MFRSVLMTraining
         return None
     check_start(options)
 
-    processor = load_processor(options.model_name_or_path)
+    processor = load_processor(options.model_name_or_path, allow_incomplete=options.allow_incomplete)
     collator = ConversationCollator(processor, data.template, data.prompt_version, data.max_length)
     datasets = load_data(data, args, collator.encode)
     if data.dataset_streaming and args.accelerator_config.dispatch_batches is None:
@@ -390,7 +401,9 @@ def finetune(options: ModelArguments, data: DataArguments, args: MFRSVLMTraining
         eval_dataset=datasets.get("eval"),
         processing_class=processor,
     )
+    problems = problems_of(trainer.model)
     trainer.card_details = {
+        "evidence": f"**The model that it was trained from was incomplete.** {' '.join(problems)}" if problems else None,
         "base_model": data.base_model,
         "datasets": data.card_datasets,
         "name": None if args.hub_model_id is None else args.hub_model_id.rpartition("/")[2],
@@ -436,6 +449,9 @@ def run(arguments: list[str] | None = None) -> int:
     """Runs the command and returns its exit status. Errors that the user can correct are printed in one line."""
     try:
         main(arguments)
+    except WriteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except (SettingsError, ModelFolderError, BadRow, FileNotFoundError, IsADirectoryError, PermissionError) as error:
         print(f"error: {error}", file=sys.stderr)
     except ImportError as error:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from ..files.writing import whole_array
 from ..modeling_mfrsvlm import MFRSVLMForConditionalGeneration, MFRSVLMImageFeatures
 from .branches import BranchCollator
 from .data import ConversationDataset
@@ -49,13 +50,12 @@ def cache_image_features(
         path.parent.mkdir(parents=True, exist_ok=True)
         stacks = config.num_detail_stacks if config.has_details else 0
         shape = (count, 1 + stacks, config.image_seq_length, config.vision_feature_size)
-        partial = path.with_suffix(".partial")
-        features = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
         projector, model.model.multi_modal_projector = model.model.multi_modal_projector, nn.Identity()
         places, config.visual_position_embeddings = config.visual_position_embeddings, False
         model.eval()
         start = 0
-        with tqdm(total=count, desc=path.stem, unit="image", mininterval=5) as bar:
+        bar = tqdm(total=count, desc=path.stem, unit="image", mininterval=5)
+        with whole_array(path, np.float16, shape) as features, bar:
             for pixels in batches:
                 outputs = model.model.get_image_features(pixels, return_dict=True)
                 tokens = [torch.stack(outputs.pooler_output)]
@@ -64,8 +64,6 @@ def cache_image_features(
                 start += len(pixels)
                 bar.update(len(pixels))
         model.model.multi_modal_projector, config.visual_position_embeddings = projector, places
-        features.flush()
-        partial.rename(path)
     features = np.load(path, mmap_mode="r")
     if len(features) != count:
         raise ValueError(f"{path} has features of {len(features)} images, not of {count}. Remove it to encode again.")

@@ -26,7 +26,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..evaluation import EvaluationSettings, evaluate, load_benchmark
 from ..evaluation.evaluate import evaluate_majority
-from ..files.writing import write_file
+from ..files.reading import read_json
+from ..files.writing import WriteError, check_folder, write_file
 from ..model_card.card import write_model_card
 from ..modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from .branches import BranchCollator
@@ -103,7 +104,7 @@ class StageTimes:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+        self.seconds: dict[str, float] = read_json(path) if path.exists() else {}
 
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
@@ -127,6 +128,8 @@ def train_demo_model(options: DemoModelArguments, args: DemoModelTrainingArgumen
     if not options.output:
         raise SettingsError("output is missing: --output DIR names the model folder to write.")
     output, work = Path(options.output), Path(options.work)
+    for folder in (output, work):
+        check_folder(folder)
     if output.exists() and any(output.iterdir()):
         raise SettingsError(f"output={output} is not empty. Choose another folder, or remove it first.")
     if not options.scenes and not options.train_file and not options.real_data:
@@ -341,6 +344,9 @@ def run(arguments: list[str] | None = None) -> int:
     """Runs the command and returns its exit status. Errors that the user can correct are printed in one line."""
     try:
         print(main(arguments))
+    except WriteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except (SettingsError, BadRow, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
     except ImportError as error:

@@ -15,6 +15,8 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from ..checksums_mfrsvlm import ADAPTER_FILES, CHECKSUMS, MODEL_FILES, update_checksums
+from ..files.writing import write_file
 from ..model_card.card import write_model_card
 from .data import ConversationDataset
 from .muon import MuonWithAdamW
@@ -269,11 +271,19 @@ class MFRSVLMTrainer(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(finished))
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:  # PEFT saves adapters without
+            update_checksums(output_dir or self.args.output_dir, (*MODEL_FILES, *ADAPTER_FILES))
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._run_dir is not None or not self.is_world_process_zero():
             return  # incomplete: `_save_checkpoint` calls again
         for code in Path(checkpoint_folder).glob("*.py"):
-            shutil.copy(code, self.args.output_dir)
+            write_file(Path(self.args.output_dir, code.name), code.read_bytes())
+        checksums = Path(checkpoint_folder, CHECKSUMS)
+        if checksums.is_file():  # of the weights and configs that are copied next
+            write_file(Path(self.args.output_dir, CHECKSUMS), checksums.read_bytes())
         self.create_model_card()
         super()._push_from_checkpoint(checkpoint_folder)
 

@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from PIL import Image
 
-from ...image_sources_mfrsvlm import EIGHT_BIT_MODES, open_image
+from ...image_sources_mfrsvlm import EIGHT_BIT_MODES, locate, open_image
 
 
 class BenchmarkError(ValueError):
@@ -118,6 +119,16 @@ class Benchmark:
             f"{self._where(name)} has mode {image.mode}; convert it to 8-bit RGB first, and report how you did it."
         )
 
-    def _where(self, name: str) -> str:
-        sample = next((sample.id for sample in self.samples if name in sample.images), None)
+    def check_image(self, name: str, sample: str) -> None:
+        """Raises `BenchmarkError` if the image of a sample is not a file that may be opened. It is not decoded."""
+        try:
+            if urlsplit(name).scheme not in ("http", "https"):
+                locate(name, self.root, self.allow_outside_images)
+            elif not self.allow_outside_images:
+                raise ValueError("it is an address, and only files may be opened here")
+        except (OSError, ValueError, TypeError) as error:
+            raise BenchmarkError(f"{self._where(name, sample)} cannot be read: {error}") from error
+
+    def _where(self, name: str, sample: str | None = None) -> str:
+        sample = sample or next((sample.id for sample in self.samples if name in sample.images), None)
         return f"Image {self.root / name} of sample {sample!r} of {self.name}"

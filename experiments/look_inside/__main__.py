@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ...files.writing import check_file
 from ...scenes import KINDS, ask, draw
 from ...training.demo_model.scene_images import OBJECT_PIXELS, SCENE_SIZE, plan
 from ..estimates import plain
@@ -111,6 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, default=200, help="scenes of the test split")
     parser.add_argument("--probe-scenes", type=int, default=400, help="scenes of the validation split, to fit the probes on")
     args = parser.parse_args(arguments)
+    for path in (args.table, args.plot):
+        if path is not None:
+            check_file(path)
     result = look_inside(args.with_injection, args.without_injection, args.scenes, args.probe_scenes)
     write_table(result, args.table)
     if args.plot:

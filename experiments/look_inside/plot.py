@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from ...files.writing import write_figure
+
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Three panels: attention mass, probes, and routing of small- and large-object scenes."""
@@ -59,7 +61,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     figure.tight_layout()
-    figure.savefig(path)
+    write_figure(path, figure)
     plt.close(figure)
 
 

@@ -7,7 +7,9 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_rasters import pixels, unnamed, write
+from tiny_training import tiny_folder
 
 from mfrsvlm.demo import MODEL, SCENE, ask
 from mfrsvlm.demo.__main__ import main
@@ -53,6 +55,24 @@ def test_ask_prints_answers_and_boxes(capsys):
         "A: [749, 082, 776, 110]",
         "   box in pixels: 383, 42, 397, 56",
     ]
+
+
+def test_incomplete_weights_are_used_only_if_asked(tmp_path, capsys):
+    folder = tiny_folder(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    save_file({n: t for n, t in tensors.items() if "projector" not in n}, folder / "model.safetensors", {"format": "pt"})
+    for command in (ask.main, main):
+        line = [SCENE, "Why?"] if command is ask.main else [SCENE, "--question", "Why?"]
+        picture = ["--picture", str(tmp_path / "picture.png")]
+        assert command([*line, "--model", str(folder), *picture]) == 1
+        error = capsys.readouterr().err
+        assert "model.safetensors has" in error and "checksums.json" in error and error.count("\n") == 1
+        (folder / "checksums.json").rename(folder / "kept.json")
+        assert command([*line, "--model", str(folder), *picture]) == 1
+        assert "4 tensors are missing: model.multi_modal_projector" in capsys.readouterr().err
+        (folder / "kept.json").rename(folder / "checksums.json")
+        assert command([*line, "--model", str(folder), *picture, "--allow-incomplete"]) == 0
+        assert "Why?" in capsys.readouterr().out
 
 
 def test_ask_prints_json_and_draws(tmp_path, capsys):

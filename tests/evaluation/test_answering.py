@@ -12,6 +12,7 @@ from tiny_peers import tiny_llava, tiny_qwen2_vl
 from tiny_training import tiny_folder
 from transformers import GenerationConfig
 
+from mfrsvlm.checksums_mfrsvlm import update_checksums
 from mfrsvlm.configuration_mfrsvlm import GENERATE_ENCODES_IMAGES
 from mfrsvlm.evaluation.answering import Answerer, Prompt, YesProbability, fingerprint, load
 
@@ -19,6 +20,7 @@ from mfrsvlm.evaluation.answering import Answerer, Prompt, YesProbability, finge
 def padded_on_the_right(folder):
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"padding_side": "right"}))
+    update_checksums(folder)
     return folder
 
 
@@ -235,7 +237,8 @@ def test_fingerprint_changes_with_the_weights(tmp_path):
 
 def test_a_model_without_a_chat_template_is_rejected(tmp_path):
     folder = tiny_folder(tmp_path / "model")
-    (folder / "chat_template.jinja").unlink()
+    for name in ("chat_template.jinja", "checksums.json"):
+        (folder / name).unlink()
     with pytest.raises(ValueError, match="no chat template"):
         load(str(folder))
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny_benchmarks import MAKERS, edit_json
 from tiny_training import tiny_folder
 
 from mfrsvlm.evaluation.__main__ import main, make_parser
+from mfrsvlm.evaluation.answering import load
+from mfrsvlm.evaluation.evaluate import describe_model
 from mfrsvlm.evaluation.metrics import METRICS
 from mfrsvlm.evaluation.protocols import PROTOCOLS
 
@@ -77,6 +81,24 @@ def test_several_benchmarks(model, data, tmp_path, capsys):
     assert command(*line, "--benchmark", both[0], "--benchmark", both[1], "--limit", "3", "--output", tmp_path) == 0
     assert command(*line, "--benchmark", *both, "--data", data["scenes"]) == 2
     assert "Name several as NAME/SPLIT=FOLDER" in capsys.readouterr().err
+
+
+def test_incomplete_weights_are_evaluated_only_if_asked_and_said_everywhere(model, data, tmp_path, capsys):
+    folder = shutil.copytree(model, tmp_path / "tiny", ignore=shutil.ignore_patterns("checksums.json"))
+    tensors = load_file(folder / "model.safetensors")
+    save_file({n: t for n, t in tensors.items() if "injectors" not in n}, folder / "model.safetensors", {"format": "pt"})
+    line = ["--model", folder, "--benchmark", f"scenes={data['scenes']}", *PROTOCOL, "--output", tmp_path / "run"]
+    assert command(*line) == 2
+    assert "tensors are missing: model.injectors.0" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert command(*line, "--allow-incomplete") == 0
+    summary = json.loads((tmp_path / "run" / "scenes" / "test" / "summary.json").read_text())
+    assert "tensors are missing" in summary["model"]["incomplete"][0]
+    assert "incomplete weights" in capsys.readouterr().out
+    assert "incomplete" not in described(model)
+
+
+def described(folder):
+    return describe_model(*load(str(folder)))
 
 
 def test_the_majority_baseline(data, tmp_path, capsys):

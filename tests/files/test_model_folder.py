@@ -1,6 +1,8 @@
 """What a model folder is: every kind is recognized, loaded to the same numbers, or rejected with what to do."""
 
 import json
+import math
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from tiny_training import tiny_folder
 
 from mfrsvlm import MFRSVLMForConditionalGeneration, MFRSVLMProcessor
-from mfrsvlm.files.model_folder import ModelFolderError, classify, load_model, load_processor
+from mfrsvlm.checksums_mfrsvlm import CHECKSUMS
+from mfrsvlm.files.model_folder import ModelFolderError, classify, load_model, load_processor, problems_of
 from mfrsvlm.training.finetune import DECODER_LINEARS
 
 
@@ -35,7 +38,8 @@ def adapter(whole, tmp_path_factory):
 
 @pytest.fixture
 def copy(whole, tmp_path):
-    return shutil.copytree(whole, tmp_path / "copy")
+    """A copy without checksums, so that changes are found by their effects."""
+    return shutil.copytree(whole, tmp_path / "copy", ignore=shutil.ignore_patterns(CHECKSUMS))
 
 
 def same_weights(model, other):
@@ -149,11 +153,87 @@ def test_an_adapter_with_lost_weights_is_rejected(adapter, tmp_path):
         (lambda t: t.update({"model.spare": torch.ones(2)}), "1 tensors are unknown to the model: model.spare"),
         (lambda t: t.update({"lm_head.weight": torch.ones(3, 4)}), r"of another shape: lm_head.weight \(3, 4\) instead of"),
         (lambda t: [t.pop(n) for n in list(t) if ".layers.1.mlp" in n], r"tensors are missing: .*layers.1.mlp"),
+        (
+            lambda t: t["lm_head.weight"].view(-1)[7:8].fill_(math.nan),
+            "1 tensors of .* hold NaN or infinity: lm_head.weight",
+        ),
+        (lambda t: t["lm_head.weight"].view(-1)[7:8].fill_(-math.inf), "hold NaN or infinity: lm_head.weight"),
+        (
+            lambda t: t.update({"lm_head.weight": t["lm_head.weight"].half()}),
+            "dtype=float32, but 1 tensors are of another type: lm_head.weight float16",
+        ),
     ],
 )
-def test_weights_that_do_not_fit_are_named(copy, change, named, caplog):
+def test_weights_that_do_not_fit_are_named(whole, copy, change, named, caplog):
     change_weights(copy, change)
     with pytest.raises(ModelFolderError, match=named):
         load_model(copy)
-    assert load_model(copy, allow_incomplete=True)
-    assert any("do not fit its config.json" in record.message for record in caplog.records)
+    model, _ = load_model(copy, allow_incomplete=True)
+    assert re.search(named, " ".join(problems_of(model)))
+    assert [record.message for record in caplog.records if record.name.endswith("model_folder")] == problems_of(model)
+    assert problems_of(load_model(whole)[0]) == []
+
+
+def test_a_type_in_the_config_that_is_not_that_of_the_file(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    with pytest.raises(
+        ModelFolderError, match=r"has dtype=bfloat16, but 132 tensors are of another type: lm_head.weight float32"
+    ):
+        load_model(copy)
+    assert load_model(copy, allow_incomplete=True)[0].dtype == torch.bfloat16
+
+
+def test_values_near_the_largest_are_finite(copy):
+    change_weights(copy, lambda tensors: tensors["lm_head.weight"].fill_(torch.finfo(torch.float32).max))
+    load_model(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        ("model.safetensors", b"", "model of .* cannot be loaded"),
+        ("model.safetensors", b"\xff" * 90, "model of .* cannot be loaded"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": "gone.safetensors"}}', "Remove the other one"),
+        ("config.json", b'{"model_type": "mfrsvlm", "text_config": 3}', "model of .* cannot be loaded"),
+        ("generation_config.json", b"{", r"generation_config\.json is not JSON"),
+        ("tokenizer.json", b"{}", "processor of .* cannot be loaded"),
+        ("tokenizer.json", b"null", r"tokenizer\.json holds a NoneType"),
+        ("tokenizer.json", None, "The tokenizer of .* as id of <image>"),
+        ("tokenizer_config.json", b"[]", r"tokenizer_config\.json holds a list"),
+        ("processor_config.json", b'{"image_processor": {"image_mean": "x"}}', "processor of .* cannot be loaded"),
+    ],
+)
+def test_a_damaged_file_is_one_line(copy, name, content, named):
+    (copy / name).unlink(missing_ok=True)
+    if content is not None:
+        (copy / name).write_bytes(content)
+    with pytest.raises(ModelFolderError, match=named) as caught:
+        load_model(copy)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_a_lost_shard_is_named(copy):
+    MFRSVLMForConditionalGeneration.from_pretrained(copy).save_pretrained(copy, max_shard_size=100_000)
+    (copy / CHECKSUMS).unlink()
+    (copy / "model-00002-of-00004.safetensors").unlink()
+    with pytest.raises(ModelFolderError, match=r"lacks shards that its .* names: model-00002-of-00004\.safetensors"):
+        load_model(copy)
+
+
+def test_an_adapter_that_is_damaged(adapter, tmp_path):
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors[next(name for name in tensors if "lora_A" in name)][0] = math.nan
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(ModelFolderError, match=rf"tensors of {folder} hold NaN or infinity: .*lora_A"):
+        load_model(folder)
+    assert "NaN" in problems_of(load_model(folder, allow_incomplete=True)[0])[0]
+    (folder / "adapter_model.safetensors").write_bytes(b"x" * 40)
+    with pytest.raises(ModelFolderError, match=r"adapter of .* cannot be loaded"):
+        load_model(folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    for change in ({"base_model_name_or_path": [1]}, {"peft_type": "NONE"}, {"r": "x"}):
+        (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ModelFolderError):
+            load_model(folder)

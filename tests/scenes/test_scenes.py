@@ -356,9 +356,10 @@ def test_tasks_are_chosen_and_scenes_without_a_question_left_out(tmp_path):
 
 def test_command_never_overwrites(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.txt").write_text("keep")
-    for target in (tmp_path, tmp_path / "mine.txt"):
-        assert run(monkeypatch, target, *SMALL_SET) == 1
-        assert f"{target} exists" in capsys.readouterr().err
+    assert run(monkeypatch, tmp_path, *SMALL_SET) == 1
+    assert f"{tmp_path} exists" in capsys.readouterr().err
+    assert run(monkeypatch, tmp_path / "mine.txt", *SMALL_SET) == 2
+    assert f"{tmp_path / 'mine.txt'} is a file, not a folder" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     assert run(monkeypatch, tmp_path / "new", *SMALL_SET, "--tasks", "color") == 1
     assert run(monkeypatch, tmp_path / "new", *SMALL_SET, "--workers", 0) == 1

@@ -1,5 +1,6 @@
 """Fine-tuning runs of tiny models: what is trained, resumed, saved, published, and refused."""
 
+import hashlib
 import json
 import os
 import re
@@ -542,6 +543,9 @@ def test_push_sends_model_processor_code_and_card(start, tmp_path):
         files = hub.files("author/tuned")
         commits = hub.repositories["author/tuned"].commits
         during = [files for files in list(commits.values())[1:-1] if "model.safetensors" in files]
+        for each in during:
+            for name, entry in json.loads(each["checksums.json"]).items():
+                assert entry["sha256"] == hashlib.sha256(each[name]).hexdigest(), name
         assert during and all(CODE | {"README.md", "processor_config.json"} <= each.keys() for each in during)
         environment |= {"HF_HUB_OFFLINE": "0", "PYTHONPATH": ""}
         seen = load_elsewhere("author/tuned", start[1] / "1.png", tmp_path, **environment)

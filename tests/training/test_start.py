@@ -10,6 +10,7 @@ import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_training import llava_row, tiny_folder, write_data
 
 from mfrsvlm import MFRSVLMForConditionalGeneration
@@ -168,6 +169,31 @@ def test_a_finished_training_is_not_trained_again(starts, data, tmp_path, caplog
     assert main([config, "--resume_from_checkpoint", "last"]).state.global_step == 1
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
     assert main([config, "--resume_from_checkpoint", "last", "--max_steps", "2"]).state.global_step == 2
+
+
+def test_an_incomplete_start_is_trained_only_if_asked_and_the_card_says_so(data, tmp_path, capsys):
+    start = tiny_folder(tmp_path / "start")
+    tensors = load_file(start / "model.safetensors")
+    save_file({n: t for n, t in tensors.items() if "injectors" not in n}, start / "model.safetensors", {"format": "pt"})
+    (start / "checksums.json").unlink()
+    config = write_config(start, data, tmp_path)
+    assert run([config]) == 1
+    assert "tensors are missing: model.injectors.0" in capsys.readouterr().err.splitlines()[-1]
+    assert run([config, "--allow_incomplete", "true"]) == 0
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "was incomplete" in card and "tensors are missing: model.injectors.0" in card
+    load_model(tmp_path / "run")
+
+
+def test_a_flipped_byte_of_a_trained_adapter_is_found(starts, data, tmp_path):
+    main([write_config(starts["whole"], data, tmp_path, **SETTINGS["lora"])])
+    load_model(tmp_path / "run")
+    path = tmp_path / "run" / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ModelFolderError, match=r"adapter_model\.safetensors has another content than was saved"):
+        load_model(tmp_path / "run")
 
 
 # Datasets by name

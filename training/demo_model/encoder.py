@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ...files.writing import write_tensors
 from ...modeling_mfrsvlm import MFRSVLMModel, resample_to_grid
 from ...scenes import CLASSES, KINDS, Scene
 from ..image_features import ENCODER
@@ -157,7 +158,7 @@ def pretrain(encoder: str, images: SceneImages, output: Path, steps: int, seed: 
             logger.info(f"encoder, step {step} of {steps}, {time.perf_counter() - start:.0f} s: {shown}")
     output.parent.mkdir(parents=True, exist_ok=True)
     kept = {name: value for name, value in model.state_dict().items() if name.startswith(ENCODER)}
-    torch.save({"model": kept, "heads": heads.state_dict()}, output)
+    write_tensors(output, {"model": kept, "heads": heads.state_dict()})
 
 
 def load_encoder(model: MFRSVLMModel, path: Path) -> None:

@@ -67,6 +67,8 @@ def similarities(ones: torch.Tensor, others: torch.Tensor, chunk: int = 64) -> t
 
 def same_places(held_out: Sequence[Path], others: Sequence[Path]) -> dict[Path, tuple[Path, float]]:
     """Of `others`, those that show the same place as a held-out photograph: that photograph, and the similarity."""
+    if not held_out or not others:
+        return {}
     squares = [torch.stack([prepare(Image.open(path)) for path in paths]) for paths in (held_out, others)]
     best, which = similarities(*squares).max(0)
     return {

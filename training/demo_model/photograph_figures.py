@@ -15,8 +15,9 @@ from ...evaluation.evaluate import evaluate_majority
 from ...evaluation.intervals import corpus_figure
 from ...files.reading import read_json, read_rows
 from .architecture import efficientnet_lite0
-from .photographs import PROTOCOL, load_split, to_tensor
+from .photographs import PROTOCOL, load_split
 from .pretrained_tower import ORIGIN, convert_efficientnet_lite
+from .scene_images import to_pixels
 
 
 COLUMNS = ("image", "encoder", "blind", "majority")
@@ -42,7 +43,7 @@ def pooled_imagenet_features(weights: Path) -> Callable[[Any], np.ndarray]:
 
     @torch.inference_mode()
     def encode(image: Any) -> np.ndarray:
-        pixels = to_tensor(np.asarray(image.convert("RGB").resize((256, 256)))[None])
+        pixels = to_pixels(np.asarray(image.convert("RGB").resize((256, 256)))[None])
         return model(pixels).last_hidden_state.mean((2, 3))[0].numpy()
 
     return encode

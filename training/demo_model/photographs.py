@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 
 from ...evaluation.benchmarks import Benchmark, BenchmarkError, load_benchmark
@@ -81,6 +80,8 @@ def split_photographs(real: Path, output: Path, seed: int = 0) -> Path:
     split_of |= {row["image"]: "train" for row in captions if row["image"] not in split_of and row["image"] not in dropped}
     for split in SPLITS:
         _write_split(root, output / split, split, [image for image, name in split_of.items() if name == split])
+    if "train" not in split_of.values():
+        raise BenchmarkError(f"{root}: no photograph is left to train on; all are held out or resemble one that is.")
     counts = {split: sum(name == split for name in split_of.values()) for split in SPLITS}
     summary = {"counts": counts, "threshold": SAME_PLACE, "dropped": dropped}
     write_file(output / SUMMARY, json.dumps(summary, indent=1) + "\n")
@@ -201,8 +202,3 @@ def read_pixels(photographs: Sequence[Photograph], side: int) -> np.ndarray:
 
 def names_direction(answer: str) -> bool:
     return any(word in DIRECTIONS for word in answer.lower().replace(",", " ").split())
-
-
-def to_tensor(pixels: np.ndarray) -> torch.Tensor:
-    """(n, h, w, 3) uint8 to (n, 3, h, w) float32 in [-1, 1], as the image processor normalizes."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1

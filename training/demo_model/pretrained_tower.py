@@ -17,10 +17,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ...files.writing import write_tensors
 from ...modeling_mfrsvlm import MFRSVLMModel, resample_to_grid
+from ..image_features import ENCODER
 from ..trainer import SettingsError
 from .architecture import make_config
-from .photographs import TRANSFORMS, Photographs, read_pixels, to_tensor, transform
+from .photographs import TRANSFORMS, Photographs, read_pixels, transform
+from .scene_images import to_pixels
 
 
 logger = logging.getLogger(__name__)
@@ -130,7 +133,7 @@ def crops(pixels: np.ndarray, size: int, seed: int) -> Iterator[tuple[torch.Tens
                 top, left = rng.integers(0, side - extent + 1, 2)
                 crop = transform(pixels[index, top : top + extent, left : left + extent], int(rng.integers(TRANSFORMS)))
                 batch.append(crop)
-            tensor = to_tensor(np.stack(batch))
+            tensor = to_pixels(np.stack(batch))
             gain = torch.from_numpy(rng.uniform(0.8, 1.2, (len(chosen), 3, 1, 1)).astype(np.float32))
             shift = torch.from_numpy(rng.uniform(-0.15, 0.15, (len(chosen), 1, 1, 1)).astype(np.float32))
             tensor = F.interpolate(
@@ -166,7 +169,7 @@ def measure(model: MFRSVLMModel, heads: nn.ModuleList, pixels: np.ndarray, targe
     found = []
     for start in range(0, len(pixels), 16):
         with torch.autocast("cpu", torch.bfloat16):
-            tokens = encode(model, to_tensor(pixels[start : start + 16]))[-1]
+            tokens = encode(model, to_pixels(pixels[start : start + 16]))[-1]
         found.append(torch.cat(heads[-1](tokens.float())[:2], dim=1))
     outputs = torch.cat(found)
     scores, labels = outputs[:, : -targets.labels.shape[1]], outputs[:, -targets.labels.shape[1] :] > 0
@@ -230,15 +233,14 @@ def tune(
         if step % max(1, len(pixels) // batch) == 0 or step == steps:
             figures = measure(model, heads, unseen, held_out)
             if sum(figures.values()) >= best:
-                best, kept = sum(figures.values()), {n: v.clone() for n, v in model.state_dict().items()}
+                best = sum(figures.values())
+                kept = {name: value.clone() for name, value in model.state_dict().items() if name.startswith(ENCODER)}
             shown = ", ".join(f"{name} {value:.3f}" for name, value in {**running, **figures}.items())
             logger.info("tower step %d/%d: %s, %.0f s", step, steps, shown, time.perf_counter() - start)
         if step >= steps:
             break
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_suffix(".partial")
-    torch.save({"model": kept, "heads": heads.state_dict(), "figures": best}, partial)
-    partial.rename(output)
+    write_tensors(output, {"model": kept, "heads": heads.state_dict(), "figures": best})
 
 
 def freeze_squeeze_excitation(model: nn.Module) -> None:

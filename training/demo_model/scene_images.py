@@ -3,7 +3,6 @@
 Training needs every scene many times, and drawing one costs more than encoding it.
 """
 
-import os
 import pickle
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -16,6 +15,7 @@ from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ...files.writing import whole_array, write_file
 from ...processing_mfrsvlm import cut_windows
 from ...scenes import Scene, draw, plan_scene, scene_seed
 
@@ -48,9 +48,7 @@ class SceneImages:
         folder.mkdir(parents=True, exist_ok=True)
         if not plans.exists():
             scenes = [plan(split, index, crowding) for index in range(count)]
-            partial = plans.with_suffix(f".{os.getpid()}")  # several processes may need the same file
-            partial.write_bytes(pickle.dumps(scenes))
-            partial.replace(plans)
+            write_file(plans, pickle.dumps(scenes))
         self.scenes: list[Scene] = pickle.loads(plans.read_bytes())
         if not views.exists():  # written last
             draw_all(self.scenes, canvases, views, workers)
@@ -85,15 +83,15 @@ def plan(split: str, index: int, crowding: int = 1) -> Scene:
 
 
 def draw_all(scenes: list[Scene], canvases: Path, views: Path, workers: int) -> None:
-    shape = (len(scenes), CANVAS, CANVAS, 3)
-    canvas_file = np.lib.format.open_memmap(canvases, mode="w+", dtype=np.uint8, shape=shape)
-    small = np.empty((len(scenes), VIEW, VIEW, 3), dtype=np.uint8)
-    with ProcessPoolExecutor(workers) as pool:
+    count = len(scenes)
+    with (
+        whole_array(views, np.uint8, (count, VIEW, VIEW, 3)) as small,
+        whole_array(canvases, np.uint8, (count, CANVAS, CANVAS, 3)) as large,
+        ProcessPoolExecutor(workers) as pool,
+    ):
         drawn = pool.map(canvas_and_view, scenes, chunksize=32)
-        for index, (canvas, view) in enumerate(tqdm(drawn, total=len(scenes), desc=canvases.stem, mininterval=5)):
-            canvas_file[index], small[index] = canvas, view
-    canvas_file.flush()
-    np.save(views, small)
+        for index, (canvas, view) in enumerate(tqdm(drawn, total=count, desc=canvases.stem, mininterval=5)):
+            large[index], small[index] = canvas, view
 
 
 def canvas_and_view(scene: Scene) -> tuple[np.ndarray, np.ndarray]:

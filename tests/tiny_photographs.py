@@ -1,0 +1,51 @@
+"""A made-up folder of photographs in the layout that `training/demo_model/photographs.py` describes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mfrsvlm.evaluation.benchmarks import BENCHMARKS
+
+
+CLASSES = list(BENCHMARKS["uc-merced"].loader.__self__.classes)
+LABELS = list(BENCHMARKS["ucm-multilabel"].loader.__self__.labels)
+
+
+def texture(seed: int, side: int = 256) -> np.ndarray:
+    """(side, side, 3) uint8 without any structure in common with that of another seed."""
+    rng = np.random.default_rng(seed)
+    fine = Image.fromarray(rng.integers(0, 256, (side // 2, side // 2, 3), dtype=np.uint8))
+    return np.asarray(fine.resize((side, side), Image.Resampling.BICUBIC))
+
+
+def make_photographs(root: Path, each: int = 4, side: int = 64) -> Path:
+    """`each` photographs of every class. The last one is of the test split; the first one of airplanes overlaps with it."""
+    captions, questions, table = [], [], ["IMAGE\\LABEL\t" + "\t".join(LABELS)]
+    for number, name in enumerate(CLASSES):
+        folder = name.replace(" ", "")
+        (root / "ucm" / "Images" / folder).mkdir(parents=True)
+        mosaic = texture(number, 2 * side)
+        for index in range(each):
+            stem, split = f"{folder}{index:02d}", "test" if index == each - 1 else "train"
+            pixels = texture(1000 + number * each + index, side)
+            if name == "airplane" and index in (0, each - 1):
+                left = 0 if index == 0 else side // 4
+                pixels = mosaic[:side, left : left + side]
+            image = f"Images/{folder}/{stem}.png"
+            Image.fromarray(pixels).save(root / "ucm" / image)
+            texts = [f"There is one {name} .", f"There is one {name} .", f"A picture of {name} number {index} ."]
+            captions.append({"image": image, "split": split, "captions": texts})
+            table.append("\t".join([stem, *(str((number + place + index) % 2) for place in range(len(LABELS)))]))
+            for question, answer in (
+                ("How many cars in the picture?", "two"),
+                ("What is the location of the cars in this picture?", "upper left" if index % 2 else "center"),
+                ("How many  in the picture?", "zero"),
+            ):
+                row = {"image": image, "question": question, "answer": answer, "split": split}
+                questions.append(row | {"broken": "  " in question})
+    (root / "ucm" / "captions.json").write_text(json.dumps(captions))
+    (root / "ucm" / "rsivqa.json").write_text(json.dumps(questions))
+    (root / "ucm" / "LandUse_Multilabeled.txt").write_text("\n".join(table) + "\n")
+    return root
