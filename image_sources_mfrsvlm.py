@@ -122,7 +122,7 @@ def locate(source: Any, folder: str | os.PathLike[str] | None, allow_outside: bo
         path = url2pathname(urlsplit(text).path)
     if folder is not None:
         path = os.path.join(folder, path)
-        if not allow_outside and not Path(path).resolve().is_relative_to(Path(folder).resolve()):
+        if not allow_outside and not is_inside(path, folder):
             raise ValueError(f"it leaves {str(folder)!r}, and only files in there may be opened here")
     if os.path.isfile(path):
         return path
@@ -134,6 +134,11 @@ def locate(source: Any, folder: str | os.PathLike[str] | None, allow_outside: bo
         return io.BytesIO(base64.b64decode("".join(text.split()), validate=True))
     except ValueError as error:
         raise ValueError("it is neither a file, nor an http(s) address, nor base64 text") from error
+
+
+def is_inside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
+    """Whether a path lies in a folder, after symbolic links are followed."""
+    return Path(path).resolve().is_relative_to(Path(folder).resolve())
 
 
 def shown(source: Any) -> str:
@@ -366,4 +371,4 @@ def to_eight_bits(image: np.ndarray, value_range: Sequence[float] | None, quanti
     return np.rint(image * 255).astype(np.uint8) if is_float and quantize else image
 
 
-__all__ = ["image_size", "open_image"]
+__all__ = ["image_size", "is_inside", "open_image"]

@@ -25,6 +25,7 @@ from .batches import ImageReader, answer_all
 from .benchmarks import BENCHMARKS, Benchmark, Sample, load_benchmark
 from .majority import majority_answers
 from .metrics import load_metric
+from .metrics._checked import SCORED_CHARACTERS
 from .protocols import PROTOCOLS, Protocol
 from .report import FORMAT
 from .settings import EvaluationSettings
@@ -288,7 +289,7 @@ def summarize(
             "left_out": benchmark.left_out,
             "images": len({name for sample in samples for name in sample.images}),
             "empty_answers": sum(not answer.text for answer in answers),
-            "truncated_answers": sum(answer.truncated for answer in answers),
+            "truncated_answers": sum(map(is_truncated, answers)),
             "missing_images": missing_images,
         },
         "results": results,
@@ -343,9 +344,14 @@ def is_yes_no(sample: Sample) -> bool:
     return bool(sample.references) and sample.references[0].lower() in ("yes", "no")
 
 
+def is_truncated(answer: Answer) -> bool:
+    """Whether only the beginning of an answer was generated or scored."""
+    return answer.truncated or len(answer.text) > SCORED_CHARACTERS
+
+
 def prediction(sample: Sample, prompt: str, answer: Answer, parsed: Any, score: float) -> dict[str, Any]:
     """A line of predictions.jsonl."""
     truth = {"boxes": sample.boxes} if sample.task == "grounding" else {"references": sample.references}
     row = {"id": sample.id, "task": sample.task, "group": sample.group, "images": sample.images, "prompt": prompt, **truth}
-    row |= {"answer": answer.text, "truncated": answer.truncated, "parsed": parsed, "score": score}
+    row |= {"answer": answer.text, "truncated": is_truncated(answer), "parsed": parsed, "score": score}
     return row | ({"yes_probability": answer.yes_probability} if is_yes_no(sample) else {})

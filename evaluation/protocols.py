@@ -19,6 +19,7 @@ from PIL import Image
 from ..processing_mfrsvlm import parse_boxes
 from .benchmarks import Benchmark, BenchmarkInfo, Metric, Sample
 from .metrics import load_metric
+from .metrics._checked import SCORED_CHARACTERS
 from .metrics._java import java_command
 
 
@@ -165,6 +166,7 @@ class Protocol:
         """Answers in the format of the metrics: texts, or for grounding, boxes in pixels."""
         if task != "grounding":
             return list(answers)
+        answers = [answer[:SCORED_CHARACTERS] for answer in answers]
         read = [self.read_boxes(answer, sample.image_size) for sample, answer in zip(samples, answers, strict=True)]
         # In pixels, a wrong scale cannot be detected, so the written numbers are checked.
         written = [self.read_boxes(answer, (self.box_scale, self.box_scale)) for answer in answers]

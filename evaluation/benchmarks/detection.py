@@ -11,14 +11,16 @@ Images may also be in the root or in `images/`, and annotations in the same fold
 import csv
 import io
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from ...files.reading import is_hidden, list_images, shorten
 from .reading import (
+    as_index,
     chosen_classes,
     find_images,
     inside,
@@ -55,13 +57,14 @@ def load_grounding(
     check_counts: bool,
     classes: Sequence[str] | None = None,
     annotations: str | None = None,
+    allow_outside_images: bool = False,
 ) -> Benchmark:
     """One sample for each object that is the only one of its class in its image, with the expression "the CLASS".
 
     Args: see `_read`.
     """
     samples = []
-    items, chosen, left = _read(name, root, split, classes, annotations)
+    items, chosen, left = _read(name, root, split, classes, annotations, allow_outside_images)
     for item in items:
         numbers = Counter(label for label, _ in item.objects)
         samples += [
@@ -88,13 +91,14 @@ def load_counting(
     check_counts: bool,
     classes: Sequence[str] | None = None,
     annotations: str | None = None,
+    allow_outside_images: bool = False,
 ) -> Benchmark:
     """One question for each class that is present in an image. Absent classes are not asked about.
 
     Args: see `_read`.
     """
     samples = []
-    items, chosen, left = _read(name, root, split, classes, annotations)
+    items, chosen, left = _read(name, root, split, classes, annotations, allow_outside_images)
     for item in items:
         samples += [
             Sample(
@@ -112,7 +116,7 @@ def load_counting(
 
 
 def _read(
-    name: str, root: Path, split: str, classes: Sequence[str] | None, annotations: str | None
+    name: str, root: Path, split: str, classes: Sequence[str] | None, annotations: str | None, allow_outside: bool
 ) -> tuple[list[ImageObjects], list[str], dict[str, int]]:
     """The objects of every image of the split, the selected classes, and `Benchmark.left_out`.
 
@@ -135,7 +139,7 @@ def _read(
             f"no annotations: looked for {', '.join(READERS)}. See docs/benchmarks.md for the layout"
         )  # fmt: skip
         raise BenchmarkError(f"{root} has {found}.")
-    items = READERS[annotations or there[0]][1](root)
+    items = READERS[annotations or there[0]][1](root, Images(root, allow_outside))
     known = sorted({label for item in items for label, _ in item.objects})
     chosen = chosen_classes(classes, known, name)
     if split != ALL:
@@ -155,8 +159,8 @@ def readable(label: str) -> str:
 class Images:
     """The images of a data set, by their names."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, allow_outside: bool) -> None:
+        self.root, self.allow_outside = root, allow_outside
         self.folder = next(root / name for name in FOLDERS if (root / name).is_dir())
         self.places = find_images(self.folder, root)
         self.items: dict[str, ImageObjects] = {}
@@ -166,22 +170,24 @@ class Images:
         name = Path(image.replace("\\", "/")).name
         place = self.places.get(name) or self.places.get(Path(name).stem)
         if place is None:
-            raise BenchmarkError(f"{path}, row {number}: there is no image {image!r} in {self.folder}.")
+            raise BenchmarkError(f"{path}, row {number}: there is no image {shorten(image)} in {self.folder}.")
         if place not in self.items:
-            self.items[place] = ImageObjects(place, read_size(self.root / place))
+            self.items[place] = ImageObjects(place, read_size(self.root, place, self.allow_outside))
         return self.items[place]
 
 
-def _read_yolo(root: Path) -> list[ImageObjects]:
-    names, images = _yolo_names(root), Images(root)
+def _read_yolo(root: Path, images: Images) -> list[ImageObjects]:
+    names = _yolo_names(root)
     paths = {path.stem: path for path in _yolo_labels(root)}
     for stem, path in paths.items():
         item = images.get(stem, path, 0)
         for number, line in read_lines(path):
             numbers = take_box(line.split()[1:], (4, 8), path, number)
             index = line.split()[0]
-            if not (index.isdecimal() and int(index) < len(names)):
-                raise BenchmarkError(f"{path}, row {number}: class {index!r} is none of the {len(names)} names of {root}.")
+            if as_index(index, len(names)) is None:
+                raise BenchmarkError(
+                    f"{path}, row {number}: class {shorten(index)} is none of the {len(names)} names of {root}."
+                )
             if not all(-0.01 <= value <= 1.01 for value in numbers):
                 raise BenchmarkError(f"{path}, row {number}: {shorten(line)} must be relative to the sides, from 0 to 1.")
             if len(numbers) == 4:  # center, width and height
@@ -207,7 +213,12 @@ def _yolo_names(root: Path) -> list[str]:
         if (root / name).is_file():
             return [line.strip() for _, line in read_lines(root / name)]
     for path in sorted(root.glob("*.y*ml")):
-        content = yaml.safe_load(read_text(path))
+        try:
+            content = yaml.safe_load(read_text(path))
+        except BenchmarkError:
+            raise
+        except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date that does not exist
+            raise BenchmarkError(f"{path} is not YAML: {error}.") from error
         names = content.get("names") if isinstance(content, dict) else None
         if isinstance(names, dict) and set(names) == set(range(len(names))):
             names = [names[index] for index in range(len(names))]
@@ -220,8 +231,7 @@ def _voc_folder(root: Path) -> Path:
     return next((root / name for name in ("Annotations", "annotations") if (root / name).is_dir()), root)
 
 
-def _read_voc(root: Path) -> list[ImageObjects]:
-    images = Images(root)
+def _read_voc(root: Path, images: Images) -> list[ImageObjects]:
     for path in xml_files(_voc_folder(root)):
         annotation = read_voc(path)
         item = images.get(annotation.image, path, 0)
@@ -239,18 +249,31 @@ def _csv_files(root: Path) -> list[Path]:
     return sorted(path for path in paths if set(CSV_FIELDS) <= set(read_text(path).split("\n", 1)[0].split(",")))
 
 
-def _read_csv(root: Path) -> list[ImageObjects]:
-    images = Images(root)
+def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows by the names in the header, with the numbers of their last lines."""
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise BenchmarkError(
+                    f"{path}, row {reader.line_num}: not the {len(reader.fieldnames or ())} fields of the header."
+                )
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise BenchmarkError(f"{path}, row {reader.line_num} is not CSV: {error}.") from error
+
+
+def _read_csv(root: Path, images: Images) -> list[ImageObjects]:
     for path in _csv_files(root):
-        for number, row in enumerate(csv.DictReader(io.StringIO(read_text(path))), start=2):
+        for number, row in _csv_rows(path):
             item = images.get(take_text(row, "image_path", path, number), path, number)
             box = take_box([row[side] for side in CSV_FIELDS[1:5]], (4,), path, number)
             item.objects.append((take_text(row, "label", path, number), inside(box, item.size, path, number)))
     return list(images.items.values())
 
 
-def _read_json(root: Path) -> list[ImageObjects]:
-    path, images = root / "boxes.json", Images(root)
+def _read_json(root: Path, images: Images) -> list[ImageObjects]:
+    path = root / "boxes.json"
     for number, row in read_json_rows(path):
         item = images.get(take_text(row, "image", path, number), path, number)
         for content in take(row, "objects", list, path, number):
@@ -261,7 +284,7 @@ def _read_json(root: Path) -> list[ImageObjects]:
 
 
 # Format of annotations -> whether a folder contains them, and the function that reads them.
-READERS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], list[ImageObjects]]]] = {
+READERS: dict[str, tuple[Callable[[Path], bool], Callable[[Path, Images], list[ImageObjects]]]] = {
     "yolo": (lambda root: bool(_yolo_labels(root)), _read_yolo),
     "voc": (lambda root: bool(xml_files(_voc_folder(root))), _read_voc),
     "csv": (lambda root: bool(_csv_files(root)), _read_csv),

@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 from .info import BenchmarkInfo
-from .reading import SHOWN, find, read_text
+from .reading import SHOWN, as_index, find, read_text
 from .sample import Benchmark, BenchmarkError, Sample
 from .voc import read_voc, text, xml_files
 
@@ -32,7 +32,7 @@ def load_dior_rsvg(name: str, root: Path, split: str, check_counts: bool) -> Ben
         )
     path = root / f"{split}.txt"
     lines = read_text(path).split()
-    wrong = [line for line in lines if not (line.isdecimal() and int(line) < len(objects))]
+    wrong = [line for line in lines if as_index(line, len(objects)) is None]
     if wrong:
         raise BenchmarkError(
             f"{path}: {len(wrong)} lines are not numbers from 0 to {len(objects) - 1}, such as {', '.join(wrong[:SHOWN])}."

@@ -11,7 +11,8 @@ class BenchmarkInfo:
     """Facts about a benchmark. Its name is that of its file, with hyphens.
 
     Attributes:
-        loader: function of name, root, split and check_counts that returns a `Benchmark`. It may take further options.
+        loader: function of name, root, split and check_counts that returns a `Benchmark`. It may take further options. One
+            that opens images takes `allow_outside_images` and passes it to `read_size`.
         splits: published number of samples of every split; `None` if no source was found.
         tasks: tasks of its samples, which determine prompts and metrics.
         source: URL of the publication or download.

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...files.reading import shorten
 from .reading import find, left_out, read_json, read_text, take, take_text
 from .sample import Benchmark, BenchmarkError, Sample
 
@@ -29,12 +30,14 @@ class CaptionFiles:
     Attributes:
         captions: names of the JSON file.
         images: names of the image folder.
+        total: published number of images in the JSON file, of all splits together.
         precomp: folders of the text files. They may also be in the root.
         precomp_splits: split of the benchmark -> split of the text files.
     """
 
     captions: tuple[str, ...]
     images: tuple[str, ...]
+    total: int
     precomp: tuple[str, ...] = ()
     precomp_splits: Mapping[str, str] = field(default_factory=dict)
 
@@ -58,7 +61,10 @@ class CaptionFiles:
         path = find(root, self.captions, "file of captions")
         folder = find(root, self.images, "folder of images").name
         captions_of = []
-        for number, row in enumerate(take(read_json(path, dict), "images", list, path, "0")):
+        rows = take(read_json(path, dict), "images", list, path, "0")
+        if check_counts:
+            require_total(name, path, len(rows), self.total)
+        for number, row in enumerate(rows):
             if take_split(row, path, number) not in PARTS[split]:
                 continue
             file = take_text(row, "filename", path, number)
@@ -109,10 +115,19 @@ def _lines(path: Path) -> list[str]:
     return [line.strip() for line in read_text(path).removesuffix("\n").split("\n")]
 
 
+def require_total(name: str, path: Path, found: int, published: int) -> None:
+    """Raises a `BenchmarkError` if the file of all splits has another number of images than published."""
+    if found != published:
+        raise BenchmarkError(
+            f"{name}: {path} has {found} images in all splits, not the published {published}. Download it again, or set "
+            "check_counts=False for a deliberate subset."
+        )
+
+
 def take_split(row: Any, path: Path, number: int | str) -> str:
     split = take(row, "split", str, path, number)
     if split not in SPLITS:
-        raise BenchmarkError(f"{path}, row {number}: split {split!r} is none of {', '.join(SPLITS)}.")
+        raise BenchmarkError(f"{path}, row {number}: split {shorten(split)} is none of {', '.join(SPLITS)}.")
     return split
 
 

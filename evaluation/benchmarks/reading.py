@@ -8,7 +8,7 @@ from PIL import Image
 
 from ...files import reading as files
 from ...files.reading import shorten
-from ...image_sources_mfrsvlm import image_size, open_image
+from ...image_sources_mfrsvlm import image_size, is_inside, open_image
 from .sample import BenchmarkError, Sample
 
 
@@ -79,7 +79,7 @@ def take(row: Any, key: str, kind: type | tuple[type, ...], path: Path, number: 
         found = f"is {shorten(value)}, a {type(value).__name__}" if key in row else "is missing"
         raise BenchmarkError(
             f"{path}, row {number}: {key!r} {found}; expected {' or '.join(k.__name__ for k in kinds)}. "
-            f"The row has {sorted(row)}."
+            f"The row has {shorten(sorted(map(str, row)))}."
         )
     return value
 
@@ -92,21 +92,46 @@ def take_text(row: Any, key: str, path: Path, number: int | str, numbers: bool =
     """
     text = str(take(row, key, (str, int, float) if numbers else str, path, number)).strip()
     if not text:
-        raise BenchmarkError(f"{path}, row {number}: {key!r} is blank. The row has {sorted(row)}.")
+        raise BenchmarkError(f"{path}, row {number}: {key!r} is blank. The row has {shorten(sorted(map(str, row)))}.")
     return text
 
 
 def take_box(values: Any, counts: tuple[int, ...], path: Path, number: int | str) -> tuple[float, ...]:
     """The numbers of one box. They must be finite, and their number must be one of `counts`."""
     try:
-        box = tuple(float(value) for value in values)
-    except (TypeError, ValueError):
+        # Python also takes `True` and "1_0" for numbers.
+        box = tuple(float(value) for value in values if not isinstance(value, bool) and "_" not in str(value))
+    except (OverflowError, TypeError, ValueError):
         box = ()
     if len(box) not in counts or not all(abs(value) < 1e6 for value in box):
         raise BenchmarkError(
             f"{path}, row {number}: {shorten(values)} is not a box: expected {' or '.join(map(str, counts))} finite numbers."
         )
     return box
+
+
+def take_size(values: Any, path: Path, number: int | str) -> tuple[int, int]:
+    """(width, height) of an image in pixels, two positive integers."""
+    size = take_box(values, (2,), path, number)
+    if not all(side >= 1 and side == int(side) for side in size):
+        raise BenchmarkError(
+            f"{path}, row {number}: {shorten(values)} is no width and height in pixels, which are positive."
+        )
+    return int(size[0]), int(size[1])
+
+
+def take_known(value: str, known: Iterable[str], what: str, path: Path, number: int | str) -> str:
+    """The value, which must be one of those that the benchmark has."""
+    known = tuple(known)
+    if value not in known:
+        raise BenchmarkError(f"{path}, row {number}: {what} {shorten(value)} is none of {', '.join(known)}.")
+    return value
+
+
+def as_index(text: str, count: int) -> int | None:
+    """A number from 0 to count - 1 in digits; `None` if it is something else."""
+    # Python does not convert thousands of digits.
+    return int(text) if len(text) <= 9 and text.isdecimal() and int(text) < count else None
 
 
 # Images
@@ -124,12 +149,38 @@ def find_images(folder: Path, root: Path) -> dict[str, str]:
     return {name: path for name, path in found.items() if path is not None}
 
 
-def require_images(root: Path, names: Iterable[str]) -> None:
-    """Raises a `BenchmarkError` with the number and the first names of missing images."""
+def require_inside(root: Path, names: Iterable[str]) -> None:
+    """Raises a `BenchmarkError` if images are outside of `root`: absolute, through "..", or through symbolic links."""
+    outside = [name for name in dict.fromkeys(names) if not _is_inside(root, name)]
+    if outside:
+        raise BenchmarkError(
+            f"{len(outside)} images are outside of {root}: {', '.join(map(shorten, outside[:SHOWN]))}. If you trust the "
+            "files of the benchmark, set allow_outside_images=True (--allow-outside-images)."
+        )
+
+
+def _is_inside(root: Path, name: str) -> bool:
+    try:
+        return is_inside(root / name, root)
+    except (OSError, ValueError):
+        return True  # a name that no file can have; it is missing
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False  # a name that no file can have
+
+
+def require_images(root: Path, names: Iterable[str], allow_outside: bool = False) -> None:
+    """Raises a `BenchmarkError` with the number and the first names of missing images, or of images outside of `root`."""
     unique = list(dict.fromkeys(names))
-    missing = [name for name in unique if not (root / name).is_file()]
+    if not allow_outside:
+        require_inside(root, unique)
+    missing = [name for name in unique if not _is_file(root / name)]
     if missing:
-        shown = ", ".join(missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
+        shown = ", ".join(shorten(name).strip("'") for name in missing[:SHOWN]) + (", ..." if len(missing) > SHOWN else "")
         raise BenchmarkError(
             f"{len(missing)} of {len(unique)} images are missing in {root}: {shown}. "
             "Unpack all images, since skipping samples would change the score."
@@ -189,12 +240,12 @@ def stored_size(path: Path) -> tuple[int, int]:
         return (height, width) if image.getexif().get(ORIENTATION) in TURNED else (width, height)
 
 
-def read_size(path: Path) -> tuple[int, int]:
+def read_size(root: Path, name: str, allow_outside: bool = False) -> tuple[int, int]:
     """(width, height) of an image after its EXIF orientation, in pixels. Also checks that the image can be opened."""
     try:
-        height, width = image_size(open_image(path))
+        height, width = image_size(open_image(name, root, allow_outside))
     except ValueError as error:
-        raise BenchmarkError(f"Image {path} cannot be read: {error} Unpack it again.") from error
+        raise BenchmarkError(f"Image {root / name} cannot be read: {error} Unpack it again.") from error
     return width, height
 
 

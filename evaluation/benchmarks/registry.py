@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from .info import BenchmarkInfo
-from .reading import SHOWN, check_boxes, require_images, require_size, require_sizes_of_annotations
+from .reading import SHOWN, check_boxes, require_images, require_inside, require_size, require_sizes_of_annotations
 from .sample import Benchmark, BenchmarkError
 
 
 PASSED = 4  # number of arguments that every loader takes
+OUTSIDE = "allow_outside_images"  # argument of the loaders that open images
 
 
 def find_benchmarks(folders: Iterable[str] = (str(Path(__file__).parent),)) -> dict[str, BenchmarkInfo]:
@@ -45,16 +46,17 @@ def load_benchmark(
         root: folder of its files (see docs/benchmarks.md); `None` only for `scenes`, which are then drawn.
         split: default: the official test split.
         check_counts: `False` accepts another number of samples than published.
-        check_images: `False` skips the checks that images exist and have the right size.
+        check_images: `False` skips the checks that images exist and have the published size.
         allow_outside_images: whether images may be outside of `root`, also through symbolic links.
-        check_sizes: `False` accepts images of another size than published.
+        check_sizes: `False` accepts images of another size than published or than annotated.
         options: options of some benchmarks: `classes`, a list of the classes to load; `broken_rows="skip"` to skip rows that
             cannot be used; `count`, the number of `scenes`; `annotations`, the format of boxes.
 
     Raises:
         BenchmarkError: an unknown name, split or option; a missing or broken file; a row with a missing field or a field of
-            the wrong type; a repeated id; another number of samples than published; missing images; images of another size
-            than published; or a box outside of its image. No sample is skipped unless an option says so.
+            the wrong type; a repeated id; another number of samples than published; missing images; images outside of
+            `root`; images of another size than published or annotated; or a box outside of its image. No sample is
+            skipped unless an option says so.
     """
     if name not in BENCHMARKS:
         raise BenchmarkError(f"Unknown benchmark {name!r}. Benchmarks are {', '.join(BENCHMARKS)}.")
@@ -71,10 +73,12 @@ def load_benchmark(
     if root is not None and not Path(root).is_dir():
         raise BenchmarkError(f"{name}: {root} is no folder. Download the benchmark from {info.source}.")
     known = list(inspect.signature(info.loader).parameters)[PASSED:]
+    passed = {OUTSIDE: allow_outside_images} if OUTSIDE in known else {}
+    known = [option for option in known if option != OUTSIDE]
     if unknown := sorted(options.keys() - set(known)):
         raise BenchmarkError(f"{name} takes no option {', '.join(unknown)}; it takes {', '.join(known) or 'none'}.")
 
-    benchmark = info.loader(name, None if root is None else Path(root), split, check_counts, **options)
+    benchmark = info.loader(name, None if root is None else Path(root), split, check_counts, **options, **passed)
     benchmark.allow_outside_images = allow_outside_images
     benchmark.metrics, benchmark.numeric_types = info.metrics, info.numeric_types
     benchmark.complete_prompts = info.complete_prompts
@@ -94,11 +98,14 @@ def load_benchmark(
             "comparable with published ones. Complete the files, or set check_counts=False for a deliberate subset."
         )
     check_boxes(name, benchmark.samples)
-    if benchmark.root is not None and check_images:
+    if benchmark.root is not None:
         images = [image for sample in benchmark.samples for image in sample.images]
-        require_images(benchmark.root, images)
-        if check_sizes and info.image_size:
-            require_size(benchmark.root, images, info.image_size, info.size_tolerance)
+        if not allow_outside_images:
+            require_inside(benchmark.root, images)
+        if check_images:
+            require_images(benchmark.root, images, allow_outside_images)
+            if check_sizes and info.image_size:
+                require_size(benchmark.root, images, info.image_size, info.size_tolerance)
         if check_sizes:
             require_sizes_of_annotations(benchmark.root, benchmark.samples)
     return benchmark

@@ -8,6 +8,7 @@ BENCHMARK = BenchmarkInfo(
     loader=CaptionFiles(
         captions=("dataset_rsicd.json",),
         images=("RSICD_images", "images"),
+        total=10921,
         precomp=("rsicd_precomp",),
         precomp_splits={"trainval": "train", "test": "test"},
     ).load,

@@ -8,6 +8,7 @@ BENCHMARK = BenchmarkInfo(
     loader=CaptionFiles(
         captions=("dataset_RSITMD.json", "dataset_rsitmd.json"),
         images=("images",),
+        total=4743,
         precomp=("rsitmd_precomp",),
         precomp_splits={"train": "train", "test": "test"},
     ).load,

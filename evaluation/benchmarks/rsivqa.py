@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...files.reading import list_images, shorten
-from .reading import find, find_images, left_out, read_lines
+from .reading import as_index, find, find_images, left_out, read_lines
 from .sample import Benchmark, BenchmarkError, Sample
 
 
@@ -69,9 +69,9 @@ class RSIVQAFiles:
                     broken[number] = line
                     continue
                 place = known.get(image) or known.get(Path(image).stem)
-                if place is None and len(paths) == self.numbered and Path(image).stem.isdecimal():
-                    index = int(Path(image).stem) - 1
-                    place = paths[index].relative_to(root).as_posix() if 0 <= index < len(paths) else None
+                index = as_index(Path(image).stem, len(paths) + 1)
+                if place is None and len(paths) == self.numbered and index:
+                    place = paths[index - 1].relative_to(root).as_posix()
                 samples.append(
                     Sample(
                         id=f"{path.stem}-{number}",

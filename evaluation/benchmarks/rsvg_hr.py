@@ -7,7 +7,14 @@ from .reading import find, inside, left_out, read_lines, read_size, require_imag
 from .sample import Benchmark, Sample
 
 
-def load_rsvg_hr(name: str, root: Path, split: str, check_counts: bool, broken_rows: str = "error") -> Benchmark:
+def load_rsvg_hr(
+    name: str,
+    root: Path,
+    split: str,
+    check_counts: bool,
+    broken_rows: str = "error",
+    allow_outside_images: bool = False,
+) -> Benchmark:
     """One sample per line.
 
     Args:
@@ -28,8 +35,8 @@ def load_rsvg_hr(name: str, root: Path, split: str, check_counts: bool, broken_r
         else:
             broken[number] = line
     left = left_out(broken, len(rows) + len(broken), path, "a box out of order", broken_rows)
-    require_images(root, (image for _, image, _, _ in rows))
-    sizes = {image: read_size(root / image) for image in {image for _, image, _, _ in rows}}
+    require_images(root, (image for _, image, _, _ in rows), allow_outside_images)
+    sizes = {image: read_size(root, image, allow_outside_images) for image in {image for _, image, _, _ in rows}}
     samples = [
         Sample(
             id=str(number),

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .reading import find, read_json, take, take_text
+from ...files.reading import shorten
+from .reading import find, read_json, take, take_known, take_text
 from .sample import Benchmark, BenchmarkError, Sample
 
 
@@ -19,11 +20,13 @@ class RSVQAFiles:
     Attributes:
         prefix: first part of the names of the files of a split.
         images: names of the image folder.
+        types: types of the questions. Accuracy is averaged over them.
         all_questions, all_answers: names of the files of all splits.
     """
 
     prefix: str
     images: tuple[str, ...]
+    types: tuple[str, ...]
     all_questions: tuple[str, ...]
     all_answers: tuple[str, ...]
 
@@ -74,7 +77,9 @@ class RSVQAFiles:
                     task="vqa",
                     question=take_text(row, "question", questions_path, _id(row)),
                     references=(answers[question_id],),
-                    group=take_text(row, "type", questions_path, _id(row)),
+                    group=take_known(
+                        take_text(row, "type", questions_path, _id(row)), self.types, "type", questions_path, _id(row)
+                    ),
                 )
             )
         orphans = answers.keys() - {int(sample.id) for sample in samples}
@@ -93,12 +98,17 @@ def _active(path: Path, key: str, text: str, everything: tuple[str, ...]) -> lis
     if all(text in row for row in active):
         return active
     all_path = find(path.parent, everything, f"file with the text of the rows of {path.name}")
-    all_rows = {_id(row): row for row in take(read_json(all_path, dict), key, list, all_path, "0")}
-    absent = [_id(row) for row in active if text not in row and _id(row) not in all_rows]
+    every = take(read_json(all_path, dict), key, list, all_path, "0")
+    all_rows = {take(row, "id", int, all_path, number): row for number, row in enumerate(every)}
+    if len(all_rows) < len(every):
+        raise BenchmarkError(f"{all_path}: {len(every) - len(all_rows)} of {len(every)} rows have the id of another row.")
+    ids = {index: take(row, "id", int, path, index) for index, row in enumerate(active) if text not in row}
+    absent = [row_id for row_id in ids.values() if row_id not in all_rows]
     if absent:
         raise BenchmarkError(f"{all_path} lacks {len(absent)} rows that are active in {path}, such as id {absent[0]}.")
-    return [row if text in row else all_rows[_id(row)] for row in active]
+    return [all_rows[ids[index]] if index in ids else row for index, row in enumerate(active)]
 
 
 def _id(row: Any) -> Any:
-    return row.get("id") if isinstance(row, dict) else row
+    """The id of a row for a message."""
+    return shorten(row.get("id") if isinstance(row, dict) else row)

@@ -9,6 +9,7 @@ BENCHMARK = BenchmarkInfo(
     loader=RSVQAFiles(
         prefix="USGS_split",
         images=("Data",),
+        types=("presence", "count", "comp", "area"),
         all_questions=("USGSquestions.json", "all_questions.json"),
         all_answers=("USGSanswers.json", "all_answers.json"),
     ).load,

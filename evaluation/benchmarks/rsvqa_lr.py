@@ -9,6 +9,7 @@ BENCHMARK = BenchmarkInfo(
     loader=RSVQAFiles(
         prefix="LR_split",
         images=("Images_LR",),
+        types=("presence", "count", "comp", "rural_urban"),
         all_questions=("all_questions.json",),
         all_answers=("all_answers.json",),
     ).load,

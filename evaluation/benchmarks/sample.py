@@ -11,8 +11,18 @@ from PIL import Image
 from ...image_sources_mfrsvlm import EIGHT_BIT_MODES, locate, open_image
 
 
+LONGEST_MESSAGE = 900  # characters
+
+
 class BenchmarkError(ValueError):
-    """Files of a benchmark that are missing, broken or not as published. The message names the file and, if any, the row."""
+    """Files of a benchmark that are missing, broken or not as published. The message names the file and, if any, the row.
+
+    The message is one line of limited length, whatever the files contain.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = "".join(letter if letter.isprintable() else " " for letter in message[: LONGEST_MESSAGE + 1])
+        super().__init__(line if len(line) <= LONGEST_MESSAGE else f"{line[:LONGEST_MESSAGE]}…")
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,8 @@ class Benchmark:
     def check_image(self, name: str, sample: str) -> None:
         """Raises `BenchmarkError` if the image of a sample is not a file that may be opened. It is not decoded."""
         try:
+            if not isinstance(name, str):
+                raise TypeError(f"its name is a {type(name).__name__}, not text")
             if urlsplit(name).scheme not in ("http", "https"):
                 locate(name, self.root, self.allow_outside_images)
             elif not self.allow_outside_images:
@@ -131,4 +143,4 @@ class Benchmark:
 
     def _where(self, name: str, sample: str | None = None) -> str:
         sample = sample or next((sample.id for sample in self.samples if name in sample.images), None)
-        return f"Image {self.root / name} of sample {sample!r} of {self.name}"
+        return f"Image {self.root / str(name)} of sample {sample!r} of {self.name}"

@@ -5,17 +5,22 @@ from pathlib import Path
 
 from PIL import Image
 
+from ...files.reading import shorten
 from ...scenes import CLASSES, KINDS, Question, ask, draw
+from ...scenes import TASKS as SCENE_TASKS
 from ...scenes.dataset import DatasetPlan
 from ...scenes.drawing import SPLITS
 from ...scenes.questions import PLURALS, template
 from .info import BenchmarkInfo
-from .reading import inside, read_json_rows, take, take_box, take_text
+from .reading import as_index, inside, read_json_rows, take, take_box, take_known, take_size, take_text
 from .sample import METRICS, Benchmark, BenchmarkError, Metric, Sample
 
 
 # Task of a scene -> task of a benchmark; all others are questions with a short answer.
 TASKS = {"classification": "classification", "count": "counting", "grounding": "grounding", "caption": "captioning"}
+
+
+LARGEST = 10**9  # above all counts
 
 
 def load_scenes(name: str, root: Path | None, split: str, check_counts: bool, count: int = 1000) -> Benchmark:
@@ -49,9 +54,9 @@ def _read(path: Path) -> list[Sample]:
     for number, row in read_json_rows(path):
         images = take(row, "image", (str, list), path, number)
         turns = take(row, "conversations", list, path, number)
-        size = take(row, "size", int, path, number)
+        size, _ = take_size([take(row, "size", int, path, number)] * 2, path, number)
         question = Question(
-            take_text(row, "task", path, number),
+            take_known(take_text(row, "task", path, number), (*SCENE_TASKS, "change"), "task", path, number),
             take_text(turns[0] if turns else {}, "value", path, number).replace("<image>", "").strip(),
             take_text(row, "answer", path, number),
             [
@@ -61,7 +66,13 @@ def _read(path: Path) -> list[Sample]:
         )
         if question.task == "grounding" and not question.boxes:
             raise BenchmarkError(f"{path}, row {number}: a grounding question without a box.")
+        if question.task == "count" and as_index(question.answer, LARGEST) is None:
+            raise BenchmarkError(f"{path}, row {number}: the count {shorten(question.answer)} is not an integer.")
+        if question.task == "classification":
+            take_known(question.answer, CLASSES, "class", path, number)
         names = (images,) if isinstance(images, str) else tuple(images)
+        if not names or not all(isinstance(name, str) and name.strip() for name in names):
+            raise BenchmarkError(f"{path}, row {number}: 'image' is {shorten(images)}, not the names of images.")
         samples.append(_sample(take_text(row, "id", path, number), names, question, size))
     return samples
 

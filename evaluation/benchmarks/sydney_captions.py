@@ -8,6 +8,7 @@ BENCHMARK = BenchmarkInfo(
     loader=CaptionFiles(
         captions=("dataset.json",),
         images=("imgs", "images"),
+        total=613,
         precomp=("sydney_precomp",),
         precomp_splits={"trainval": "train", "test": "test"},
     ).load,

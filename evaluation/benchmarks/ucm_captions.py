@@ -8,6 +8,7 @@ BENCHMARK = BenchmarkInfo(
     loader=CaptionFiles(
         captions=("dataset.json",),
         images=("imgs", "images"),
+        total=2100,
         precomp=("ucm_precomp",),
         precomp_splits={"trainval": "train", "test": "test"},
     ).load,

@@ -5,8 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ...files.reading import shorten
 from .info import BenchmarkInfo
-from .reading import find, inside, read_json, read_size, require_images, take, take_box, take_text
+from .reading import as_index, find, inside, read_json, read_size, require_images, take, take_box, take_text
 from .sample import Benchmark, BenchmarkError, Sample
 
 
@@ -49,13 +50,14 @@ WITHOUT_METRIC = {
     "color_false_dota-test_random_open": "free answers that RSEvalKit does not score either",
     "color_false_pan_dota-test": "free answers that RSEvalKit does not score either",
 }
+LARGEST = 10**9  # above all counts
 MULTIPLE_CHOICE = ("_mc", "_mcq")  # suffixes of multiple-choice lists
 
 _OPTION = re.compile(r"^\s*\(?([A-E])[.):]\s*(.+?)\s*$", re.MULTILINE)
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
-def load_vhm_eval(name: str, root: Path, split: str, check_counts: bool) -> Benchmark:
+def load_vhm_eval(name: str, root: Path, split: str, check_counts: bool, allow_outside_images: bool = False) -> Benchmark:
     """One sample for each conversation of the list `split`. The question is kept as published, without its image marker.
 
     The classes are all answers in the list. Options of a multiple choice are the lines of the question that begin with a
@@ -85,8 +87,8 @@ def load_vhm_eval(name: str, root: Path, split: str, check_counts: bool) -> Benc
             )
         )
     if task == "grounding":
-        require_images(root, (sample.images[0] for sample in samples))
-        sizes = [read_size(root / sample.images[0]) for sample in samples]
+        require_images(root, (sample.images[0] for sample in samples), allow_outside_images)
+        sizes = [read_size(root, sample.images[0], allow_outside_images) for sample in samples]
         samples = [
             replace(sample, boxes=(inside(sample.boxes[0], size, path, sample.id),), image_size=size)
             for sample, size in zip(samples, sizes, strict=True)
@@ -105,8 +107,8 @@ def _conversation(row: Any, path: Path, number: int) -> tuple[str, str]:
 
 
 def _reference(answer: str, task: str, path: Path, number: int) -> str:
-    if task == "counting" and not answer.isdecimal():
-        raise BenchmarkError(f"{path}, row {number}: the count {answer!r} is not an integer.")
+    if task == "counting" and as_index(answer, LARGEST) is None:
+        raise BenchmarkError(f"{path}, row {number}: the count {shorten(answer)} is not an integer from 0 to {LARGEST - 1}.")
     return answer
 
 

@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
+from xml.parsers import expat
 
-from ...files.reading import is_hidden
-from .reading import inside, take_box
+from ...files.reading import is_hidden, shorten
+from .reading import inside, take_box, take_size
 from .sample import BenchmarkError
 
 
@@ -37,14 +39,32 @@ def xml_files(folder: Path) -> list[Path]:
 
 
 def read_voc(path: Path) -> VOCAnnotation:
-    """Raises a `BenchmarkError` if the file is not XML, lacks a field, or has a box outside of the image."""
+    """Reads one file.
+
+    Raises:
+        BenchmarkError: the file is not XML, defines entities, lacks a field, or has a box outside of the image.
+    """
     try:
-        annotation = ElementTree.parse(path).getroot()
-    except (ElementTree.ParseError, OSError) as error:
+        content = path.read_bytes()
+        forbid_entities(content, path)
+        annotation = ElementTree.fromstring(content)
+    except BenchmarkError:
+        raise
+    except (ElementTree.ParseError, expat.ExpatError, LookupError, OSError, ValueError) as error:
         raise BenchmarkError(f"{path} is not XML, or it is truncated: {error}. Download it again.") from error
-    width, height = take_box([text(annotation, f"size/{side}", path) for side in ("width", "height")], (2,), path, "size")
-    size = int(width), int(height)
+    size = take_size([text(annotation, f"size/{side}", path) for side in ("width", "height")], path, "size")
     return VOCAnnotation(path, text(annotation, "filename", path), size, list(_objects(annotation, size, path)))
+
+
+def forbid_entities(content: bytes, path: Path) -> None:
+    """Raises a `BenchmarkError` if XML defines entities, which can stand for gigabytes of text or for other files."""
+
+    def reject(name: str, *_: Any) -> None:
+        raise BenchmarkError(f"{path} defines the entity {shorten(name)}. Annotations need none, so it may be an attack.")
+
+    parser = expat.ParserCreate()
+    parser.EntityDeclHandler = reject
+    parser.Parse(content, True)
 
 
 def _objects(annotation: ElementTree.Element, size: tuple[int, int], path: Path) -> Iterator[VOCObject]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...files.reading import is_hidden
+from ...files.reading import is_hidden, shorten
 from .reading import find, read_json, read_size, require_images, take, take_box, take_text
 from .sample import Benchmark, BenchmarkError, Sample
 
@@ -21,7 +21,7 @@ ANNOTATIONS = "Annotations_val"
 IMAGES = ("Images_val", "images/Images_val")
 BOX_SCALE = 100  # boxes are scaled to 0-100
 
-_BOX = re.compile(r"\{<(\d+)><(\d+)><(\d+)><(\d+)>\}")
+_BOX = re.compile(r"\{<(\d{1,3})><(\d{1,3})><(\d{1,3})><(\d{1,3})>\}")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def load_questions(name: str, root: Path, split: str, check_counts: bool) -> Ben
     return Benchmark(name, split, root, samples)
 
 
-def load_referring(name: str, root: Path, split: str, check_counts: bool) -> Benchmark:
+def load_referring(name: str, root: Path, split: str, check_counts: bool, allow_outside_images: bool = False) -> Benchmark:
     """Every referring expression with its axis-aligned box. The group is "unique" or "non unique", by the class in the
     image.
 
@@ -73,12 +73,15 @@ def load_referring(name: str, root: Path, split: str, check_counts: bool) -> Ben
     image. A few truncated boxes have no area.
     """
     rows = list(_rows(root, "referring", "objects"))
-    require_images(root, (row.image for row in rows))
-    sizes = {image: read_size(root / image) for image in {row.image for row in rows}}
+    require_images(root, (row.image for row in rows), allow_outside_images)
+    sizes = {image: read_size(root, image, allow_outside_images) for image in {row.image for row in rows}}
     samples = []
     for row in rows:
         box = _box_of_annotation(row) if row.annotated else _box_of_file(row)
-        unique = take(row.content, "unique" if "unique" in row.content else "is_unique", (bool, int), row.path, row.number)
+        key = "unique" if isinstance(row.content, dict) and "unique" in row.content else "is_unique"
+        unique = take(row.content, key, (bool, int), row.path, row.number)
+        if unique not in (0, 1):
+            raise BenchmarkError(f"{row.path}, row {row.number}: {key!r} is {shorten(unique)}, neither true nor false.")
         pixels = tuple(value * side / BOX_SCALE for value, side in zip(box, sizes[row.image] * 2, strict=True))
         samples.append(
             Sample(
@@ -122,8 +125,8 @@ def _box_of_file(row: Row) -> tuple[float, ...]:
     numbers = _BOX.fullmatch(written)
     if numbers is None or max(map(int, numbers.groups())) > BOX_SCALE:
         raise BenchmarkError(
-            f"{row.path}, row {row.number}: 'ground_truth' {written!r} is not a box; expected {{<x1><y1><x2><y2>}} with "
-            f"integers from 0 to {BOX_SCALE}."
+            f"{row.path}, row {row.number}: 'ground_truth' {shorten(written)} is not a box; expected "
+            f"{{<x1><y1><x2><y2>}} with integers from 0 to {BOX_SCALE}."
         )
     return tuple(map(float, numbers.groups()))
 

@@ -14,6 +14,10 @@ from datasets import Features, List, Value
 from mfrsvlm.files.reading import shorten
 
 
+# The first characters of an answer that are scored. Alignments of captions take time that grows faster than their length.
+SCORED_CHARACTERS = 4_000
+
+
 @dataclass(frozen=True)
 class Kind:
     """The type of predictions or references.
@@ -76,6 +80,8 @@ YES_OR_NO = Kind("'yes' or 'no'", Value("string"), lambda value: is_text(value) 
 class CheckedMetric(evaluate.Metric, ABC):
     """A metric whose predictions and references are non-empty lists of the same length.
 
+    Of a predicted text, the first `SCORED_CHARACTERS` are scored.
+
     The docstring of its module is its documentation: an example, limitations, and the citation at the end.
     """
 
@@ -123,7 +129,8 @@ class CheckedMetric(evaluate.Metric, ABC):
                     raise ValueError(
                         f"{self.name}: {name}[{index}] is {shorten(value)}, not {kinds[name].name}.{hint(value)}"
                     )
-        super().add_batch(predictions=list(predictions), references=list(references), **kwargs)
+        scored = [value[:SCORED_CHARACTERS] if is_text(value) else value for value in predictions]
+        super().add_batch(predictions=scored, references=list(references), **kwargs)
 
     def compute(self, *, predictions: Any = None, references: Any = None, **settings: Any) -> dict[str, Any]:
         """Figures, `parsed` and `scores`, see `mfrsvlm.evaluation.metrics`.
