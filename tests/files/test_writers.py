@@ -47,7 +47,6 @@ JSON_READERS = {
     "released_layout.py": "a module of the root, which imports no room; errors become a ConversionError",
     "conversations_mfrsvlm.py": "the text of a tokenizer in memory",
     "training/arguments.py": "text of the command line",
-    "serving/app.py": "the body of a request, whose errors have their own status",
 }
 
 
