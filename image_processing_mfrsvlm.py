@@ -5,13 +5,13 @@ It uses numpy and Pillow, without torchvision. Images are opened by `open_image`
 
 import contextlib
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
@@ -20,9 +20,13 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImage
 from transformers.processing_utils import ImagesKwargs
 
 from .configuration_mfrsvlm import MFRSVLMConfig, WindowScale, packed_lengths, window_table
-from .image_sources_mfrsvlm import image_size, open_image, open_source, read_planes
+from .image_sources_mfrsvlm import ROWS_PIXELS, image_size, open_image, open_source, read_planes, shown
 
 
+# What saved settings hold besides the settings themselves, and those that have to be there.
+METADATA = {"auto_map", "feature_extractor_type", "image_processor_type", "processor_class"}
+SAVED = ("size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std")
+LARGEST_SIDE, MOST_VALUES = 2**14, 2**28  # pixels of a view, values of a row (1 GiB in float32)
 PIXEL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -144,9 +148,22 @@ class MFRSVLMImageProcessor(PilBackend):
     max_image_pixels = 178_956_970  # limit of Pillow
 
     def __init__(self, **kwargs: Any) -> None:
+        known = self.valid_kwargs.__annotations__
+        unknown = sorted(name for name in kwargs if name not in known and name not in METADATA and name[:1] != "_")
+        if unknown:
+            raise ValueError(f"The image processor has no settings {', '.join(unknown)}. It has {', '.join(sorted(known))}.")
         with plain_errors():
+            validate_typed_dict(self.valid_kwargs, {name: kwargs[name] for name in known if kwargs.get(name) is not None})
             super().__init__(**kwargs)
             self._validate_preprocess_kwargs(**{name: getattr(self, name) for name in self._valid_kwargs_names})
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """An image processor of saved settings. Those that the pixels depend on have no defaults here."""
+        missing = [name for name in SAVED if {**image_processor_dict, **kwargs}.get(name) is None]
+        if missing:
+            raise ValueError(f"The saved settings of the image processor lack {', '.join(missing)}: the file is incomplete.")
+        return super().from_dict(image_processor_dict, **kwargs)
 
     @classmethod
     def for_model(cls, config: MFRSVLMConfig, **overrides: Any) -> "MFRSVLMImageProcessor":
@@ -171,8 +188,12 @@ class MFRSVLMImageProcessor(PilBackend):
             return super().preprocess(images, *args, **kwargs)
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
-        super()._validate_preprocess_kwargs(**kwargs)
         given = SimpleNamespace(**kwargs)
+        for name in ("size", "crop_size"):
+            for edge, length in dict(kwargs[name] or {}).items():
+                if length is not None and not (is_number(length, int) and 0 < length <= LARGEST_SIDE):
+                    raise ValueError(f"{name}={dict(kwargs[name])}: {edge} must be > 0 and at most {LARGEST_SIDE} pixels.")
+        super()._validate_preprocess_kwargs(**kwargs)
         for name, choices in (
             ("canvas_source", ("image", "global_view")),
             ("window_packing", ("windows_first", "channels_first")),
@@ -188,26 +209,58 @@ class MFRSVLMImageProcessor(PilBackend):
         size = {edge: length for edge, length in dict(given.size or {}).items() if length}
         if given.do_resize and set(size) not in ({"shortest_edge"}, {"height", "width"}):
             raise ValueError(f"size={size} must have a shortest_edge, or a height and a width.")
-        window_table(crop.height, given.patch_size, given.canvas_scale, given.window_sizes, given.window_overlap)
+        for name in ("patch_size", "canvas_scale", "num_channels", "max_image_pixels"):
+            if not is_number(kwargs[name], int) or kwargs[name] < 1:
+                raise ValueError(f"{name}={shown(kwargs[name])} must be a whole number and at least 1.")
+        if not is_number(given.max_aspect_ratio, (int, float)) or not given.max_aspect_ratio >= 1:
+            raise ValueError(f"max_aspect_ratio={shown(given.max_aspect_ratio)} must be at least 1.")
+        if not all(is_number(size, int) for size in given.window_sizes):
+            raise TypeError(f"window_sizes={shown(given.window_sizes)} must be whole numbers.")
+        windows = window_table(crop.height, given.patch_size, given.canvas_scale, given.window_sizes, given.window_overlap)
+        count = sum(packed_lengths(crop.height, windows, given.num_channels))
+        if given.canvas_scale * crop.height > LARGEST_SIDE or count > MOST_VALUES:
+            raise ValueError(
+                f"canvas_scale={given.canvas_scale}, crop_size={crop.height}, window_sizes={shown(given.window_sizes)} and "
+                f"num_channels={given.num_channels} give a canvas of {given.canvas_scale * crop.height} pixels and {count} "
+                f"values an image: at most {LARGEST_SIDE} and {MOST_VALUES} are possible."
+            )
         if given.window_sizes and given.canvas_source == "image" and not given.do_resize:
             raise ValueError('canvas_source="image" needs do_resize=True. Without, use canvas_source="global_view".')
-        for name in ("max_aspect_ratio", "max_image_pixels", "num_channels"):
-            if not kwargs[name] >= 1:
-                raise ValueError(f"{name}={kwargs[name]} must be at least 1.")
         limits = (0, 1) if given.value_range is None else given.value_range
-        if len(limits) != 2 or not all(map(math.isfinite, limits)) or not limits[0] < limits[1]:
-            raise ValueError(f"value_range={limits} must be two finite numbers, black and white, the lower one first.")
+        if len(limits) != 2 or not all(is_number(n, (int, float)) for n in limits) or not limits[0] < limits[1]:
+            raise ValueError(
+                f"value_range={shown(limits)} must be two finite numbers, black and white, the lower one first."
+            )
+        if given.do_resize and given.resample not in list(PILImageResampling):
+            raise ValueError(f"resample={shown(given.resample)} must be one of {[int(way) for way in PILImageResampling]}.")
+        self._validate_normalization(given)
+
+    def _validate_normalization(self, given: SimpleNamespace) -> None:
         used = {
             "rescale_factor": given.do_rescale,
             "image_mean": given.do_normalize or given.do_pad,
             "image_std": given.do_normalize,
         }
         for name in (name for name, is_used in used.items() if is_used):
-            values = np.asarray(kwargs[name], dtype=object).ravel()
-            if len(values) not in (1, given.num_channels) or any(v is None or not math.isfinite(v) for v in values):
-                raise ValueError(f"{name}={kwargs[name]} must be 1 or num_channels={given.num_channels} finite numbers.")
-            if name == "image_std" and not all(values):
-                raise ValueError(f"image_std={kwargs[name]} must not be 0.")
+            value = getattr(given, name)
+            numbers = list(value) if isinstance(value, (list, tuple)) and name != "rescale_factor" else [value]
+            counts = (1,) if name == "rescale_factor" else (1, given.num_channels)
+            if len(numbers) not in counts or not all(is_number(number, (int, float)) for number in numbers):
+                raise ValueError(
+                    f"{name}={shown(value)} must be {' or num_channels='.join(map(str, counts))} finite numbers."
+                )
+            if name == "image_mean" and not all(0 <= number <= 255 for number in numbers):
+                raise ValueError(f"image_mean={shown(value)} must lie in [0, 255]: it is a mean of samples.")
+            if name != "image_mean" and not all(number > 0 for number in numbers):
+                raise ValueError(f"{name}={shown(value)} must not be 0 or negative.")
+        largest = 255 * (given.rescale_factor if given.do_rescale else 1)
+        if given.do_normalize:
+            largest = max(largest, np.max(given.image_mean)) / np.min(given.image_std)
+        if not largest < torch.finfo(PIXEL_DTYPES[given.pixel_dtype]).max:
+            raise ValueError(
+                f"rescale_factor={given.rescale_factor} and image_std={shown(given.image_std)} make values that pixel_dtype="
+                f"{given.pixel_dtype} cannot hold."
+            )
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Opens every image, at any depth of nesting, see `open_image`."""
@@ -237,7 +290,9 @@ class MFRSVLMImageProcessor(PilBackend):
             uint8; float32 in [0, 1] for a float image with `do_rescale=False`.
         """
         settings = {name: getattr(self, name) for name in self._valid_kwargs_names}
-        planes = read_planes(open_source(image), SimpleNamespace(**{**settings, **kwargs}))
+        given = SimpleNamespace(**{**settings, **kwargs})
+        planes = read_planes(open_source(image), given)
+        planes = [plane.convert(working_mode(planes, given.num_channels)) for plane in planes]
         return np.concatenate([np.atleast_3d(plane) for plane in planes], axis=2).transpose(2, 0, 1)
 
     def _preprocess(self, images: list[list[Image.Image]], return_tensors: Any = None, **kwargs: Any) -> BatchFeature:
@@ -259,9 +314,15 @@ class MFRSVLMImageProcessor(PilBackend):
 
         def view(planes: list[Image.Image], scale: int) -> np.ndarray:
             """The normalized image at `scale` times the size of the global view, (C, height, width)."""
+            mode, colors = working_mode(planes, channels), [None] * len(planes)
+            if given.do_pad:
+                colors = pad_colors(mode, len(planes), given.image_mean)
             if given.do_resize:
-                target = scaled_size(planes[0], given.size, scale)
-                planes = [plane.resize(target, resample=given.resample) for plane in planes]
+                target = scaled_size(padded_size(planes[0], given.do_pad), given.size, scale)
+                planes = [resize(p, mode, target, given.resample, color) for p, color in zip(planes, colors, strict=True)]
+            else:
+                planes = [plane.convert(mode) for plane in planes]
+                planes = pad_to_square(planes, given.image_mean) if given.do_pad else planes
             if given.do_center_crop:
                 left, top = ((edge - scale * side) // 2 for edge in planes[0].size)
                 planes = [plane.crop((left, top, left + scale * side, top + scale * side)) for plane in planes]
@@ -274,7 +335,6 @@ class MFRSVLMImageProcessor(PilBackend):
             return result
 
         for index, (planes, row) in enumerate(zip(images, as_numpy(rows), strict=True)):
-            planes = pad_to_square(planes, given.image_mean) if given.do_pad else planes
             canvas = torch.from_numpy(view(planes, 1))
             if canvas.shape[1:] != (side, side):
                 raise ValueError(
@@ -300,11 +360,18 @@ def as_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """Turns the validation errors of huggingface_hub, which derive from bare `Exception`, into a `TypeError`."""
+    """Gives errors of libraries one line, and turns those of huggingface_hub, bare exceptions, into a `TypeError`."""
     try:
         yield
-    except StrictDataclassError as error:
-        raise TypeError(str(error)) from error
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(" ".join(str(error).split())) from error
+
+
+def is_number(value: Any, kind: Any) -> bool:
+    """Whether a value is a finite number of a type, and no truth value."""
+    kinds = (*kind, np.number) if isinstance(kind, tuple) else (kind, np.integer)
+    return isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 @contextlib.contextmanager
@@ -326,28 +393,71 @@ def flatten_images(images: Any) -> list[Any]:
     return [images]
 
 
-def scaled_size(image: Image.Image, size: SizeDict, scale: int) -> tuple[int, int]:
-    """(width, height) of an image resized to `scale` times `size`."""
-    if not size.shortest_edge:
-        return scale * size.width, scale * size.height
-    short, target = min(image.size), scale * size.shortest_edge
-    width, height = (target if edge == short else int(target * edge / short) for edge in image.size)
+def working_mode(planes: list[Image.Image], num_channels: int) -> str:
+    """Mode that planes of `read_planes` are resized in."""
+    return "RGB" if len(planes) == 1 and num_channels == 3 else planes[0].mode
+
+
+def padded_size(plane: Image.Image, do_pad: bool | None) -> tuple[int, int]:
+    width, height = plane.size
+    return (max(width, height),) * 2 if do_pad else (width, height)
+
+
+def scaled_size(size: tuple[int, int], given: SizeDict, scale: int) -> tuple[int, int]:
+    """(width, height) of an image of `size` (width, height), resized to `scale` times the given size."""
+    if not given.shortest_edge:
+        return scale * given.width, scale * given.height
+    short, target = min(size), scale * given.shortest_edge
+    width, height = (target if edge == short else int(target * edge / short) for edge in size)
     return width, height
+
+
+def pad_colors(mode: str, num_planes: int, image_mean: Any) -> list[Any]:
+    """The mean color, plane by plane, in values of the mode."""
+    bands = Image.getmodebands(mode)
+    mean = np.broadcast_to(np.asarray(image_mean, dtype=np.float64), (num_planes * bands,)).reshape(num_planes, bands)
+    if mode != "F":
+        mean = np.clip(mean * 255, 0, 255).astype(np.uint8)  # truncated, as the published model was trained
+    return [tuple(color) if bands > 1 else color[0] for color in mean.tolist()]
 
 
 def pad_to_square(planes: list[Image.Image], image_mean: Any) -> list[Image.Image]:
     """Centers an image on a square of the mean color; an odd remainder goes to the bottom and the right."""
-    (width, height), side = planes[0].size, max(planes[0].size)
+    colors = pad_colors(planes[0].mode, len(planes), image_mean)
+    return [pad(plane, color) for plane, color in zip(planes, colors, strict=True)]
+
+
+def pad(plane: Image.Image, color: Any) -> Image.Image:
+    (width, height), side = plane.size, max(plane.size)
     if height == width:
-        return planes
-    bands, squares = len(planes[0].getbands()), []
-    mean = np.broadcast_to(np.asarray(image_mean, dtype=np.float64), (len(planes) * bands,)).reshape(len(planes), bands)
-    if planes[0].mode != "F":
-        mean = np.clip(mean * 255, 0, 255).astype(np.uint8)  # truncated, as the published model was trained
-    for plane, color in zip(planes, mean.tolist(), strict=True):
-        squares.append(Image.new(plane.mode, (side, side), tuple(color) if bands > 1 else color[0]))
-        squares[-1].paste(plane, ((side - width) // 2, (side - height) // 2))
-    return squares
+        return plane
+    square = Image.new(plane.mode, (side, side), color)
+    square.paste(plane, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def resize(plane: Image.Image, mode: str, target: tuple[int, int], resample: Any, color: Any = None) -> Image.Image:
+    """Converts an image to `mode`, pads it to a square if there is a color, and resizes it to `target`.
+
+    The result is that of these three steps, to the last bit. From square to square, which is the default, the padded image
+    never exists: one of 100 x 10000 pixels would take the memory of 10000 x 10000. Pillow then resizes the rows first and
+    the columns afterwards, so that the rows can be resized strip by strip. In other cases, its version decides.
+    """
+    (width, height), side = plane.size, max(plane.size)
+    is_square = target[0] == target[1] and (height == width or color is not None)
+    if not is_square or (height == width and mode == plane.mode):
+        plane = plane if plane.mode == mode else plane.convert(mode)  # to its own mode, it would be copied
+        return (plane if color is None else pad(plane, color)).resize(target, resample)
+    left, top, step = (side - width) // 2, (side - height) // 2, max(1, ROWS_PIXELS // side)
+    rows = Image.new(mode, (target[0], side), color or 0)
+    for start in range(0, height, step):
+        strip = plane.crop((0, start, width, min(start + step, height))).convert(mode)
+        if width < side:
+            wide = Image.new(mode, (side, strip.height), color)
+            wide.paste(strip, (left, 0))
+            strip = wide
+        rows.paste(strip.resize((target[0], strip.height), resample), (0, top + start))
+    return rows.resize(target, resample)
 
 
 # See the end of `configuration_mfrsvlm.py`.

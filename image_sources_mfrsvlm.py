@@ -8,12 +8,16 @@ its type or by the caller, never from other values.
 import base64
 import contextlib
 import io
+import ipaddress
 import os
+import socket
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 from urllib.request import url2pathname
 
 import numpy as np
@@ -29,6 +33,7 @@ EIGHT_BIT_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YC
 DEEP_MODES = {"I", "I;16", "I;16B", "I;16L", "F"}
 # File formats that have only 8 bits per sample, and only color bands and alpha. The headers of others are checked.
 EIGHT_BIT_FORMATS = {"BMP", "GIF", "JPEG", "MPO", "TGA", "WEBP"}
+ROWS_PIXELS = 2**22  # of a large image at a time, where it is converted
 HEADER_BYTES = 2**20  # a JPEG 2000 file has its size marker by then, behind its metadata
 TAGS = (254, 258, 262, 266, 277, 284, 338, 339)  # of a TIFF
 SUBFILE_TYPE, BITS, PHOTOMETRIC, FILL_ORDER, SAMPLES, PLANAR, EXTRA_SAMPLES, SAMPLE_FORMAT = TAGS
@@ -36,7 +41,7 @@ COLORS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}  # bands that a photometric interp
 GRAY, RGB = 1, 2  # photometric interpretations; 0 is gray from white to black
 DEPENDENT_PAGE = 0b101  # bits of the subfile type: a smaller copy, or a mask, of another page (GeoTIFFs hold both)
 SOURCE_KEYS = ("bytes", "image", "base64", "image_url", "url", "path")  # of `datasets` images and parts of a chat
-FETCH_SECONDS = 30
+FETCH_BYTES, FETCH_SECONDS, FETCH_REDIRECTS = 256 * 2**20, 30, 5
 ADVICE = "Read it with rasterio, choose its bands, and pass an array: uint8, or any other with value_range=(black, white)."
 
 
@@ -115,9 +120,7 @@ def locate(source: Any, folder: str | os.PathLike[str] | None, allow_outside: bo
     if scheme.startswith(("http://", "https://")):
         if folder is not None and not allow_outside:
             raise ValueError(f"it is an address, and only files in {str(folder)!r} may be opened here")
-        response = get_session().get(text, follow_redirects=True, timeout=FETCH_SECONDS)
-        response.raise_for_status()
-        return io.BytesIO(response.content)
+        return fetch(text)
     if scheme.startswith("file://"):
         path = url2pathname(urlsplit(text).path)
     if folder is not None:
@@ -134,6 +137,73 @@ def locate(source: Any, folder: str | os.PathLike[str] | None, allow_outside: bo
         return io.BytesIO(base64.b64decode("".join(text.split()), validate=True))
     except ValueError as error:
         raise ValueError("it is neither a file, nor an http(s) address, nor base64 text") from error
+
+
+def fetch(address: str) -> io.BytesIO:
+    """Content of an http(s) address, of at most `FETCH_BYTES`, within `FETCH_SECONDS` and `FETCH_REDIRECTS`.
+
+    Raises:
+        ValueError: a limit is exceeded, or the address redirects to a private network or another scheme.
+        Exception: those of the HTTP library.
+    """
+    result: list[Any] = []
+
+    def work() -> None:
+        try:
+            result.append(download(address, time.monotonic() + FETCH_SECONDS))
+        except Exception as error:
+            result.append(error)
+
+    # A thread, since a server may send a header byte by byte for hours, and the library limits every byte alone.
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    worker.join(FETCH_SECONDS)
+    if not result:
+        raise ValueError(f"it was not complete after {FETCH_SECONDS} s")
+    if isinstance(result[0], Exception):
+        raise result[0]
+    return result[0]
+
+
+def download(address: str, deadline: float) -> io.BytesIO:
+    """Reads an address until the deadline, a time of `time.monotonic`. See `fetch`."""
+    session, first = get_session(), urlsplit(address)
+    for _ in range(FETCH_REDIRECTS + 1):
+        options = {"follow_redirects": False, "timeout": FETCH_SECONDS, "headers": {"Accept-Encoding": "identity"}}
+        with session.stream("GET", address, **options) as response:
+            if response.has_redirect_location:
+                address = urljoin(address, response.headers["location"])
+                target = urlsplit(address)
+                if target.scheme not in ("http", "https"):
+                    raise ValueError(f"it redirects to {shown(address)}, which is no http(s) address")
+                # Nobody typed this address, so it must not reach what only this machine can reach.
+                if target.netloc != first.netloc and not is_public(target.hostname or ""):
+                    raise ValueError(f"it redirects to {shown(address)}, which is an address of a private network")
+                continue
+            response.raise_for_status()
+            if response.headers.get("content-encoding", "identity") != "identity":  # a small answer may become a huge one
+                raise ValueError("the server compresses it, although it was asked not to")
+            content = io.BytesIO()
+            for part in response.iter_raw(2**16):
+                content.write(part)
+                if content.tell() > FETCH_BYTES:
+                    raise ValueError(f"it is larger than {FETCH_BYTES / 2**20:g} MiB")
+                if time.monotonic() > deadline:
+                    raise ValueError(f"it was not complete after {FETCH_SECONDS} s")
+            content.seek(0)
+            return content
+    raise ValueError(f"it redirects more than {FETCH_REDIRECTS} times")
+
+
+def is_public(host: str) -> bool:
+    """Whether every address of a host is in the public internet. A name that is not known here counts as public."""
+    try:
+        found = socket.getaddrinfo(host, None)
+    except OSError:  # the fetch says so, or a proxy knows it
+        return True
+    addresses = [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
+    addresses = [getattr(address, "ipv4_mapped", None) or address for address in addresses]
+    return all(address.is_global and not address.is_multicast for address in addresses)
 
 
 def is_inside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
@@ -256,7 +326,12 @@ def damage(what: str) -> Iterator[None]:
 
 
 def read_planes(image: Any, given: SimpleNamespace) -> list[Image.Image]:
-    """Checks one image. Returns one image in RGB, or one in gray for every channel (8 bits, or floats in [0, 1])."""
+    """Checks one image and decodes it.
+
+    Returns:
+        One image of three channels, or one in gray for every channel (8 bits, or floats in [0, 1]). An image of three
+        channels may still have another mode, such as RGBA or P: converted at once, it would need its memory twice.
+    """
     to_rgb = bool(given.do_convert_rgb) and given.num_channels == 3
     limits = (given.do_pad, given.max_aspect_ratio, given.max_image_pixels)
     if isinstance(image, Image.Image):
@@ -270,21 +345,24 @@ def read_planes(image: Any, given: SimpleNamespace) -> list[Image.Image]:
         image = upright(image)
         with damage("it"):
             image.load()
-            image = image.convert("RGB") if to_rgb and image.mode not in ("RGB", *DEEP_MODES) else image
         if not to_rgb and image.mode not in ({"RGB"} if given.num_channels == 3 else {"1", "L", *DEEP_MODES}):
             raise ValueError(
                 f"its mode {image.mode!r} is not num_channels={given.num_channels} bands: pass them as an array."
             )
-        if image.mode == "RGB" and to_rgb and given.value_range is None:
-            return [image]
+        if to_rgb and image.mode not in DEEP_MODES:
+            if given.value_range is None:
+                return [image]
+            image = image.convert("RGB")
         array = np.atleast_3d(image).transpose(2, 0, 1)
         array = array.astype(np.uint8) * 255 if array.dtype == bool else array
     else:
         array = to_array(image, given.input_data_format, given.num_channels)
         check_extent(array.shape[1], array.shape[2], *limits)
     array = to_eight_bits(array, given.value_range, quantize=bool(given.do_rescale))
-    if to_rgb and len(array) in (1, 4):
-        array = np.repeat(array, 3, axis=0) if len(array) == 1 else array[:3]
+    if to_rgb and len(array) == 1:
+        plane = Image.fromarray(np.ascontiguousarray(array[0]))
+        return [plane] if plane.mode == "L" else [plane] * 3
+    array = array[:3] if to_rgb and len(array) == 4 else array
     if len(array) != given.num_channels:
         rule = "set do_convert_rgb" if given.num_channels == 3 else "pass an array with as many bands"
         raise ValueError(f"it has {len(array)} channels, but num_channels={given.num_channels}: {rule}.")
@@ -352,11 +430,16 @@ def to_eight_bits(image: np.ndarray, value_range: Sequence[float] | None, quanti
         black, white = value_range
         if not is_float and not np.iinfo(image.dtype).min <= black < white <= np.iinfo(image.dtype).max:
             raise ValueError(f"value_range={value_range} does not fit samples of {image.dtype}.")
-        wide: Any = image.astype(np.float64 if image.itemsize > 2 and image.dtype != np.float32 else np.float32)
-        wide -= black
-        wide *= 1 / (white - black)
-        np.clip(wide, 0, 1, out=wide)
-        return np.rint(wide * 255).astype(np.uint8) if quantize else wide.astype(np.float32)
+        result = np.empty(image.shape, np.uint8 if quantize else np.float32)
+        step = max(1, ROWS_PIXELS // max(1, image.shape[2]))
+        for top in range(0, image.shape[1], step):  # in strips, since wide numbers take eight times the memory
+            rows = image[:, top : top + step]
+            wide: Any = rows.astype(np.float64 if image.itemsize > 2 and image.dtype != np.float32 else np.float32)
+            wide -= black
+            wide *= 1 / (white - black)
+            np.clip(wide, 0, 1, out=wide)
+            result[:, top : top + step] = np.rint(wide * 255) if quantize else wide
+        return result
     if image.dtype == np.uint8:
         return image
     if not is_float and image.itemsize < 8:

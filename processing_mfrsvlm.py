@@ -2,6 +2,7 @@
 
 import bisect
 import copy
+import inspect
 import math
 import os
 import re
@@ -204,6 +205,10 @@ class MFRSVLMProcessor(ProcessorMixin):
     def _get_arguments_from_pretrained(
         cls, pretrained_model_name_or_path: Any, processor_dict: dict[str, Any] | None = None, **kwargs: Any
     ) -> list[Any]:
+        known = set(inspect.signature(cls.__init__).parameters) | {"auto_map", "processor_class"}
+        unknown = sorted(name for name in processor_dict or {} if name not in known and name[:1] != "_")
+        if unknown:
+            raise ValueError(f"The saved settings of the processor have unknown names: {', '.join(unknown)}.")
         # Through the Auto classes this would ask whether to run the code in the folder, although this is that code, and
         # load a second copy of it. The tokenizer needs none, but looks at the model's config unless it is given one.
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **{**kwargs, "config": PreTrainedConfig()})

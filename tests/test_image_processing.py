@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from external_data import external_data
+from fake_network import fake_network
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from safetensors.numpy import load_file
@@ -444,24 +445,9 @@ def test_paths_and_base64(tmp_path):
     assert torch.equal(several["pixel_values"][0], several["pixel_values"][1])
 
 
-class FakeSession:
-    """Stands for the network: a 404 for every address but one."""
-
-    def __init__(self, content: bytes):
-        self.content = content
-
-    def get(self, url: str, **kwargs) -> "FakeSession":
-        self.url = url
-        return self
-
-    def raise_for_status(self) -> None:
-        if not self.url.endswith("image.png"):
-            raise OSError("404 Not Found")
-
-
 def test_urls(monkeypatch):
     image = Image.fromarray(noise(20, 30))
-    monkeypatch.setattr(image_sources_mfrsvlm, "get_session", lambda: FakeSession(encoded(image, "PNG")))
+    fake_network(monkeypatch, encoded(image, "PNG"), "image.png")
     outputs = tiny()("https://example.com/image.png", return_tensors="pt")
     assert_same(outputs, tiny()(image, return_tensors="pt"))
     with pytest.raises(ValueError, match=r"Image 1 of 2.*https://example\.com/missing\.png.*404 Not Found"):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from external_data import external_data
+from fake_network import fake_network
 from PIL import Image, ImageOps
 
 from mfrsvlm import MFRSVLMImageProcessor, image_sources_mfrsvlm
@@ -464,21 +465,6 @@ def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return pixels[::rows, ::columns]
 
 
-class Answer:
-    """Stands for the network."""
-
-    content = photograph("JPEG", 6)
-
-    def raise_for_status(self) -> None:
-        pass
-
-
-class Session:
-    def get(self, url: str, timeout: float, **kwargs) -> Answer:
-        assert url == "https://example.com/photo.jpg" and timeout > 0
-        return Answer()
-
-
 def doors(folder: Path) -> dict:
     """One photograph in every form that a user, a data file or a chat may name it in."""
     content, path = photograph("JPEG", 6), folder / "a photo.jpg"
@@ -517,7 +503,7 @@ def doors(folder: Path) -> dict:
 
 def test_a_turned_photograph_is_the_same_through_every_door(tmp_path, monkeypatch):
     """Pixels and size, of what the processor makes, fetches and shows, and of what `open_image` gives."""
-    monkeypatch.setattr(image_sources_mfrsvlm, "get_session", Session)
+    fake_network(monkeypatch, photograph("JPEG", 6), "/photo.jpg")
     stored = np.asarray(Image.open(io.BytesIO(photograph("JPEG"))))
     expected = turned(stored, 6)
     assert expected.shape == (WIDTH, HEIGHT, 3)

@@ -5,19 +5,19 @@ import builtins
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+from fake_network import fake_network
 from hypothesis import HealthCheck, given, settings
 from PIL import ExifTags, Image, ImageOps
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast, processing_utils
 
-from mfrsvlm import MFRSVLMImageProcessor, MFRSVLMProcessor, image_sources_mfrsvlm
+from mfrsvlm import MFRSVLMImageProcessor, MFRSVLMProcessor
 from mfrsvlm.convert_checkpoint import IMAGE_TOKEN, read_tokenizer
 from mfrsvlm.processing_mfrsvlm import make_chat_template
 
@@ -616,9 +616,7 @@ DOORS = ["picture", "path", "path_object", "path_as_url", "file_url", "web", "da
 def test_images_of_a_conversation(tiny, doors, door, monkeypatch):
     """Whatever names an image, the model sees one frame: the upright one."""
     file = Path(doors["path"]["path"])
-    answer = SimpleNamespace(content=file.read_bytes(), raise_for_status=lambda: None)
-    network = SimpleNamespace(get=lambda url, **kwargs: answer)
-    monkeypatch.setattr(image_sources_mfrsvlm, "get_session", lambda: network)
+    fake_network(monkeypatch, file.read_bytes())
     outputs = tiny.apply_chat_template(
         [{"role": "user", "content": [doors[door], {"type": "text", "text": "Hi"}]}],
         add_generation_prompt=True,

@@ -45,6 +45,20 @@ def make_photographs(root: Path, each: int = 4, side: int = 64) -> Path:
             ):
                 row = {"image": image, "question": question, "answer": answer, "split": split}
                 questions.append(row | {"broken": "  " in question})
+    (root / "aerial_cars" / "images").mkdir(parents=True)
+    frames = []
+    for name in ("DJI_0005-0001", "DJI_0013-0002", "DJI_0013-0003"):
+        image = f"images/{name}.png"
+        Image.fromarray(texture(len(frames), 96)).resize((192, 108)).save(root / "aerial_cars" / image)
+        boxes = [
+            ("car", [10, 10, 22, 18]),
+            ("car", [100, 50, 112, 58]),
+            ("car", [150, 90, 162, 98]),
+            ("bus", [60, 60, 90, 70]),
+        ]
+        objects = [{"class": kind, "box": box} for kind, box in boxes]
+        frames.append({"image": image, "width": 192, "height": 108, "objects": objects})
+    (root / "aerial_cars" / "boxes.json").write_text(json.dumps(frames))
     (root / "ucm" / "captions.json").write_text(json.dumps(captions))
     (root / "ucm" / "rsivqa.json").write_text(json.dumps(questions))
     (root / "ucm" / "LandUse_Multilabeled.txt").write_text("\n".join(table) + "\n")

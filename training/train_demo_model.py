@@ -21,18 +21,27 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, Dataset
-from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, set_seed
+from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..evaluation import EvaluationSettings, evaluate, load_benchmark
 from ..evaluation.evaluate import evaluate_majority
+from ..files.model_folder import load_model
 from ..files.reading import read_json
 from ..files.writing import WriteError, check_folder, write_file
 from ..model_card.card import write_model_card
 from ..modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from .branches import BranchCollator
 from .data import BadRow, ConversationDataset, to_messages
-from .demo_model.architecture import make_config, make_processor, make_tokenizer, start_positions, whiten_projector
+from .demo_model.aerial_cars import count_figures, read_frames, write_car_rows
+from .demo_model.architecture import (
+    make_config,
+    make_processor,
+    make_tokenizer,
+    settle_placeholder,
+    start_positions,
+    whiten_projector,
+)
 from .demo_model.encoder import load_encoder, pretrain
 from .demo_model.photograph_figures import evaluate_photographs, photograph_evidence
 from .demo_model.photograph_questions import PhotographQuestions, photograph_dialogues
@@ -72,7 +81,7 @@ class DemoModelArguments:
     )
     real_data: str | None = field(
         default=None,
-        metadata={"help": "Folder of photographs, see training/demo_model/photographs.py. Needs efficientnet, scenes: 0."},
+        metadata={"help": "Folder of photographs, see training/demo_model/photographs.py. Needs efficientnet."},
     )
     copies: int = field(default=4, metadata={"help": "Rotated and mirrored copies of each photograph, itself included."})
     decoder_width: int = field(default=192, metadata={"help": "Width of the decoder, a multiple of 64."})
@@ -136,8 +145,8 @@ def train_demo_model(options: DemoModelArguments, args: DemoModelTrainingArgumen
         raise SettingsError("scenes=0, no train_file and no real_data: there is nothing to train on.")
     if (options.encoder == "efficientnet") != bool(options.real_data):
         raise SettingsError("encoder=efficientnet and real_data need each other: the encoder is tuned on photographs.")
-    if options.real_data and (options.scenes or options.train_file or options.train_encoder):
-        raise SettingsError("real_data cannot be combined with scenes, train_file or train_encoder. Set scenes: 0.")
+    if options.real_data and (options.train_file or options.train_encoder):
+        raise SettingsError("real_data cannot be combined with train_file or train_encoder.")
     if not 1 <= options.copies <= TRANSFORMS:
         raise SettingsError(f"copies={options.copies} must be 1 to {TRANSFORMS}.")
     weights = find_weights(options.encoder_weights) if options.real_data else None
@@ -171,13 +180,20 @@ def train_demo_model(options: DemoModelArguments, args: DemoModelTrainingArgumen
     checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
     with times.measure("decoder"):
         trainer.train(resume_from_checkpoint=checkpoint)
+    settle_placeholder(model)
     model.eval().generation_config.max_new_tokens = 64
     model.to(torch.bfloat16).save_pretrained(output)
     processor.save_pretrained(output)
     if options.real_data:
         with times.measure("evaluation"):
             figures = evaluate_photographs(output, splits, work / "evaluation", weights)
-        card = photograph_evidence(options, args, times.seconds, splits, figures)
+        counts = count_cars(output, Path(options.real_data)) if read_frames(Path(options.real_data)) else None
+        card = photograph_evidence(options, args, times.seconds, splits, figures, counts)
+        if options.scenes:
+            card += f"\n\nIt was also trained on {options.scenes} synthetic scenes."
+            if options.test_scenes:
+                canvas = model.config.canvas_scale * model.config.image_size
+                card += scene_table(evaluate_folder(output, options.test_scenes), canvas)
     else:
         figures = evaluate_folder(output, options.test_scenes) if options.test_scenes else {}
         card = evidence(options, args, times.seconds, figures)
@@ -195,15 +211,18 @@ def prepare(
     photographs = read_photographs(work / "photographs", "train") if options.real_data else None
     if photographs is not None:
         texts += photograph_dialogues(photographs)
-    images = SceneImages(work / "scenes", "train", options.scenes) if options.scenes else None
+    cars = None
+    if options.real_data and read_frames(Path(options.real_data)):
+        cars = ConversationDataset(str(write_car_rows(Path(options.real_data), work / "cars")), str(work / "cars"))
+        texts += conversation_dialogues(cars)
+    sizes = make_config(16, options.encoder)
+    sides = (sizes.canvas_scale * sizes.image_size, sizes.image_size)
+    images = SceneImages(work / "scenes", "train", options.scenes, sides=sides) if options.scenes else None
     if images is not None:
         texts += dialogues(images.scenes[:500])
     conversations = ConversationDataset(options.train_file, options.image_root) if options.train_file else None
     if conversations is not None:
-        for index in conversations.good:
-            messages = [m for m in to_messages(conversations.rows[index]) if m["role"] != "system"]
-            contents = ["".join(part.get("text", "") for part in message["content"]) for message in messages]
-            texts += zip(contents[::2], contents[1::2], strict=True)
+        texts += conversation_dialogues(conversations)
     tokenizer = make_tokenizer(texts, options.vocab_size)
     set_seed(seed)
     config = make_config(len(tokenizer), options.encoder, options.decoder_width, **ARCHITECTURE)
@@ -221,6 +240,11 @@ def prepare(
         asked = PhotographQuestions(photographs, collator, model, path, options.copies)
         features.append(asked.features)
         rows.append(asked)
+    if cars is not None:
+        with torch.autocast("cpu", torch.bfloat16):
+            cached_cars = CachedRows(cars, collator, model, work / f"features-{encoder.stem}-cars.npy")
+        features.append(cached_cars.features)
+        rows += [cached_cars] * asked.rounds
     if images is not None:
         path = work / f"features-{encoder.stem}-scenes-{options.scenes}.npy"
         features.append(cache_image_features(model, images.batches(model.config), len(images), path))
@@ -240,14 +264,21 @@ def prepare(
     return model, processor, rows[0] if len(rows) == 1 else ConcatDataset(rows)
 
 
+def conversation_dialogues(conversations: ConversationDataset) -> Iterator[tuple[str, str]]:
+    """All questions of the rows and their answers."""
+    for index in conversations.good:
+        messages = [message for message in to_messages(conversations.rows[index]) if message["role"] != "system"]
+        contents = ["".join(part.get("text", "") for part in message["content"]) for message in messages]
+        yield from zip(contents[::2], contents[1::2], strict=True)
+
+
 def evaluate_folder(folder: Path, scenes: int) -> dict[str, dict[str, Any]]:
-    """Figures of the model in a folder, loaded as a user would load it, by task.
+    """Figures of the model in a folder, loaded as every command loads it, by task.
 
     Returns:
         For `image`, `blind` (without the image) and `majority`, the figures of `scene_figures`.
     """
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    model, processor = load_model(folder, dtype=torch.float32)
     benchmark = load_benchmark("scenes", None, "test", count=scenes)
     summaries = {
         "image": evaluate(model, processor, [benchmark], PROTOCOL),
@@ -255,6 +286,12 @@ def evaluate_folder(folder: Path, scenes: int) -> dict[str, dict[str, Any]]:
         "majority": evaluate_majority([benchmark], PROTOCOL),
     }
     return {name: scene_figures(summary["scenes/test"]["results"]) for name, summary in summaries.items()}
+
+
+def count_cars(folder: Path, real: Path) -> dict[str, Any]:
+    """See `count_figures`."""
+    model, processor = load_model(folder, dtype=torch.float32)
+    return count_figures(model, processor, real)
 
 
 def scene_figures(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -276,30 +313,12 @@ def evidence(
     figures: dict[str, dict[str, Any]],
 ) -> str:
     """Markdown for the card: what the model was trained on, how, and its figures."""
-    low, high = (value * CANVAS / SCENE_SIZE for value in OBJECT_PIXELS)
     sources = [f"{options.scenes} synthetic scenes (`mfrsvlm.scenes`)"] if options.scenes else []
     sources += [f"the rows of `{Path(options.train_file).name}`"] if options.train_file else []
     text = f"""\
 **This model is a demonstration.** It was trained from random weights on {" and ".join(sources)}, to show on a CPU that
 every part works."""
-    if figures:
-        text += f"""
-
-The table reports accuracy in per cent on held-out synthetic scenes (`{PROTOCOL}` protocol, greedy decoding). Objects
-are {low:g} to {high:g} pixels long on the canvas of {CANVAS}, half of that in the global view. A box is correct if its
-intersection over union with the true box is at least 0.5. A caption is correct if it is exact; *caption facts* is the F1
-score of its facts. *Blind* is the same model without the image. *Majority* always predicts the most frequent answer to
-a kind of question.
-{above_majority(figures)}
-
-| task | accuracy | 95 % interval | n | blind | majority |
-|---|---|---|---|---|---|
-"""
-        text += "\n".join(
-            f"| {task} | {100 * row['value']:.1f} | {100 * row['low']:.1f} - {100 * row['high']:.1f} | {row['n']} "
-            f"| {100 * figures['blind'][task]['value']:.1f} | {100 * figures['majority'][task]['value']:.1f} |"
-            for task, row in figures["image"].items()
-        )
+    text += scene_table(figures) if figures else ""
     minutes = ", ".join(f"{stage} {value / 60:.0f} minutes" for stage, value in seconds.items())
     threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
     trained = "Then encoder and decoder were trained together" if options.train_encoder else "Then the decoder was trained"
@@ -316,6 +335,28 @@ First the encoder was trained to predict the objects in each token. {trained} to
 `python -m mfrsvlm.training.train_demo_model training/configs/demo_model.yaml` with max_steps={args.max_steps},
 scenes={options.scenes}, encoder_steps={options.encoder_steps} and seed={args.seed}, on {threads} thread(s) of
 {platform.machine()} ({capability}), torch {torch.__version__}: {minutes}."""
+
+
+def scene_table(figures: dict[str, dict[str, Any]], canvas: int = CANVAS) -> str:
+    """Markdown: the figures of `evaluate_folder`, for a model with a canvas of this side."""
+    low, high = (value * canvas / SCENE_SIZE for value in OBJECT_PIXELS)
+    text = f"""
+
+The table reports accuracy in per cent on held-out synthetic scenes (`{PROTOCOL}` protocol, greedy decoding). Objects
+are {low:g} to {high:g} pixels long on the canvas of {canvas}, half of that in the global view. A box is correct if its
+intersection over union with the true box is at least 0.5. A caption is correct if it is exact; *caption facts* is the F1
+score of its facts. *Blind* is the same model without the image. *Majority* always predicts the most frequent answer to
+a kind of question.
+{above_majority(figures)}
+
+| task | accuracy | 95 % interval | n | blind | majority |
+|---|---|---|---|---|---|
+"""
+    return text + "\n".join(
+        f"| {task} | {100 * row['value']:.1f} | {100 * row['low']:.1f} - {100 * row['high']:.1f} | {row['n']} "
+        f"| {100 * figures['blind'][task]['value']:.1f} | {100 * figures['majority'][task]['value']:.1f} |"
+        for task, row in figures["image"].items()
+    )
 
 
 def above_majority(figures: dict[str, dict[str, Any]]) -> str:

@@ -132,6 +132,8 @@ class Benchmark:
     def check_image(self, name: str, sample: str) -> None:
         """Raises `BenchmarkError` if the image of a sample is not a file that may be opened. It is not decoded."""
         try:
+            if not isinstance(name, str):
+                raise TypeError(f"its name is a {type(name).__name__}, not text")
             if urlsplit(name).scheme not in ("http", "https"):
                 locate(name, self.root, self.allow_outside_images)
             elif not self.allow_outside_images:
@@ -141,4 +143,4 @@ class Benchmark:
 
     def _where(self, name: str, sample: str | None = None) -> str:
         sample = sample or next((sample.id for sample in self.samples if name in sample.images), None)
-        return f"Image {self.root / name} of sample {sample!r} of {self.name}"
+        return f"Image {self.root / str(name)} of sample {sample!r} of {self.name}"

@@ -15,6 +15,7 @@ from mfrsvlm.evaluation import EvaluationSettings, answer_log, evaluate, evaluat
 from mfrsvlm.evaluation.answering import Answer, Answerer, fingerprint, load
 from mfrsvlm.evaluation.batches import make_plan
 from mfrsvlm.evaluation.benchmarks import BenchmarkError
+from mfrsvlm.evaluation.evaluate import make_runs
 from mfrsvlm.evaluation.protocols import PROTOCOLS
 
 
@@ -332,6 +333,28 @@ def test_folders_of_others_are_left_alone(model, folder, benchmarks, tmp_path):
     other = load(str(tiny_folder(tmp_path / "tiny", routing="token")), dtype="float32")
     with pytest.raises(ValueError, match="model = "):
         run(other, benchmarks["rsvqa-lr"], tmp_path / "out", limit=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "song"}, "makes no prompt of it: AttributeError"),
+        ({"choices": 5}, "makes no prompt of it: TypeError"),
+        ({"question": "What is in <image>?"}, "contains <image>"),
+        ({"question": "a\ud800"}, "lone surrogate"),
+        ({"images": ("missing.png",)}, r"missing\.png.* cannot be read"),
+        ({"images": ("../../secret.png",)}, r"secret\.png.* cannot be read"),
+        ({"images": ("http://localhost:1/a.png",)}, "an address"),
+        ({"images": (5,)}, "cannot be read"),
+    ],
+)
+def test_every_sample_is_checked_before_the_first_answer(benchmarks, changes, message):
+    samples = list(benchmarks["rsvqa-lr"].samples)
+    samples[-1] = replace(samples[-1], **changes)
+    benchmark = replace(benchmarks["rsvqa-lr"], samples=samples)
+    with pytest.raises(ValueError, match=message) as error:
+        make_runs([benchmark], PROTOCOLS[PROTOCOL](), SETTINGS, mode="image")
+    assert "rsvqa-lr" in str(error.value) and repr(samples[-1].id) in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Readers of files lose nothing: they are held against Python's own codecs and JSON."""
 
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -98,3 +99,48 @@ def test_messages_stay_short(value):
 def test_a_shortened_value_says_how_long_it_is():
     assert shorten("x" * 347_195).endswith("(347195 characters)")
     assert shorten([1, 2]) == "[1, 2]"
+
+
+AMBIGUOUS = [
+    ('{"a": 1, "b": 2, "a": 3}', "key 'a' occurs more than once"),
+    ("NaN", "NaN is no number"),
+    ("-Infinity", "-Infinity is no number"),
+    ("1e999", "number '1e999' is beyond"),
+    ("1" * 5000, "5000 characters.* is beyond"),
+    (r'"a\ud800"', "lone surrogate"),
+    (r'{"\udfff": 1}', "lone surrogate"),
+    ("[" * 102 + "]" * 102, "nested deeper than 100 levels"),
+    ("[" * 100_000, "nested too deeply"),
+]
+
+
+@pytest.mark.parametrize(("text", "reason"), AMBIGUOUS)
+def test_ambiguous_json_is_rejected_with_its_place(tmp_path, text, reason):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"a\.json is not JSON: .*{reason}"):
+        read_json(tmp_path / "a.json")
+    (tmp_path / "a.jsonl").write_text(f'{{"id": 1}}\n{text}\n{{"id": 2}}\n')
+    (_, first), (number, row), (_, last) = read_rows(tmp_path / "a.jsonl")
+    assert first == {"id": 1} and last == {"id": 2} and number == 2
+    assert isinstance(row, NotJSON) and re.search(reason, row.reason)
+    if text != "[" * 100_000:  # wrong syntax concerns the whole file
+        (tmp_path / "b.json").write_text(f'[{{"id": 1}}, {text}]')
+        (_, first), (number, row) = read_rows(tmp_path / "b.json")
+        assert first == {"id": 1} and number == 2 and re.search(reason, row.reason)
+
+
+def test_escaped_pairs_of_surrogates_are_characters(tmp_path):
+    (tmp_path / "a.json").write_text(r'{"\ud83d\ude00": ["\ud83d\ude00"]}')
+    assert read_json(tmp_path / "a.json") == {"😀": ["😀"]}
+
+
+def test_nan_is_read_where_the_caller_allows_it(tmp_path):
+    (tmp_path / "a.json").write_text("[NaN, -Infinity]")
+    value, infinity = read_json(tmp_path / "a.json", allow_nan=True)
+    assert value != value and infinity == -float("inf")
+
+
+def test_nul_bytes_are_named(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'["a\0b"]')
+    with pytest.raises(ValueError, match=r"a\.json is not text: byte 3 is NUL"):
+        read_json(tmp_path / "a.json")

@@ -13,7 +13,7 @@ from mfrsvlm.training import train_demo_model
 from mfrsvlm.training.branches import BranchCollator
 from mfrsvlm.training.data import ConversationDataset
 from mfrsvlm.training.demo_model import encoder
-from mfrsvlm.training.demo_model.architecture import make_processor, make_tokenizer, start_positions
+from mfrsvlm.training.demo_model.architecture import make_processor, make_tokenizer, settle_placeholder, start_positions
 from mfrsvlm.training.demo_model.encoder import LOSS_WEIGHT, load_encoder, object_table, pretrain, token_targets
 from mfrsvlm.training.demo_model.guidance import GUIDANCE_WEIGHT, Guidance
 from mfrsvlm.training.demo_model.scene_images import CANVAS, canvas_and_view, plan
@@ -55,6 +55,14 @@ def test_position_embeddings_start_apart_and_as_large_as_the_visual_tokens(token
     nearest = distances.argmin(1)  # next to it on the grid of 8 by 8, row by row
     steps = (nearest - torch.arange(64)).abs()
     assert set(steps.tolist()) <= {1, 8}
+
+
+def test_the_placeholder_lies_among_the_words_and_is_never_said(tokenizer):
+    model = make_model(tokenizer)
+    settle_placeholder(model)
+    place, rows = model.config.image_token_id, model.get_input_embeddings().weight
+    torch.testing.assert_close(rows[place], rows[:place].mean(0))
+    assert not model.get_output_embeddings().weight[place].any()
 
 
 def test_token_targets_say_what_stands_where():

@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from mfrsvlm.evaluation.benchmarks import BenchmarkError
 from mfrsvlm.modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from mfrsvlm.training import train_demo_model
 from mfrsvlm.training.branches import BranchCollator
-from mfrsvlm.training.demo_model import near_duplicates, photograph_questions, pretrained_tower
+from mfrsvlm.training.data import ConversationDataset
+from mfrsvlm.training.demo_model import aerial_cars, near_duplicates, photograph_questions, pretrained_tower
+from mfrsvlm.training.demo_model.aerial_cars import inside, video_of, write_car_rows
 from mfrsvlm.training.demo_model.architecture import efficientnet_lite0, make_config, make_processor, make_tokenizer
 from mfrsvlm.training.demo_model.near_duplicates import prepare, similarities
 from mfrsvlm.training.demo_model.photograph_figures import figure_table, label_f1
@@ -187,6 +190,54 @@ def test_features_of_a_row_are_those_of_its_transformed_photograph(splits, tmp_p
     torch.testing.assert_close(row["image_features"][0], expected.half().float(), atol=1e-2, rtol=1e-2)
 
 
+# Cars
+
+
+def test_boxes_of_a_crop_are_in_thousandths_of_it():
+    objects = [
+        {"class": kind, "box": box}
+        for kind, box in (("car", [10, 20, 30, 40]), ("car", [0, 0, 8, 8]), ("bus", [0, 0, 9, 9]))
+    ]
+    assert inside(objects, "car", 10, 20, 40, 80).tolist() == [[0, 0, 500, 250]]
+    # A box whose center is inside is clipped, and one whose center is outside is not listed. From top to bottom:
+    assert inside(objects, "car", 2, 2, 20, 40).tolist() == [[0, 0, 300, 150], [400, 450, 1000, 950]]
+    assert inside([], "car", 0, 0, 1, 1).shape == (0, 4)
+
+
+def test_held_out_videos_are_not_trained_on(real, tmp_path):
+    path = write_car_rows(real, tmp_path / "cars")
+    rows = json.loads(path.read_text())
+    assert len(rows) == 6 and all(row["image"].startswith("images/DJI_0005-0001-") for row in rows)
+    assert video_of("images/DJI_0005-0001.png") == "DJI_0005" and video_of("images/MOS74.jpg") == "MOS"
+    conversations = ConversationDataset(str(path), str(path.parent))
+    assert len(conversations) == 6
+    for row in rows:
+        turns = [turn["value"].removeprefix("<image>\n") for turn in row["conversations"]]
+        asked = dict(zip(turns[::2], turns[1::2], strict=True))
+        count = int(asked["How many objects of the class 'car' are there in this image?\nAnswer with a number."])
+        boxes = next((answer for question, answer in asked.items() if "all cars" in question), "")
+        assert boxes.count("[") == count
+
+
+def test_count_error_is_the_sum_over_tiles_and_frames(real, monkeypatch):
+    replies = iter([["1", "0", "0", "none", "2", "1"], ["1"] * 6])
+
+    class Replies:
+        def __init__(self, *args, **kwargs):
+            pass
+
+        def encode_images(self, tiles, prompts):
+            assert [tile.size for (tile,) in tiles] == [(512, 512)] * 6
+
+        def answer(self, prompts, encoded):
+            return [SimpleNamespace(text=text) for text in next(replies)]
+
+    monkeypatch.setattr(aerial_cars, "Answerer", Replies)
+    figures = aerial_cars.count_figures(None, None, real)
+    assert figures["true"] == [3, 3] and figures["counted"] == [4, 6]
+    assert figures["error"]["value"] == pytest.approx(4 / 6)
+
+
 # The tower
 
 
@@ -342,7 +393,7 @@ def test_settings_that_exclude_each_other_are_named(tmp_path):
     common = ["--output", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
     for words, message in (
         (["--train_file", "rows.json"], "need each other"),
-        (["--real_data", str(tmp_path), "--scenes", "5"], "cannot be combined"),
+        (["--real_data", str(tmp_path), "--train_encoder", "true"], "cannot be combined"),
         (["--real_data", str(tmp_path), "--copies", "9"], "copies=9 must be 1 to 8"),
     ):
         with pytest.raises(SettingsError, match=message):
@@ -356,7 +407,21 @@ def test_command_from_photographs_to_a_model_folder(tmp_path):
     config = str(Path(train_demo_model.__file__).with_name("configs") / "demo_model_photographs.yaml")
     words = ["--real_data", str(real), "--work", str(tmp_path / "work"), "--output", str(tmp_path / "out")]
     words += ["--encoder_weights", str(tmp_path / "lite0.pth"), "--encoder_steps", "2", "--max_steps", "2", "--copies", "1"]
-    folder = train_demo_model.main([config, *words, "--decoder_width", "64", "--per_device_train_batch_size", "2"])
+    folder = train_demo_model.main(
+        [
+            config,
+            *words,
+            "--scenes",
+            "2",
+            "--test_scenes",
+            "0",
+            "--decoder_width",
+            "64",
+            "--per_device_train_batch_size",
+            "2",
+        ]
+    )
     card = (folder / "README.md").read_text()
     assert "| class, accuracy |" in card and "no license stated" in card and "splits 0 minutes" in card
+    assert "also trained on 2 synthetic scenes" in card
     assert not list(folder.glob("*.png"))

@@ -146,6 +146,15 @@ def make_processor(config: Any, tokenizer: Any, canvas_source: str = "image") ->
 
 
 @torch.no_grad()
+def settle_placeholder(model: MFRSVLMForConditionalGeneration) -> None:
+    """Sets the rows of the image placeholder, which nothing trains: the mean of the others, and zero in the head."""
+    place = model.config.image_token_id
+    rows = model.get_input_embeddings().weight
+    rows[place] = rows[:place].mean(0)
+    model.get_output_embeddings().weight[place] = 0
+
+
+@torch.no_grad()
 def start_positions(model: MFRSVLMForConditionalGeneration, features: np.ndarray) -> None:
     """Initializes position embeddings, if any, by sines and cosines of row and column, scaled to the visual tokens."""
     if not model.config.visual_position_embeddings:

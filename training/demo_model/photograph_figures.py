@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, EfficientNetModel
+from transformers import EfficientNetModel
 
 from ...evaluation import EvaluationSettings, evaluate
 from ...evaluation.encoder_baselines import evaluate_encoder
 from ...evaluation.evaluate import evaluate_majority
 from ...evaluation.intervals import corpus_figure
+from ...files.model_folder import load_model
 from ...files.reading import read_json, read_rows
 from .architecture import efficientnet_lite0
 from .photographs import PROTOCOL, load_split
@@ -65,8 +66,7 @@ def evaluate_photographs(
         For `image`, `encoder` (linear probe and nearest training image on frozen ImageNet features), `blind` (without the
         image) and `majority`: results by benchmark, with the macro F1 of the labels.
     """
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    model, processor = load_model(folder, dtype=torch.float32)
     benchmarks = load_split(splits, split)
     settings = {name: EvaluationSettings(output / split / name, progress=False) for name in COLUMNS}
     summaries = {"image": evaluate(model, processor, benchmarks, PROTOCOL, settings["image"])}
@@ -144,16 +144,29 @@ def figure_table(figures: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def photograph_evidence(
-    options: Any, args: Any, seconds: dict[str, float], splits: Path, figures: dict[str, dict[str, dict[str, Any]]]
+    options: Any,
+    args: Any,
+    seconds: dict[str, float],
+    splits: Path,
+    figures: dict[str, dict[str, dict[str, Any]]],
+    counts: dict[str, Any] | None = None,
 ) -> str:
-    """Markdown for the card: parts, data, figures and times."""
+    """Markdown for the card: parts, data, figures, with the counts of cars if there are any, and times."""
     summary = read_json(splits / "splits.json")
-    counts, dropped = summary["counts"], summary["dropped"]
+    sizes, dropped = summary["counts"], summary["dropped"]
     in_test = sum(entry["in"] == "test" for entry in dropped.values())
+    cars = ""
+    if counts is not None:
+        error = counts["error"]
+        cars = f"""
+It was also trained to count and to locate cars in crops of aerial videos. In {error["n"]} frames of two other videos,
+counted tile by tile, the sum of the errors is {100 * error["value"]:.0f} % of the number of cars
+({100 * error["low"]:.0f} - {100 * error["high"]:.0f} %).
+"""
     minutes = ", ".join(f"{stage} {value / 60:.0f} minutes" for stage, value in seconds.items())
     threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
     return f"""\
-**This model is a small demonstration.** It has seen {counts["train"]} aerial photographs of UC Merced (256 pixels, 0.3 m a
+**This model is a small demonstration.** It has seen {sizes["train"]} aerial photographs of UC Merced (256 pixels, 0.3 m a
 pixel, cities of the USA). It answers short questions about such photographs: class, caption, 17 labels, and, with many
 errors, counts and places. Other resolutions, sensors and regions are outside of what it was trained on.
 
@@ -165,17 +178,19 @@ errors, counts and places. Other resolutions, sensors and regions are outside of
 | captions | UCM captions (Qu et al. 2016) | no license stated |
 | labels | multi-label UC Merced (Chaudhuri et al. 2018) | no license stated |
 | questions | RSIVQA (Zheng et al. 2021) | no license stated |
+| videos of cars | KIT AIS Data Set | CC BY 3.0 |
+| videos of cars | Yauhen Kharuzhy and Minsk OSM community (jekhor/aerial-cars-dataset) | CC BY-SA |
 
-The table reports per cent, and CIDEr times 100, on the {counts["test"]} photographs of the official test split (`{PROTOCOL}`
+The table reports per cent, and CIDEr times 100, on the {sizes["test"]} photographs of the official test split (`{PROTOCOL}`
 protocol, greedy decoding, free generation). *ImageNet encoder* needs no language model: a linear probe, or the answer of the
 nearest training photograph, on the frozen features of the encoder before it was tuned. *Blind* is the same model without the
 image. *Majority* always predicts the most frequent answer to a kind of question. The calibration error is better if lower.
 
 {figure_table(figures)}
-
+{cars}
 No photograph of the test split was trained on or chosen by. {len(dropped)} further photographs were dropped because they
 resemble a held-out one at some shift ({in_test} of them one of the test split; correlation of {summary["threshold"]} or
-more, see `training/demo_model/near_duplicates.py`). Settings were chosen on {counts["validation"]} other photographs.
+more, see `training/demo_model/near_duplicates.py`). Settings were chosen on {sizes["validation"]} other photographs.
 
 First the encoder was tuned to predict classes, labels and words of captions. Then its features of {options.copies}
 rotated or mirrored copies of each photograph were cached, and the decoder was trained to answer. The command was

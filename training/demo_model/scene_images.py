@@ -3,9 +3,11 @@
 Training needs every scene many times, and drawing one costs more than encoding it.
 """
 
-import pickle
+import json
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ...files.reading import read_json
 from ...files.writing import whole_array, write_file
 from ...processing_mfrsvlm import cut_windows
 from ...scenes import Scene, draw, plan_scene, scene_seed
+from ...scenes.drawing import SceneObject
 
 
 SCENE_SIZE = 512
@@ -35,23 +39,35 @@ class SceneImages:
         count: number of scenes.
         crowding: see `plan_scene`.
         workers: processes that draw.
+        sides: sides of canvas and global view, pixels.
 
     Attributes:
-        canvases: (count, 256, 256, 3) uint8.
-        views: (count, 128, 128, 3) uint8.
+        canvases: (count, s, s, 3) uint8, with s = `sides[0]`.
+        views: (count, s, s, 3) uint8, with s = `sides[1]`.
         scenes: their plans.
     """
 
-    def __init__(self, folder: Path, split: str, count: int, crowding: int = 1, workers: int = 2) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        count: int,
+        crowding: int = 1,
+        workers: int = 2,
+        sides: tuple[int, int] = (CANVAS, VIEW),
+    ) -> None:
         stem = f"{split}-{count}" + (f"-crowded-{crowding}" if crowding > 1 else "")
-        plans, canvases, views = (folder / f"{stem}-{name}" for name in ("plans.pickle", "canvas.npy", "view.npy"))
+        stem += "-{}-{}".format(*sides) if sides != (CANVAS, VIEW) else ""
+        plans, canvases, views = (folder / f"{stem}-{name}" for name in ("plans.json", "canvas.npy", "view.npy"))
         folder.mkdir(parents=True, exist_ok=True)
         if not plans.exists():
-            scenes = [plan(split, index, crowding) for index in range(count)]
-            write_file(plans, pickle.dumps(scenes))
-        self.scenes: list[Scene] = pickle.loads(plans.read_bytes())
+            write_file(plans, json.dumps([asdict(plan(split, index, crowding)) for index in range(count)]))
+        self.scenes = [
+            Scene(**{**fields, "objects": tuple(SceneObject(**each) for each in fields["objects"])})
+            for fields in read_json(plans)
+        ]
         if not views.exists():  # written last
-            draw_all(self.scenes, canvases, views, workers)
+            draw_all(self.scenes, canvases, views, workers, sides)
         self.canvases = np.load(canvases, mmap_mode="r")
         self.views = np.load(views, mmap_mode="r")
 
@@ -82,22 +98,22 @@ def plan(split: str, index: int, crowding: int = 1) -> Scene:
     return plan_scene(scene_seed(split, index), SCENE_SIZE, OBJECT_PIXELS, crowding)
 
 
-def draw_all(scenes: list[Scene], canvases: Path, views: Path, workers: int) -> None:
+def draw_all(scenes: list[Scene], canvases: Path, views: Path, workers: int, sides: tuple[int, int]) -> None:
     count = len(scenes)
     with (
-        whole_array(views, np.uint8, (count, VIEW, VIEW, 3)) as small,
-        whole_array(canvases, np.uint8, (count, CANVAS, CANVAS, 3)) as large,
+        whole_array(views, np.uint8, (count, sides[1], sides[1], 3)) as small,
+        whole_array(canvases, np.uint8, (count, sides[0], sides[0], 3)) as large,
         ProcessPoolExecutor(workers) as pool,
     ):
-        drawn = pool.map(canvas_and_view, scenes, chunksize=32)
+        drawn = pool.map(partial(canvas_and_view, sides=sides), scenes, chunksize=32)
         for index, (canvas, view) in enumerate(tqdm(drawn, total=count, desc=canvases.stem, mininterval=5)):
             large[index], small[index] = canvas, view
 
 
-def canvas_and_view(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+def canvas_and_view(scene: Scene, sides: tuple[int, int] = (CANVAS, VIEW)) -> tuple[np.ndarray, np.ndarray]:
     image = draw(scene)
-    bicubic = Image.Resampling.BICUBIC
-    return np.asarray(image.resize((CANVAS, CANVAS), bicubic)), np.asarray(image.resize((VIEW, VIEW), bicubic))
+    canvas, view = (np.asarray(image.resize((side, side), Image.Resampling.BICUBIC)) for side in sides)
+    return canvas, view
 
 
 def to_pixels(images: np.ndarray) -> torch.Tensor:
