@@ -35,7 +35,11 @@ class Command:
 
 COMMANDS = {
     "demo": Command("run the small model on a synthetic scene", "demo.__main__"),
-    "ask": Command("ask any model about one image", "demo.ask", extra="training"),
+    "ask": Command("ask any model about images", "demo.ask", extra="training"),
+    "describe": Command("describe rasters", "geospatial.commands", first=("describe",), extra="geospatial"),
+    "detect": Command("find objects in rasters", "geospatial.commands", first=("detect",), extra="geospatial"),
+    "count": Command("count objects in rasters", "geospatial.commands", first=("count",), extra="geospatial"),
+    "compare": Command("ask about two dates", "geospatial.commands", first=("compare",), extra="geospatial"),
     "info": Command("show what a model sees of a raster", "geospatial.__main__", extra="geospatial"),
     "convert": Command(
         "convert a released checkpoint to a model folder", "convert_checkpoint", parser="arguments:converter_parser"

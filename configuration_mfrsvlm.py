@@ -40,6 +40,23 @@ AUTO_MAP = {
 }
 
 
+# Largest sizes that a config may state. Beyond them, a model would take minutes to build, or all memory.
+_LAYERS, _WIDTH, _INNER, _VOCABULARY, _PIXELS, _OTHER = 1024, 2**17, 2**20, 2**24, 2**14, 2**31 - 1
+MAX_SIZES = {
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "depths", "depth", "n_layer", "encoder_layers"), _LAYERS),
+    **dict.fromkeys(("hidden_size", "hidden_sizes", "embedding_size", "embed_dim", "head_dim", "projection_dim"), _WIDTH),
+    **dict.fromkeys(("num_attention_heads", "num_heads", "num_key_value_heads", "num_channels", "num_experts"), _WIDTH),
+    **dict.fromkeys(("vision_feature_size", "routing_size", "cross_attention_size", "cross_attention_heads"), _WIDTH),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "mlp_dim"), _INNER),
+    "vocab_size": _VOCABULARY,
+    **dict.fromkeys(("image_size", "patch_size", "window_sizes"), _PIXELS),
+    "canvas_scale": 64,
+}
+MAX_PARAMETERS = 10**12  # of a part
+MAX_WINDOWS = 2**14  # of an image
+MAX_PIXEL_VALUES = 2**30  # of an image: 4 GiB in float32
+
+
 CLIP_VIT_L_14_336 = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -90,7 +107,8 @@ def window_table(
 
     Raises:
         ValueError: a size is not a positive multiple of `patch_size`, exceeds the canvas, is listed twice, or its
-            stride does not tile the canvas exactly.
+            stride does not tile the canvas exactly; or there are more than `MAX_WINDOWS` windows, or `MAX_PIXEL_VALUES`
+            pixels in three channels.
     """
     if image_size <= 0 or patch_size <= 0 or image_size % patch_size:
         raise ValueError(f"image_size={image_size} must be a positive multiple of patch_size={patch_size}.")
@@ -118,6 +136,14 @@ def window_table(
                 f"{canvas_size} pixels: {canvas_size} - {size} is not a multiple of {stride}. Change one of them."
             )
         scales.append(WindowScale(size, stride, tokens, token_stride, (canvas_size - size) // stride + 1))
+    num_windows = sum(scale.num_windows for scale in scales)
+    num_values = sum(packed_lengths(image_size, scales))
+    if num_windows > MAX_WINDOWS or num_values > MAX_PIXEL_VALUES:
+        raise ValueError(
+            f"image_size={image_size}, canvas_scale={canvas_scale}, window_sizes={list(window_sizes)} and "
+            f"window_overlap={window_overlap} make {num_windows} windows and {num_values} values an image; at most "
+            f"{MAX_WINDOWS} and {MAX_PIXEL_VALUES} are supported."
+        )
     return tuple(scales)
 
 
@@ -173,6 +199,11 @@ class MFRSVLMConfig(PreTrainedConfig):
         routing_size: width of the queries and keys of `"token"` routing.
         cross_attention_size: width of the keys and values of `"cross_attention"`, all heads together.
         cross_attention_heads: attention heads of `"cross_attention"`.
+
+    Raises:
+        ValueError: a size is beyond `MAX_SIZES`, a part has more than `MAX_PARAMETERS` (10^12), or an image has more than
+            `MAX_WINDOWS` windows (16,384) or `MAX_PIXEL_VALUES` values (2^30). Nothing of that size is allocated.
+        StrictDataclassError: a field has the wrong type, or fields contradict each other.
     """
 
     model_type = "mfrsvlm"
@@ -217,8 +248,26 @@ class MFRSVLMConfig(PreTrainedConfig):
     cross_attention_heads: int = 8
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.vision_config = _sub_config(self.vision_config, "clip_vision_model", CLIP_VIT_L_14_336)
-        self.text_config = _sub_config(self.text_config, "llama", {})
+        try:
+            self._complete(**kwargs)
+        except (AttributeError, TypeError, LookupError, ArithmeticError) as error:  # fields of transformers, of a wrong type
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ValueError(f"A field of the config has a value of a wrong type: {reason}.") from error
+        for name, part in {
+            "dtype": self,
+            "vision_config.dtype": self.vision_config,
+            "text_config.dtype": self.text_config,
+        }.items():
+            if part.dtype is not None and not isinstance(part.dtype, dict) and type(part.dtype).__name__ != "dtype":
+                raise ValueError(f"{name}={part.dtype!r:.80} is no type of numbers. Use float32, bfloat16 or float16.")
+
+    def _complete(self, **kwargs: Any) -> None:
+        """Makes the configs of the parts, and derives what is not given."""
+        for name in ("image_size", "patch_size", "canvas_scale", "window_sizes", "vision_feature_size", "routing_size",
+                     "cross_attention_size", "cross_attention_heads"):  # fmt: skip
+            _check_size(name, getattr(self, name), name)
+        self.vision_config = _sub_config("vision_config", self.vision_config, "clip_vision_model", CLIP_VIT_L_14_336)
+        self.text_config = _sub_config("text_config", self.text_config, "llama", {})
         super().__post_init__(**kwargs)
         # `save_pretrained` adds only the class that it saves, but a checkpoint must load through each of these.
         self.auto_map = {**AUTO_MAP, **(getattr(self, "auto_map", None) or {})}
@@ -377,11 +426,56 @@ class MFRSVLMConfig(PreTrainedConfig):
             )
 
 
-def _sub_config(part: Any, model_type: str, defaults: dict[str, Any]) -> Any:
-    """A part's config from a config, the dictionary of one, or nothing."""
+def _sub_config(name: str, part: Any, model_type: str, defaults: dict[str, Any]) -> Any:
+    """A part's config from a config, the dictionary of one, or nothing.
+
+    Raises:
+        ValueError: it is something else, no config can be made of it, or a size is beyond `MAX_SIZES` or `MAX_PARAMETERS`.
+    """
     if part is None:
         part = {"model_type": model_type, **defaults}
-    return AutoConfig.for_model(**{"model_type": model_type, **part}) if isinstance(part, dict) else part
+    if isinstance(part, dict):
+        for field, value in part.items():  # before the config makes a list of all layers
+            _check_size(str(field), value, f"{name}.{field}")
+        try:
+            part = AutoConfig.for_model(**{"model_type": model_type, **part})
+        except Exception as error:  # of any model's config
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise ValueError(
+                f"{name} makes no config of type {part.get('model_type', model_type)!r:.80}: {reason}"
+            ) from error
+    if not isinstance(part, PreTrainedConfig):
+        raise ValueError(f"{name} must be a config or its fields, not {part!r:.80}.")
+    sizes = {field: getattr(part, field, None) for field in MAX_SIZES}
+    for field, value in sizes.items():
+        _check_size(field, value, f"{name}.{field}")
+    layers, width, inner, vocab = (
+        value if type(value) is int else 0
+        for value in map(sizes.get, ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"))
+    )
+    num_parameters = layers * width * (4 * width + 3 * inner) + 2 * vocab * width
+    if num_parameters > MAX_PARAMETERS:
+        raise ValueError(
+            f"{name} with num_hidden_layers={layers}, hidden_size={width}, intermediate_size={inner} and vocab_size={vocab} "
+            f"has about {num_parameters:.1e} parameters; at most {MAX_PARAMETERS:.0e} are supported."
+        )
+    return part
+
+
+def _check_size(field: str, value: Any, place: str) -> None:
+    """Raises `ValueError` for a number, alone or in a list, beyond `MAX_SIZES`."""
+    limit = MAX_SIZES.get(field, _OTHER)
+    if isinstance(value, int) and abs(value) > limit:
+        number = f"{value:.3e}" if abs(value) < 10**300 else "a number of more than 300 digits"
+        raise ValueError(f"{place}={number if abs(value) > 10**20 else value} is beyond the largest supported, {limit}.")
+    if isinstance(value, (list, tuple)):
+        if len(value) > _LAYERS * 4:
+            raise ValueError(f"{place} has {len(value)} items; at most {_LAYERS * 4} are supported.")
+        for item in value:
+            _check_size(field, item, place)
+    elif isinstance(value, dict) and field not in ("id2label", "label2id"):
+        for name, item in value.items():
+            _check_size(str(name), item, f"{place}.{name}")
 
 
 def _vit_image_size(vision_config: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import sys
 
-from ..arguments import ArgumentParser
+from ..arguments import ArgumentParser, add_loading_arguments
 from ..demo import MODEL, SCENE
 
 
@@ -12,7 +12,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="port to listen on (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the code in the model folder")
+    add_loading_arguments(parser)
     return parser
 
 
@@ -23,7 +23,12 @@ def main(arguments: list[str] | None = None) -> int:
     from .page import make_page
 
     try:
-        model, processor = load(args.model, device=args.device, trust_remote_code=args.trust_remote_code)
+        model, processor = load(
+            args.model,
+            device=args.device,
+            trust_remote_code=args.trust_remote_code,
+            allow_incomplete=args.allow_incomplete,
+        )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,7 +1,10 @@
-"""The page: choose bands and stretch of a raster, ask a question, see boxes and which windows the injectors preferred."""
+"""The page: choose bands and stretch of a raster, ask about one image of it, or about all of it in tiles."""
 
+import tempfile
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,14 @@ from PIL import Image
 
 from ..demo.answering import answer
 from ..demo.ask import open_image_or_raster
+from ..evaluation.answering import Answerer, fingerprint
+from ..geospatial.areas import to_pixels
+from ..geospatial.assistant import GeoAssistant
 from ..geospatial.composites import COMPOSITES
 from ..geospatial.errors import RasterError, RasterWarning
 from ..geospatial.raster import Raster, is_georeferenced
 from ..geospatial.sensors import SENSORS
+from ..geospatial.vectors import write_layer
 from ..inspection.routers import draw_preference, has_routers, preferences, recorded_routers
 
 
@@ -23,7 +30,43 @@ AUTO = "auto"
 STRETCHES = (AUTO, "none", "percentile", "percentile:1,99", "physical")
 POINTERS = frozenset({"VRT", "WMS", "WMTS", "WCS", "GTI", "STACIT", "STACTA", "DERIVED", "XYZ"})
 COLORS = {"red": "#d62728", "green": "#2ca02c", "blue": "#1f77b4", "value": "#7f7f7f"}
+FIND, COUNT, ASK = "find", "count", "ask"
+PROGRESS = gradio.Progress(track_tqdm=True)  # as a default value, it makes gradio show the bar of the tiles
 SHOWN_SIDE = 1024  # pixels, of the images on the page
+
+
+@contextmanager
+def open_raster(path: str, options: dict[str, str]) -> Iterator[Raster]:
+    """An uploaded raster.
+
+    Args:
+        path: the uploaded file.
+        options: arguments of `Raster.open`.
+
+    Raises:
+        RasterError: see `Raster.open`; or it is only a pointer to other files, which would be those of the server.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RasterWarning)  # shown on the page instead
+        with Raster.open(path, **options) as raster:
+            if raster.driver in POINTERS:
+                raise RasterError(f"{Path(path).name} points to other files ({raster.driver}). Upload those.")
+            yield raster
+
+
+def raster_choices(bands: str, sensor: str, composite: str, stretch: str) -> dict[str, str]:
+    """The choices on the page as arguments of `Raster.open`."""
+    given = {"bands": bands.strip(), "sensor": sensor, "composite": composite, "stretch": stretch}
+    return {name: value for name, value in given.items() if value not in ("", AUTO)}
+
+
+@contextmanager
+def shown_errors(path: str) -> Iterator[None]:
+    """Shows errors of readers on the page, without folders of the server."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise gradio.Error(str(error).replace(path, Path(path).name)) from error
 
 
 class Reader:
@@ -37,23 +80,16 @@ class Reader:
         Raises:
             gradio.Error: it cannot be shown. The message is that of the reader.
         """
-        given = {"bands": bands.strip(), "sensor": sensor, "composite": composite, "stretch": stretch}
-        options = {name: value for name, value in given.items() if value not in ("", AUTO)}
-        try:
+        options = raster_choices(bands, sensor, composite, stretch)
+        with shown_errors(path):
             if not options and not is_georeferenced(path):
                 image, _ = open_image_or_raster(path, {})
                 image = image.convert("RGB")
                 return image, None, histogram(np.asarray(image).transpose(2, 0, 1), None)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RasterWarning)  # shown on the page instead
-                with Raster.open(path, **options) as raster:
-                    if raster.driver in POINTERS:
-                        raise RasterError(f"{Path(path).name} points to other files ({raster.driver}). Upload those.")
-                    view = raster.read()
-                    values, valid = raster.sample()
-                    return view.image, view.record, histogram(values, valid)
-        except (ValueError, OSError) as error:
-            raise gradio.Error(str(error).replace(path, Path(path).name)) from error
+            with open_raster(path, options) as raster:
+                view = raster.read()
+                values, valid = raster.sample()
+                return view.image, view.record, histogram(values, valid)
 
 
 def histogram(values: np.ndarray, valid: np.ndarray | None, bins: int = 64) -> pandas.DataFrame:
@@ -100,6 +136,44 @@ def make_page(model: Any, processor: Any, name: str, scene: str | None = None) -
     """
     reader = Reader()
     turn = threading.Lock()  # hooks on the injectors see one question at a time
+
+    about = {"name": name, "weights": fingerprint(model)}
+    assistant = GeoAssistant(
+        Answerer(model, processor, max_new_tokens=256), about, getattr(processor, "box_format", None), progress=True
+    )
+
+    def survey(
+        path: str | None,
+        bands: str,
+        sensor: str,
+        composite: str,
+        stretch: str,
+        task: str,
+        text: str,
+        tile: float,
+        progress: Any = PROGRESS,
+    ) -> tuple[Any, ...]:
+        """Answers about all tiles of a raster: a summary, a table, boxes on a small image, and the layer as a file."""
+        if path is None or not text.strip():
+            raise gradio.Error("Upload a raster, and type what to look for.")
+        with turn, shown_errors(path), open_raster(path, raster_choices(bands, sensor, composite, stretch)) as raster:
+            if task == FIND:
+                layer = assistant.detect(raster, text, tile=int(tile))
+            elif task == COUNT:
+                layer = assistant.count(raster, text, tile=int(tile))
+            else:
+                layer = assistant.query(raster, text, tile=int(tile))
+            small = raster.read(max_side=SHOWN_SIDE).image
+            shapes = to_pixels(layer.geometry, raster.grid) if layer.crs is not None else list(layer.geometry)
+            scale = np.tile([small.width / raster.width, small.height / raster.height], 2)
+        boxes = [tuple(np.round(np.array(shape.bounds) * scale).astype(int).tolist()) for shape in shapes]
+        names = layer["object"] if task == FIND else [str(value) for value in layer["answer"]]
+        file = Path(tempfile.mkdtemp(prefix="mfrsvlm-")) / "answers.gpkg"
+        write_layer(layer, file)
+        totals = layer.attrs.get("totals", {text: {"found": len(layer)}} if task == FIND else {})
+        lines = [f"- {key}: {', '.join(f'{what} {value:g}' for what, value in row.items())}" for key, row in totals.items()]
+        table = pandas.DataFrame(layer.drop(columns=layer.geometry.name))
+        return "\n".join(lines), table, (small, list(zip(boxes, names, strict=True))), str(file)
 
     def read(path: str | None, *options: str) -> tuple[Any, ...]:
         if path is None:
@@ -152,8 +226,18 @@ def make_page(model: Any, processor: Any, name: str, scene: str | None = None) -
         button = gradio.Button("Ask", variant="primary")
         text = gradio.Textbox(label="Answer", interactive=False)
         with gradio.Row():
-            boxes = gradio.AnnotatedImage(label="Boxes in the answer")
+            boxes = gradio.AnnotatedImage(label="Boxes in the answer", height=480)
             windows = gradio.Gallery(label="Windows that the injectors preferred", columns=2, height=400)
+        with gradio.Accordion("The whole raster, in tiles", open=False):
+            with gradio.Row():
+                task = gradio.Dropdown([FIND, COUNT, ASK], value=FIND, label="Task")
+                target = gradio.Textbox("building", label="Object or question")
+                tile = gradio.Number(512, minimum=64, precision=0, label="Longest side of a tile, pixels")
+            survey_button = gradio.Button("Run")
+            summary = gradio.Markdown()
+            places = gradio.AnnotatedImage(label="Results on the raster", height=480)
+            table = gradio.Dataframe(label="Answers", interactive=False)
+            layer_file = gradio.File(label="GeoPackage", interactive=False)
         choices = [file, bands, sensor, composite, stretch]
         views = [image, shown, about, counts]
         for choice in choices:
@@ -161,4 +245,5 @@ def make_page(model: Any, processor: Any, name: str, scene: str | None = None) -
         page.load(read, choices, views, api_name=False)
         button.click(ask, [image, question], [text, boxes, windows], api_name="ask")
         question.submit(ask, [image, question], [text, boxes, windows], api_name=False)
+        survey_button.click(survey, [*choices, task, target, tile], [summary, table, places, layer_file], api_name="survey")
     return page

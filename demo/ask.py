@@ -1,6 +1,7 @@
-"""Asks a model about one image: `mfrsvlm ask IMAGE QUESTION ... --model FOLDER_OR_HUB_ID`.
+"""Asks a model about images: `mfrsvlm ask IMAGE QUESTION ... --model FOLDER_OR_HUB_ID`, or with `--question` about several.
 
 Georeferenced rasters are read by `geospatial`, if rasterio is installed, and all other images as the processor reads them.
+With options for maps, `geospatial` also asks and writes.
 """
 
 import json
@@ -15,29 +16,39 @@ from urllib.parse import urlsplit
 from ..arguments import DTYPES, ArgumentParser, add_loading_arguments
 from ..files.writing import WriteError, check_file, write_image
 from ..geospatial.errors import RasterError, RasterWarning
-from ..geospatial.options import add_raster_options, print_notes, raster_options
+from ..geospatial.options import add_map_options, add_raster_options, map_options_given, print_notes, raster_options
 
 
 RASTER_ENDINGS = (".tif", ".tiff", ".jp2", ".vrt")
 
 
 def make_parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="mfrsvlm ask", description="Asks a model about one image and prints answers and boxes.")
+    parser = ArgumentParser(prog="mfrsvlm ask", description="Asks a model about images and prints answers and boxes.")
     parser.add_argument("image", help="image file, raster or URL")
-    parser.add_argument("questions", nargs="+", metavar="question", help="one or more questions, each in quotes")
-    parser.add_argument("--model", required=True, help="model folder or Hub id")
+    about = "one or more questions, each in quotes; with --question, further rasters"
+    parser.add_argument("questions", nargs="*", metavar="question", help=about)
+    parser.add_argument("--model", help="model folder or Hub id")
     parser.add_argument("--json", action="store_true", help="print one JSON object; boxes are x1, y1, x2, y2 in pixels")
     parser.add_argument("--picture", metavar="PATH", help="write an image with the boxes and the answers to this file")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="maximum length of an answer (default: %(default)s)")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="type of the weights (default: as saved)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
+    parser.add_argument("--batch-size", type=int, default=8, help="answers at a time, for maps (default: %(default)s)")
     add_loading_arguments(parser)
+    add_map_options(parser, "ask")
     add_raster_options(parser)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = make_parser().parse_args(arguments)
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    if not args.questions and not args.question:
+        parser.error("a question is missing")
+    if args.model is None and not args.dry_run:
+        parser.error("the following arguments are required: --model")
+    if map_options_given(args):
+        return ask_on_map(args)
     # Imported here: `--help` and wrong options need none of it.
     from transformers.utils import logging
 
@@ -69,6 +80,17 @@ def main(arguments: list[str] | None = None) -> int:
         for box in reply.boxes:
             print("   box in pixels: " + ", ".join(f"{value:.0f}" for value in box))
     return 0
+
+
+def ask_on_map(args: Any) -> int:
+    from ..geospatial.commands import run
+
+    if args.picture is not None:
+        print("error: --picture shows one image, without options for maps.", file=sys.stderr)
+        return 2
+    args.files = [args.image, *args.questions] if args.question else [args.image]
+    args.question = args.question or args.questions
+    return run("ask", args)
 
 
 def open_image_or_raster(name: str, options: dict[str, Any]) -> tuple[Any, Any]:

@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..evaluation.answering import Answer, Prompt
-from ..files.reading import shorten
+from ..files.reading import parse_json, shorten
 from ..processing_mfrsvlm import WRITTEN_BOX, locate_boxes
 from .areas import inside
 from .errors import NoValidPixelError, RasterError
@@ -246,7 +246,7 @@ class RunLog:
     """
 
     def __init__(self, path: str | os.PathLike[str], settings: dict[str, Any]) -> None:
-        self.path, self.settings = Path(path), json.loads(json.dumps(settings))
+        self.path, self.settings = Path(path), parse_json(json.dumps(settings))
 
     def start(self) -> dict[int, list[Outcome]]:
         """Outcomes by number of the group. Groups in which a piece failed are left out, and asked again."""
@@ -287,8 +287,8 @@ class RunLog:
                     file.truncate(len(content))
         for line in content.decode("utf-8", "replace").split("\n")[:-1]:
             try:
-                yield dict(json.loads(line))
-            except ValueError as error:
+                yield dict(parse_json(line))
+            except (TypeError, ValueError) as error:
                 raise RasterError(f"{self.path} is no log of a run: name another file, or delete it.") from error
 
 

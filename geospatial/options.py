@@ -22,6 +22,34 @@ def add_raster_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--nodata", type=float, metavar="VALUE", help="value that stands for no data, against the file")
 
 
+def add_map_options(parser: argparse.ArgumentParser, task: str) -> None:
+    """What to look at, and what to write."""
+    group = parser.add_argument_group("maps")
+    if task not in ("detect", "count"):
+        group.add_argument("--question", action="append", metavar="TEXT", help="may be repeated; each image is encoded once")
+    if task in ("ask", "describe"):
+        group.add_argument("--features", metavar="FILE", help="ask about each polygon of this layer, and write a copy of it")
+    group.add_argument("--area", metavar="AREA", help="file of polygons, or LEFT,BOTTOM,RIGHT,TOP in the CRS of the raster")
+    tile = "512" if task in ("detect", "count") else "the raster is one image"
+    group.add_argument("--tile", type=int, metavar="PIXELS", help=f"size of the images (default: {tile})")
+    if task == "detect":
+        group.add_argument(
+            "--overlap", type=int, default=64, metavar="PIXELS", help="shared by tiles (default: %(default)s)"
+        )
+    group.add_argument(
+        "--resolution", type=float, metavar="METRES", help="size of a pixel of the images (default: as stored)"
+    )
+    group.add_argument("--output", metavar="FILE", help="layer to write: .gpkg, .geojson, .csv or .parquet")
+    group.add_argument("--preview", metavar="PATH", help="write a picture of what is looked at, with the edges of images")
+    group.add_argument("--dry-run", action="store_true", help="say what would be looked at, and load no model")
+    group.add_argument("--resume", action="store_true", help="continue a run of the same command that was stopped")
+
+
+def map_options_given(args: argparse.Namespace) -> bool:
+    names = ("question", "features", "area", "tile", "resolution", "output", "preview", "dry_run", "resume")
+    return any(getattr(args, name, None) for name in names)
+
+
 def raster_options(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `Raster.open` that were given."""
     given = {name: getattr(args, name) for name in ("bands", "sensor", "composite", "stretch", "nodata")}

@@ -13,6 +13,7 @@ import shapely
 
 from .. import __version__
 from ..evaluation.numbers import read_number
+from ..files.reading import parse_json
 from .answers import Outcome, Piece, Reply, RunLog, ask_pieces, show
 from .areas import read_area, to_pixels, window_of
 from .errors import NoOverlapError, RasterError, RasterWarning
@@ -103,7 +104,7 @@ class Run:
         images: dict[str, Any] = {"answered": states.count("answered"), "without_data": states.count("empty")}
         images["truncated"] = sum(any(reply.truncated for reply in replies) for replies in self.replies())
         images["failed"] = [{"tile": tile_name(piece.window), "reason": reason} for piece, reason in self.failed]
-        made: dict[str, Any] = json.loads(json.dumps(self.about | {"images": images} | more))  # as it is read from a file
+        made: dict[str, Any] = parse_json(json.dumps(self.about | {"images": images} | more))  # as it is read from a file
         return made
 
     def row(self, question: str, reply: Reply | None, piece: Piece, score: float | None) -> dict[str, Any]:

@@ -19,8 +19,8 @@ import geopandas
 import pandas
 import pyogrio
 
-from ..files.reading import shorten
-from ..files.writing import write_file
+from ..files.reading import parse_json, read_json, shorten
+from ..files.writing import check_file, write_file
 from .errors import RasterError
 
 
@@ -33,15 +33,15 @@ def check_output(path: str | os.PathLike[str]) -> Path:
     """The path of a file that can be written.
 
     Raises:
-        RasterError: its ending is unknown, its folder is missing, or it exists.
+        RasterError: its ending is unknown, or it exists.
+        WriteError: nothing can be written there.
     """
     path = Path(path)
     if path.suffix.lower() not in WRITERS:
         raise RasterError(f"output {shorten(str(path))} must end in one of {', '.join(WRITERS)}.")
-    if not path.parent.is_dir():
-        raise RasterError(f"output {shorten(str(path))}: there is no folder {path.parent}.")
     if path.exists():
         raise RasterError(f"output {shorten(str(path))} exists: name another file, or delete it.")
+    check_file(path)
     return path
 
 
@@ -115,14 +115,14 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     if ending == ".gpkg":
         text = (pyogrio.read_info(path, layer=LAYER)["layer_metadata"] or {}).get("record", "{}")
     elif ending == ".geojson":
-        return dict(json.loads(path.read_text(encoding="utf-8")).get("record", {}))
+        return dict(read_json(path).get("record", {}))
     elif ending == ".csv":
-        text = path.with_suffix(".record.json").read_text(encoding="utf-8")
+        return dict(read_json(path.with_suffix(".record.json")))
     else:
         from pyarrow import parquet
 
         text = parquet.read_schema(path).metadata.get(b"record", b"{}").decode()
-    return dict(json.loads(text))
+    return dict(parse_json(text))
 
 
 def _record(frame: geopandas.GeoDataFrame) -> str:

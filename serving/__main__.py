@@ -9,7 +9,7 @@ proxy with access control in front of it.
 import sys
 from pathlib import Path
 
-from ..arguments import DTYPES, ArgumentParser
+from ..arguments import DTYPES, ArgumentParser, add_loading_arguments
 
 
 def make_parser() -> ArgumentParser:
@@ -21,7 +21,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="type of the weights (default: as saved)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the code in the model folder")
+    add_loading_arguments(parser)
     limits = parser.add_argument_group("limits of one request")
     limits.add_argument("--max-tokens", type=int, default=1024, help="generated tokens (default: %(default)s)")
     limits.add_argument("--max-images", type=int, default=8, help="images (default: %(default)s)")
@@ -54,7 +54,13 @@ def main(arguments: list[str] | None = None) -> int:
         allow_fetch=args.allow_fetch,
     )
     try:
-        model, processor = load_model(args.model, args.revision, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+        model, processor = load_model(
+            args.model,
+            args.revision,
+            dtype=args.dtype,
+            trust_remote_code=args.trust_remote_code,
+            allow_incomplete=args.allow_incomplete,
+        )
         model = model.to(args.device or "cpu")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

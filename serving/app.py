@@ -5,7 +5,6 @@ names, and answers most wrong requests with status 500. Here one model is loaded
 Requests are answered one after the other, since `generate` uses the whole device.
 """
 
-import json
 import logging
 import time
 import uuid
@@ -20,7 +19,7 @@ from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.utils import GenerateManager, GenerationState, Modality
 
-from ..files.reading import shorten
+from ..files.reading import parse_json, shorten
 from ..processing_mfrsvlm import MFRSVLMProcessor
 from .chat_requests import BadRequest, Limits, check_request
 
@@ -114,7 +113,7 @@ def build_app(model: Any, processor: Any, name: str, limits: Limits | None = Non
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        body = check_request(parse_json(await read_body(request, limits.max_body_bytes)), limits)
+        body = check_request(read_json_body(await read_body(request, limits.max_body_bytes)), limits)
         return await handler.handle_request(body, str(uuid.uuid4()))
 
     @app.get("/v1/models")
@@ -161,9 +160,8 @@ async def read_body(request: Request, limit: int) -> bytes:
     return b"".join(parts)
 
 
-def parse_json(content: bytes) -> Any:
+def read_json_body(content: bytes) -> Any:
     try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        reason = str(error).split(": 'utf", 1)[0]
-        raise BadRequest(f"The request is not JSON: {shorten(reason)}.") from error
+        return parse_json(content.decode())
+    except ValueError as error:  # also bytes that are not UTF-8
+        raise BadRequest(f"The request is not JSON: {shorten(str(error))}.") from error

@@ -22,6 +22,7 @@ def test_lists_every_command(capsys):
     text = capsys.readouterr().out
     assert all(f"  {name} " in text for name in cli.COMMANDS)
     assert set(cli.COMMANDS) == {
+        *("describe", "detect", "count", "compare"),
         *("demo", "ask", "info", "convert", "assemble", "finetune", "evaluate", "report", "serve", "app", "scenes"),
     }
 

@@ -1,7 +1,10 @@
 """The configuration: published defaults, the window table, round trips, and an error for every number that is wrong."""
 
+import copy
 import json
 import math
+import random
+import time
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
@@ -248,3 +251,68 @@ def test_a_backbone_returns_the_stages_that_are_read():
     assert config.vision_config.out_indices == [2, 3, 4]
     assert (config.image_size, config.patch_size, config.vision_feature_size) == (336, 14, 1024)
     assert config.num_detail_stacks == 24
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"vision_config": {"num_hidden_layers": 10**6}}, "vision_config.num_hidden_layers=1000000 is beyond .* 1024"),
+        ({"vision_config": {"model_type": "resnet", "depths": [3, 10**9]}}, "vision_config.depths=1000000000 is beyond"),
+        ({"text_config": {"hidden_size": 10**9}}, "text_config.hidden_size=1000000000 is beyond"),
+        # Its config lists the type of every layer.
+        ({"text_config": {"model_type": "qwen3", "num_hidden_layers": 10**9}}, "text_config.num_hidden_layers=1000000000"),
+        ({"text_config": {"vocab_size": 10**12}}, "text_config.vocab_size=1000000000000 is beyond"),
+        ({"text_config": {"max_position_embeddings": 10**5000}}, "max_position_embeddings=a number of more than 300 digits"),
+        (
+            {"text_config": {"num_hidden_layers": 1000, "hidden_size": 2**16}},
+            r"hidden_size=65536.*1e\+12",
+        ),
+        ({"routing_size": 10**9}, "routing_size=1000000000 is beyond"),
+        ({"canvas_scale": 10**6}, "canvas_scale=1000000 is beyond"),
+        ({"window_sizes": [336] * 10**4}, "window_sizes has 10000 items"),
+        ({"text_config": 3}, "text_config must be a config or its fields, not 3"),
+        ({"vision_config": {"model_type": "none"}}, "vision_config makes no config of type 'none'"),
+        ({"dtype": "float99"}, "float99"),
+        ({"id2label": 3}, "wrong type"),
+    ],
+)
+def test_sizes_that_no_machine_could_build_are_rejected_at_once(fields, named):
+    start = time.process_time()
+    with pytest.raises(ValueError, match=named) as caught:
+        MFRSVLMConfig(**fields)
+    assert time.process_time() - start < 1 and "\n" not in str(caught.value) and len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize(("size", "scale", "windows"), [(14, 32, 589_824), (16_380, 1, 1)])
+def test_windows_that_no_memory_holds_are_rejected(size, scale, windows):
+    with pytest.raises(ValueError, match=rf"image_size=\d+, canvas_scale={scale}.* make {windows} windows and \d+ values"):
+        window_table(16_380 if windows == 1 else 336, 14, scale, [size], 0.0)
+
+
+WRONG = [None, True, -1, 0, 10**9, 10**12, 1e30, math.nan, math.inf, "x", "", [], {}, [1], ["a"], [10**9], {"a": 1}, [[1]]]
+
+
+def places(value):
+    """Every dictionary or list in a value, with each of its keys or indices."""
+    keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    for key in keys:
+        yield value, key
+        yield from places(value[key])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_mutated_config_works_or_is_rejected(seed):
+    draw = random.Random(seed)
+    bases = [MFRSVLMConfig().to_dict(), backbone_config().to_dict()]
+    for _ in range(25):
+        fields = copy.deepcopy(draw.choice(bases))
+        holder, key = draw.choice(list(places(fields)))
+        if draw.random() < 0.2 and isinstance(holder, dict):
+            del holder[key]
+        else:
+            holder[key] = copy.deepcopy(draw.choice(WRONG))
+        try:
+            config = MFRSVLMConfig.from_dict(fields)
+        except (ValueError, StrictDataclassError):
+            continue
+        assert config.windows is not None and sum(config.packed_lengths) > 0 and config.num_detail_stacks >= 0

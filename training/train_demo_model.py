@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, Dataset
-from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser, set_seed
+from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..evaluation import EvaluationSettings, evaluate, load_benchmark
 from ..evaluation.evaluate import evaluate_majority
+from ..files.model_folder import load_model
 from ..files.reading import read_json
 from ..files.writing import WriteError, check_folder, write_file
 from ..model_card.card import write_model_card
@@ -272,13 +273,12 @@ def conversation_dialogues(conversations: ConversationDataset) -> Iterator[tuple
 
 
 def evaluate_folder(folder: Path, scenes: int) -> dict[str, dict[str, Any]]:
-    """Figures of the model in a folder, loaded as a user would load it, by task.
+    """Figures of the model in a folder, loaded as every command loads it, by task.
 
     Returns:
         For `image`, `blind` (without the image) and `majority`, the figures of `scene_figures`.
     """
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    model, processor = load_model(folder, dtype=torch.float32)
     benchmark = load_benchmark("scenes", None, "test", count=scenes)
     summaries = {
         "image": evaluate(model, processor, [benchmark], PROTOCOL),
@@ -290,8 +290,7 @@ def evaluate_folder(folder: Path, scenes: int) -> dict[str, dict[str, Any]]:
 
 def count_cars(folder: Path, real: Path) -> dict[str, Any]:
     """See `count_figures`."""
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    model, processor = load_model(folder, dtype=torch.float32)
     return count_figures(model, processor, real)
 
 

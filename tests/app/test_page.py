@@ -80,6 +80,25 @@ def test_answers_boxes_and_windows(loaded):
             call(page, "ask", *arguments)
 
 
+def test_tiles_of_a_raster(loaded, tmp_path):
+    """Boxes on the map are where the model finds them in the one image, and a count is that of the image."""
+    import geopandas
+
+    page = make_page(*loaded, "demo")
+    with Image.open(SCENE) as image:
+        raster = write(tmp_path / "scene.tif", np.asarray(image.convert("RGB")).transpose(2, 0, 1))
+    summary, table, (_, boxes), file = call(page, "survey", raster, *AUTO, "find", "building", 512)
+    assert boxes == [((383, 42, 397, 56), "building")] and "found 1" in summary and list(table["object"]) == ["building"]
+    layer = geopandas.read_file(file)
+    assert len(layer) == 1 and layer.crs is not None
+    summary, table, _, _ = call(page, "survey", raster, *AUTO, "count", "aircraft", 512)
+    assert summary == "- aircraft: total 9, unanswered 0" and list(table["count"]) == [9]
+    _, table, _, _ = call(page, "survey", raster, *AUTO, "ask", "Is there a ship in this scene?", 256)
+    assert len(table) == 4
+    with pytest.raises(gradio.Error, match="Upload a raster"):
+        call(page, "survey", None, *AUTO, "ask", "Why?", 256)
+
+
 @pytest.mark.slow
 def test_page_in_a_browser(loaded, tmp_path):
     """Upload a raster, choose a stretch, ask: the page shows the answer and its box."""
@@ -106,7 +125,13 @@ def test_page_in_a_browser(loaded, tmp_path):
             tab.wait_for_function(f"() => ({answers})().includes('[749, 082, 776, 110]')", timeout=60_000)
             tab.get_by_text("box 1").wait_for()
             tab.get_by_text("128 px, depth 3").wait_for()
-            tab.screenshot(path=tmp_path / "page.png")
+            tab.screenshot(path=tmp_path / "page.png")  # docs/app.jpg
+            tab.get_by_text("The whole raster, in tiles").click()
+            tab.get_by_role("button", name="Run").click()
+            tab.get_by_text("building: found 1").wait_for(timeout=60_000)
+            with tab.expect_download() as download:
+                tab.locator("a[download]", has_text="").last.click()
+            assert download.value.suggested_filename == "answers.gpkg"
             browser.close()
     finally:
         page.close()

@@ -45,12 +45,8 @@ EXCEPTIONS = {
 JSON_READERS = {
     "checksums_mfrsvlm.py": "a module of the root, which imports no room",
     "released_layout.py": "a module of the root, which imports no room; errors become a ConversionError",
-    "geospatial/answers.py": "its own log, and settings as they would be read from it",
-    "geospatial/runs.py": "a record as it would be read from a file",
-    "geospatial/vectors.py": "its own record in a file of vectors",
     "conversations_mfrsvlm.py": "the text of a tokenizer in memory",
     "training/arguments.py": "text of the command line",
-    "serving/app.py": "the body of a request, whose errors have their own status",
 }
 
 

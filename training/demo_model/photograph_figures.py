@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, EfficientNetModel
+from transformers import EfficientNetModel
 
 from ...evaluation import EvaluationSettings, evaluate
 from ...evaluation.encoder_baselines import evaluate_encoder
 from ...evaluation.evaluate import evaluate_majority
 from ...evaluation.intervals import corpus_figure
+from ...files.model_folder import load_model
 from ...files.reading import read_json, read_rows
 from .architecture import efficientnet_lite0
 from .photographs import PROTOCOL, load_split
@@ -65,8 +66,7 @@ def evaluate_photographs(
         For `image`, `encoder` (linear probe and nearest training image on frozen ImageNet features), `blind` (without the
         image) and `majority`: results by benchmark, with the macro F1 of the labels.
     """
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    model, processor = load_model(folder, dtype=torch.float32)
     benchmarks = load_split(splits, split)
     settings = {name: EvaluationSettings(output / split / name, progress=False) for name in COLUMNS}
     summaries = {"image": evaluate(model, processor, benchmarks, PROTOCOL, settings["image"])}

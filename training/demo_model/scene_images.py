@@ -3,9 +3,10 @@
 Training needs every scene many times, and drawing one costs more than encoding it.
 """
 
-import pickle
+import json
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ...files.reading import read_json
 from ...files.writing import whole_array, write_file
 from ...processing_mfrsvlm import cut_windows
 from ...scenes import Scene, draw, plan_scene, scene_seed
+from ...scenes.drawing import SceneObject
 
 
 SCENE_SIZE = 512
@@ -55,12 +58,14 @@ class SceneImages:
     ) -> None:
         stem = f"{split}-{count}" + (f"-crowded-{crowding}" if crowding > 1 else "")
         stem += "-{}-{}".format(*sides) if sides != (CANVAS, VIEW) else ""
-        plans, canvases, views = (folder / f"{stem}-{name}" for name in ("plans.pickle", "canvas.npy", "view.npy"))
+        plans, canvases, views = (folder / f"{stem}-{name}" for name in ("plans.json", "canvas.npy", "view.npy"))
         folder.mkdir(parents=True, exist_ok=True)
         if not plans.exists():
-            scenes = [plan(split, index, crowding) for index in range(count)]
-            write_file(plans, pickle.dumps(scenes))
-        self.scenes: list[Scene] = pickle.loads(plans.read_bytes())
+            write_file(plans, json.dumps([asdict(plan(split, index, crowding)) for index in range(count)]))
+        self.scenes = [
+            Scene(**{**fields, "objects": tuple(SceneObject(**each) for each in fields["objects"])})
+            for fields in read_json(plans)
+        ]
         if not views.exists():  # written last
             draw_all(self.scenes, canvases, views, workers, sides)
         self.canvases = np.load(canvases, mmap_mode="r")
