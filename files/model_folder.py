@@ -210,7 +210,8 @@ def _load_processor(
         if folder.kind == "other" or trust_remote_code:
             processor = AutoProcessor.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
         else:
-            processor = MFRSVLMProcessor.from_pretrained(place, revision=revision)
+            # Without the word, transformers asks on the terminal whether to run the code of a tokenizer.
+            processor = MFRSVLMProcessor.from_pretrained(place, revision=revision, trust_remote_code=False)
     return processor, problems
 
 
