@@ -20,11 +20,10 @@ from .areas import read_layer
 from .errors import RasterError, RasterWarning
 from .raster import Raster
 from .runs import MISSING, Run, find_scale, plan_features, plan_tiles, reply_columns
-from .tiles import at_least_a_pixel, merge_boxes, unite
+from .tiles import at_least_a_pixel, default_overlap, merge_boxes, unite
 
 
 TILE = 512  # pixels of the image
-OVERLAP = 64
 CAPTION = "Describe this image."
 COUNT = "How many {object} are there?"
 CHANGE = "What changed between the first and the second image?"
@@ -185,7 +184,7 @@ class GeoAssistant:
         """
         objects = [objects] if isinstance(objects, str) else list(objects)
         questions = [prompt.replace("{object}", name) for name in objects]
-        runs = []
+        runs: list[Run] = []
         for shifted in (False, True):
             if shifted and (not spread or len(runs[0].pieces) == 1):
                 break
@@ -210,7 +209,7 @@ class GeoAssistant:
         objects: str | Sequence[str],
         area: Any = None,
         tile: int | None = TILE,
-        overlap: int = OVERLAP,
+        overlap: int | None = None,
         resolution: float | None = None,
         checkpoint: str | Path | None = None,
         prompt: str | None = None,
@@ -220,7 +219,7 @@ class GeoAssistant:
         Args:
             raster, area, tile, resolution, checkpoint: see the class. Boxes whose centre lies outside the area are left out.
             objects: what to look for, in the singular: "ship".
-            overlap: pixels that neighbouring images share.
+            overlap: pixels that neighbouring images share; `None`: an eighth of `tile`.
             prompt: the request, with `{object}`; `None`: that of the box format, else a general one.
 
         Returns:
@@ -232,11 +231,11 @@ class GeoAssistant:
     def point(self, raster: Any, objects: str | Sequence[str], **options: Any) -> geopandas.GeoDataFrame:
         """The centres of what `detect` finds, as points; arguments as for `detect`."""
         names = ("area", "tile", "overlap", "resolution", "checkpoint", "prompt")
-        defaults = {"tile": TILE, "overlap": OVERLAP}
         unknown = set(options) - set(names)
         if unknown:
             raise TypeError(f"point takes {', '.join(names)}, not {', '.join(sorted(unknown))}.")
-        return self._detect("point", raster, objects, *(options.get(name, defaults.get(name)) for name in names))
+        options.setdefault("tile", TILE)
+        return self._detect("point", raster, objects, *(options.get(name) for name in names))
 
     def compare(
         self,
@@ -273,7 +272,7 @@ class GeoAssistant:
         objects: str | Sequence[str],
         area: Any,
         tile: int | None,
-        overlap: int,
+        overlap: int | None,
         resolution: float | None,
         checkpoint: str | Path | None,
         prompt: str | None,
@@ -287,6 +286,7 @@ class GeoAssistant:
         form = prompt or self.box_format.get("prompt") or BOXES
         form = form.replace("{scale}", f"{self.box_format['scale']:g}")
         questions = [form.replace("{object}", name) for name in objects]
+        overlap = default_overlap(tile) if overlap is None else overlap
         run = self._run(task, [raster], questions, area, tile, overlap, resolution, checkpoint)
         rows = []
         for index, name in enumerate(objects):

@@ -250,12 +250,16 @@ def plan(task: str, args: argparse.Namespace, raster: Any) -> list[Any]:
     from .areas import read_layer
     from .assistant import TILE
     from .runs import find_scale, plan_features, plan_tiles
+    from .tiles import default_overlap
 
     scale = find_scale(raster, args.resolution)
     if getattr(args, "features", None) is not None:
         return plan_features(raster, read_layer(args.features, "features"), scale)[1]
     tile = TILE if args.tile is None and task in ("detect", "count") else args.tile
-    pieces = plan_tiles(raster, args.area, scale, tile, args.overlap if task == "detect" else None)[1]
+    overlap = None
+    if task == "detect":
+        overlap = default_overlap(tile) if args.overlap is None else args.overlap
+    pieces = plan_tiles(raster, args.area, scale, tile, overlap)[1]
     if task == "count" and len(pieces) > 1 and not args.no_spread:
         pieces = pieces + plan_tiles(raster, args.area, scale, tile, None, shifted=True)[1]
     return pieces

@@ -40,6 +40,11 @@ def _edges(start: int, length: int, side: int, shifted: bool) -> list[int]:
     return sorted({start + int(length * step / count) for step in steps})
 
 
+def default_overlap(tile: int | None) -> int | None:
+    """Of tiles of this size, pixels; `None` without tiles."""
+    return None if tile is None else tile // 8
+
+
 def overlapping(extent: Window, tile: tuple[int, int], overlap: tuple[int, int]) -> list[Window]:
     """Windows of one size that cover the extent, row by row, each sharing at least `overlap` pixels with its neighbours.
 
