@@ -39,9 +39,13 @@ def test_usage(monkeypatch, tmp_path, capsys):
     assert printed[1].startswith("[[383.4") and printed[2:] == ["yes", "9"]
 
 
+@pytest.mark.filterwarnings("ignore::mfrsvlm.geospatial.RasterWarning")
 def test_rasters(monkeypatch, tmp_path, capsys):
-    assert run_page("docs/rasters.md", monkeypatch, tmp_path) == 1
-    assert capsys.readouterr().out.split() == ["colour", "interpretation", "none", "0.0", "9"]
+    assert run_page("docs/rasters.md", monkeypatch, tmp_path) == 2
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[:2] == ["['9', 'yes'] 9.0", "{'total': 9.0, 'unanswered': 0}"]
+    assert lines[2].startswith("(383.48") and (tmp_path / "building.gpkg").is_file()
+    assert lines[3:] == ["colour interpretation none 0.0", "9"]
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/evaluation.md", "docs/benchmarks.md"])

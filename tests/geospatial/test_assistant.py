@@ -19,6 +19,7 @@ from rasterio.io import MemoryFile
 from rasterio.rpc import RPC
 from rasterio.transform import Affine, AffineTransformer
 from tiny_assistants import FORM, PerfectAnswerer, perfect, rectangles
+from tiny_peers import tiny_llava, tiny_qwen2_vl
 from tiny_rasters import CRS, NORTH_UP, pixels, write
 
 from mfrsvlm.demo import MODEL, SCENE
@@ -413,3 +414,20 @@ def test_how_boxes_are_written_is_never_guessed(tmp_path):
     assert len(GeoAssistant(PerfectAnswerer(), box_format=FORM).detect(path, "ship")) == len(BOXES)
     with pytest.raises(ValueError, match="order='xywh'"):
         GeoAssistant(PerfectAnswerer(), box_format={"order": "xywh"})
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("family", ["llava", "qwen2-vl"])
+def test_any_model_of_transformers_answers(family, tmp_path):
+    make = {"llava": tiny_llava, "qwen2-vl": tiny_qwen2_vl}[family]
+    folder = make(tmp_path / "model")
+    options = {"device": "cpu", "dtype": "float32", "max_new_tokens": 4, "trust_remote_code": family == "qwen2-vl"}
+    assistant = GeoAssistant.from_pretrained(str(folder), **options)
+    path = write(tmp_path / "scene.tif", pixels())
+    frame = assistant.query(path, ["How many ships?", "Why?"], tile=64)
+    assert len(frame) == 4 and frame.crs == CRS and frame["score"].between(0, 1).all() and frame["error"].isna().all()
+    assert len(assistant.compare(path, path)) == 1
+    with pytest.raises(RasterError, match="does not say how the model writes boxes"):
+        assistant.detect(path, "ship")
+    boxes = GeoAssistant.from_pretrained(str(folder), **options, box_format=FORM).detect(path, "ship")
+    assert not len(boxes) and boxes.attrs["record"]["images"]["answered"] == 1
