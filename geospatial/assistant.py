@@ -20,7 +20,7 @@ from .areas import read_layer
 from .errors import RasterError, RasterWarning
 from .raster import Raster
 from .runs import MISSING, Run, find_scale, plan_features, plan_tiles, reply_columns
-from .tiles import merge_boxes, unite
+from .tiles import at_least_a_pixel, merge_boxes, unite
 
 
 TILE = 512  # pixels of the image
@@ -165,6 +165,7 @@ class GeoAssistant:
         resolution: float | None = None,
         checkpoint: str | Path | None = None,
         prompt: str = COUNT,
+        spread: bool = True,
     ) -> geopandas.GeoDataFrame:
         """Numbers of objects, asked tile by tile on a partition, so that nothing is counted twice.
 
@@ -177,6 +178,7 @@ class GeoAssistant:
             raster, area, tile, resolution, checkpoint: see the class.
             objects: what to count, in the plural: "cars".
             prompt: the question, with `{object}`.
+            spread: whether to count on the second partition too, which takes as long as the first.
 
         Returns:
             A row for every tile of the first partition and object, with the column `object`.
@@ -185,7 +187,7 @@ class GeoAssistant:
         questions = [prompt.replace("{object}", name) for name in objects]
         runs = []
         for shifted in (False, True):
-            if shifted and len(runs[0].pieces) == 1:
+            if shifted and (not spread or len(runs[0].pieces) == 1):
                 break
             path = checkpoint if not shifted or checkpoint is None else f"{checkpoint}.shifted"
             runs.append(self._run("count", [raster], questions, area, tile, None, resolution, path, shifted))
@@ -300,7 +302,7 @@ class GeoAssistant:
                 sides = boxes[group][:, 2:] - boxes[group][:, :2]
                 best = group[int(np.argmax(sides.prod(1)))]
                 scores = [found[member][0][4] for member in group if found[member][0][4] is not None]
-                box = unite(boxes[group])
+                box = at_least_a_pixel(unite(boxes[group]))
                 centre = shapely.Point((box[:2] + box[2:]) / 2)
                 if run.shape is not None and not run.shape.covers(centre):
                     continue
@@ -316,10 +318,10 @@ class GeoAssistant:
     ) -> geopandas.GeoDataFrame:
         layer = read_layer(features, "features").copy()
         with opened(raster) as source:
-            scale, notes = find_scale(source, resolution, self.ground_resolution)
+            scale = find_scale(source, resolution)
             places, pieces = plan_features(source, layer, scale)
             grid = {"kind": "features", "resolution": resolution, "features": len(layer)}
-            run = Run.start(self, "query", [source], questions, pieces, grid, None, notes, checkpoint)
+            run = Run.start(self, "query", [source], questions, pieces, grid, None, checkpoint)
         several = len(questions) > 1
         columns: dict[str, list[Any]] = {}
         for index, question in enumerate(questions):
@@ -334,11 +336,13 @@ class GeoAssistant:
                 }
                 for name, value in row.items():
                     columns.setdefault(f"{name}{ending}", []).append(value)
+        label = None
         for name, values in columns.items():
             while name in layer.columns:
                 name = f"{name}_new"
             layer[name] = values
-        layer.attrs = {"record": run.record(), "label": "answer_1" if several else "answer"}
+            label = label or (name if name.startswith("answer") else None)
+        layer.attrs = {"record": run.record(), "label": label}
         return layer
 
     def _run(
@@ -356,12 +360,12 @@ class GeoAssistant:
         """Asks the questions on a partition or, with an overlap, on overlapping tiles."""
         with opened(rasters[0]) as source:
             rasters = [source, *rasters[1:]]
-            scale, notes = find_scale(source, resolution, self.ground_resolution)
+            scale = find_scale(source, resolution)
             shape, pieces = plan_tiles(source, area, scale, tile, overlap, shifted)
             grid: dict[str, Any] = {"kind": "whole" if tile is None else "partition" if overlap is None else "overlapping"}
             grid |= {"tile": tile, "overlap": overlap, "shifted": shifted, "resolution": resolution}
             grid |= {"area": None if shape is None else shapely.to_wkt(shape, rounding_precision=3)}
-            return Run.start(self, task, rasters, questions, pieces, grid, shape, notes, checkpoint)
+            return Run.start(self, task, rasters, questions, pieces, grid, shape, checkpoint)
 
 
 def training_images(name: str, revision: str | None = None) -> str | None:

@@ -36,6 +36,8 @@ def add_map_options(parser: argparse.ArgumentParser, task: str) -> None:
         group.add_argument(
             "--overlap", type=int, default=64, metavar="PIXELS", help="shared by tiles (default: %(default)s)"
         )
+    if task == "count":
+        group.add_argument("--no-spread", action="store_true", help="do not count again on shifted images, in half the time")
     group.add_argument(
         "--resolution", type=float, metavar="METRES", help="size of a pixel of the images (default: as stored)"
     )

@@ -160,6 +160,10 @@ def test_a_resolution_beside_the_training_images_is_reported(tmp_path):
     with pytest.warns(RasterWarning, match=r"shown at 2 m a pixel, .* 0.2 to 1 m"):
         frame = perfect(ground_resolution=(0.2, 1)).count(path, "ships")
     assert any("0.2 to 1 m" in note for note in frame.attrs["record"]["notes"])
+    assert frame.attrs["record"]["grid"]["pixel_metres"] == pytest.approx([2, 2], rel=1e-3)
+    large = np.broadcast_to(np.uint8(7), (3, 3000, 300))  # as one image it is reduced
+    with pytest.warns(RasterWarning, match=r"shown at 2\.93 m a pixel"):
+        perfect(ground_resolution=(1.5, 2.1)).query(write(tmp_path / "large.tif", large), "Why?")
     with warnings.catch_warnings():
         warnings.simplefilter("error", RasterWarning)
         perfect(ground_resolution=(0.2, 1)).count(path, "ships", resolution=1)
@@ -174,6 +178,8 @@ def test_counts_come_from_two_partitions(tmp_path):
     assert ships["count"].sum() == len(boxes) == frame.attrs["totals"]["ships"]["total"]
     assert frame.attrs["totals"]["ships"].keys() == {"total", "unanswered", "shifted_total", "shifted_unanswered"}
     assert frame.attrs["record"]["totals"] == frame.attrs["totals"]
+    once = perfect().count(path, ["ships", "cars"], tile=64, spread=False)
+    assert once.equals(frame) and once.attrs["totals"]["ships"].keys() == {"total", "unanswered"}
     outline = shapely.union_all(ships.geometry)
     assert outline.equals(shapely.box(500_000, 4_000_000 - 400, 501_024, 4_000_000)) and ships.area.sum() == outline.area
 
@@ -333,6 +339,7 @@ def test_answers_about_a_raster_are_those_about_its_picture(demo, tmp_path):
     )
 
 
+@pytest.mark.integration
 def test_scores_of_boxes_are_those_of_their_tokens(demo):
     frame = demo.detect(SCENE, "building", prompt="Give the bounding box of the {object}.")
     whole = demo.query(SCENE, "Give the bounding box of the building.")
@@ -381,6 +388,7 @@ def test_dates_without_a_common_place_are_rejected(tmp_path):
         ({"area": geopandas.GeoDataFrame(geometry=[], crs=CRS)}, "area holds no features"),
         ({"tile": 0}, "tile=0 must be 1 to 2048"),
         ({"resolution": -1}, "resolution=-1 must be a positive length"),
+        ({"resolution": 0.01}, r"pixels of 2 m: a resolution of 0\.01 m would enlarge them more than 32 times"),
         ({"overlap": 64, "tile": 64}, "overlap=64 must be 0 to less than the tile"),
     ],
     ids=str,
