@@ -19,7 +19,7 @@ from mfrsvlm.files.model_folder import load_model
 
 
 AREA = "converter"
-TEST_COUNT = 60
+TEST_COUNT = 40
 INDEX = "pytorch_model.bin.index.json"
 
 Output = dict[str, bytes]

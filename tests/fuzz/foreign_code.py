@@ -29,7 +29,7 @@ from mfrsvlm.training.finetune import DECODER_LINEARS
 
 
 AREA = "foreign code"
-TEST_COUNT = 60
+TEST_COUNT = 40
 LOADERS: dict[str, Callable[[Path], Any]] = {
     "model": load_model,
     "processor": load_processor,
