@@ -159,7 +159,9 @@ def _ask_chunk(
             outcomes[index] = Outcome("failed", reason=one_line(error))
     try:
         answers = _answer(answerer, shown, questions, batch_size)
-    except Exception:  # of the model, such as too little memory: one at a time, the others may be answered
+    except Exception:  # of the model, such as too little memory
+        answers = None
+    if answers is None:  # one at a time: the others may be answered
         answers = {}
         for index, images in shown.items():
             try:
