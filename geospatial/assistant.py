@@ -28,6 +28,7 @@ CAPTION = "Describe this image."
 COUNT = "How many {object} are there?"
 CHANGE = "What changed between the first and the second image?"
 BOXES = "Give the bounding box of every {object} as [x_min, y_min, x_max, y_max], each number scaled to 0-{scale}."
+FILL = (127, 127, 127)
 SYNTHETIC = "synthetic"  # `training_images` in the card of a model that has seen drawings alone
 
 
@@ -56,6 +57,8 @@ class GeoAssistant:
         ground_resolution: finest and coarsest pixel of its training images, in metres; `None`: not known.
         batch_size: answers that are generated together.
         progress: show a bar with the time left, if there is a terminal.
+        fill: colour of what is not shown: pixels without data, and all outside of an area or a polygon. With the colour that
+            images are padded with, the demo model counts right; in black, it sees objects.
     """
 
     def __init__(
@@ -66,10 +69,11 @@ class GeoAssistant:
         ground_resolution: Any = None,
         batch_size: int = 8,
         progress: bool = False,
+        fill: tuple[int, int, int] = FILL,
     ) -> None:
         self.answerer, self.model = answerer, dict(model or {})
         self.box_format = None if box_format is None else check_box_format(box_format)
-        self.ground_resolution, self.batch_size, self.progress = ground_resolution, batch_size, progress
+        self.ground_resolution, self.batch_size, self.progress, self.fill = ground_resolution, batch_size, progress, fill
 
     @classmethod
     def from_pretrained(
@@ -118,7 +122,7 @@ class GeoAssistant:
             about,
             getattr(processor, "box_format", None) if box_format is None else box_format,
             getattr(processor, "ground_resolution", None),
-            **options,
+            **{"fill": padding_colour(processor), **options},
         )
 
     def query(
@@ -136,8 +140,8 @@ class GeoAssistant:
         Args:
             raster, area, tile, resolution, checkpoint: see the class.
             questions: one or more. Every image is encoded once for all of them.
-            features: layer of polygons, a file or a GeoDataFrame. The questions are asked about each polygon, with all
-                around it black.
+            features: layer of polygons, a file or a GeoDataFrame. The questions are asked about each polygon, with
+                nothing around it.
 
         Returns:
             A row for every image and question, with the outline of the image. With `features`: a copy of the layer in its
@@ -366,6 +370,15 @@ class GeoAssistant:
             grid |= {"tile": tile, "overlap": overlap, "shifted": shifted, "resolution": resolution}
             grid |= {"area": None if shape is None else shapely.to_wkt(shape, rounding_precision=3)}
             return Run.start(self, task, rasters, questions, pieces, grid, shape, checkpoint)
+
+
+def padding_colour(processor: Any) -> tuple[int, int, int]:
+    """The colour that becomes zero when images are normalised, with which many models pad them."""
+    mean = getattr(getattr(processor, "image_processor", None), "image_mean", None)
+    if not isinstance(mean, (list, tuple)) or len(mean) != 3:
+        return FILL
+    red, green, blue = (min(255, max(0, int(255 * value))) for value in mean)
+    return red, green, blue
 
 
 def training_images(name: str, revision: str | None = None) -> str | None:

@@ -283,9 +283,10 @@ def draw_preview(raster: Any, pieces: list[Any]) -> Any:
     from PIL import ImageDraw
 
     from .answers import show
+    from .assistant import FILL
 
     if len(pieces) == 1:
-        (image,) = show([raster], pieces[0])
+        (image,) = show([raster], pieces[0], FILL)
     else:
         image = raster.read().image
         pen = ImageDraw.Draw(image)

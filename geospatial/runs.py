@@ -74,14 +74,14 @@ class Run:
         """
         about = {"mfrsvlm": __version__, "task": task, "model": assistant.model, "questions": questions}
         boxes = assistant.box_format if task in ("detect", "point") else None
-        grid = grid | {"pixel_metres": shown_pixel(rasters[0], pieces)}
+        grid = grid | {"pixel_metres": shown_pixel(rasters[0], pieces), "fill": assistant.fill}
         about |= {"boxes": boxes, "rasters": [raster.describe() for raster in rasters], "grid": grid}
         settings = about | {"batch_size": assistant.batch_size, "images": len(pieces), "pieces": digest(pieces)}
         settings["files"] = [state_of(name) for raster in rasters for name in raster.files]
         log = None if checkpoint is None else RunLog(checkpoint, settings)
         outcomes = ask_pieces(
             assistant.answerer,
-            lambda piece: show(rasters, piece),
+            lambda piece: show(rasters, piece, assistant.fill),
             pieces,
             questions,
             assistant.batch_size,

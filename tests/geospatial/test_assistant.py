@@ -244,13 +244,27 @@ def test_a_question_about_every_polygon(tmp_path):
     assert {"answer_1", "answer_2", "question_2", "count_1", "score_2"} <= set(several.columns)
 
 
-def test_pixels_around_a_polygon_are_black(tmp_path):
+def test_pixels_around_a_polygon_are_not_shown(tmp_path):
     answerer = PerfectAnswerer()
     path = write(tmp_path / "scene.tif", pixels(height=100, width=300))
     shape = shapely.Polygon([(500_000, 4_000_000), (500_200, 4_000_000), (500_000, 3_999_900)])
     perfect(answerer=answerer).query(path, "Why?", features=geopandas.GeoDataFrame(geometry=[shape], crs=CRS))
-    shown = np.asarray(answerer.images[0][0]).any(-1)
+    shown = (np.asarray(answerer.images[0][0]) != 127).any(-1)
     assert shown.shape == (50, 100) and shown[0, 0] and not shown[-1, -1] and shown.mean() == pytest.approx(0.5, abs=0.03)
+
+
+def test_half_tiles_have_the_padding_colour_of_the_model(tmp_path):
+    """On the shifted partition, and where a raster holds no data."""
+    answerer = PerfectAnswerer()
+    values = np.full((3, 64, 128), 200, np.uint8)
+    values[:, :10] = 0
+    path = write(tmp_path / "scene.tif", values, nodata=0)
+    perfect(answerer=answerer, fill=(10, 20, 30)).count(path, "ships", tile=64)
+    images = [np.asarray(image) for (image,) in answerer.images]
+    assert [image.shape for image in images] == [(64, 64, 3)] * 5
+    for image in images:
+        assert (image[:10] == (10, 20, 30)).all()
+    assert (images[2][10:, :32] == 200).all() and (images[2][:, 32:] == (10, 20, 30)).all()
 
 
 def test_a_failing_tile_is_reported(tmp_path):
@@ -369,7 +383,7 @@ def test_two_dates(tmp_path):
         with rasterio.vrt.WarpedVRT(dataset, **grid, resampling=rasterio.enums.Resampling.cubic) as vrt:
             stored = vrt.read()
     low, high = (np.array(first[name])[:, None, None] for name in ("low", "high"))
-    expected = np.where((stored != 0).any(0), np.clip((stored - low) * 255 / (high - low), 0, 255), 0)
+    expected = np.where((stored != 0).any(0), np.clip((stored - low) * 255 / (high - low), 0, 255), 127)
     top = np.concatenate([np.asarray(group[1]) for group in answerer.images[:2]], axis=1)
     bottom = np.concatenate([np.asarray(group[1]) for group in answerer.images[2:]], axis=1)
     shown = np.concatenate([top, bottom]).transpose(2, 0, 1)
