@@ -5,7 +5,9 @@ A module of this folder holds one area. It defines `AREA`, its name in the table
     def cases(seed: int, count: int, folder: Path) -> Iterator[Case]: ...
 
 which yields `count` cases. A case and its name depend on the seed and its number alone (see `random_of`). Each case is run
-before the next one is drawn, so that cases may share the files in `folder`, which is empty at first.
+before the next one is drawn, so that cases may share the files in `folder`, which is empty at first. An area may also define
+`MOST`, the number of cases that are enough since they take long, and `TEST_COUNT`, that of the tests. What its cases use in
+other processes goes into `PEAKS`.
 """
 
 import resource
@@ -28,15 +30,14 @@ import mfrsvlm
 
 FOLDER = Path(__file__).parent
 PACKAGE = Path(mfrsvlm.__file__).resolve().parent
-AREAS = tuple(
-    sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in ("harness", "__main__") and not p.stem.startswith("test_"))
-)
+AREAS = tuple(sorted(p.stem for p in FOLDER.glob("*.py") if p.stem != "harness" and not p.stem.startswith(("_", "test_"))))
 RIGHT, REJECTED = "right", "rejected"
 OUTCOMES = (RIGHT, REJECTED, "wrong", "crashed", "slow")
 SLOW_SECONDS = 5.0  # of processor time, since the clock of a busy machine says little
 HANGING_SECONDS = 30.0  # of the clock, for a case that waits
 LONGEST_MESSAGE = 1000  # characters
 SHOWN_FAILURES = 5
+PEAKS: list[float] = []  # memory in MB beyond that at the start, of other processes
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,12 @@ class Case:
     Attributes:
         name: what was mutated, and how.
         run: returns "right" or "rejected". An `AssertionError` stands for a wrong result, any other error for a crash.
+        seconds: of the clock, after which it hangs. Default: `HANGING_SECONDS`.
     """
 
     name: str
     run: Callable[[], str]
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ def run_case(case: Case, seed: int, result: Result) -> None:
     error = ""
     start = time.process_time()
     try:
-        with time_limit():
+        with time_limit(case.seconds or HANGING_SECONDS):
             found = case.run()
         if found not in (RIGHT, REJECTED):
             raise ValueError(f"A case returned {found!r}, neither {RIGHT!r} nor {REJECTED!r}.")
@@ -166,13 +169,13 @@ def run_case(case: Case, seed: int, result: Result) -> None:
 
 
 @contextmanager
-def time_limit() -> Iterator[None]:
+def time_limit(hanging: float) -> Iterator[None]:
     """Interrupts what takes too long. In the main thread only, since only it receives signals."""
 
     def stop(*_: Any) -> None:
         raise TooSlowError
 
-    timers = ((signal.SIGALRM, signal.ITIMER_REAL, HANGING_SECONDS), (signal.SIGPROF, signal.ITIMER_PROF, 2 * SLOW_SECONDS))
+    timers = ((signal.SIGALRM, signal.ITIMER_REAL, hanging), (signal.SIGPROF, signal.ITIMER_PROF, 2 * SLOW_SECONDS))
     before = [(sign, timer, signal.signal(sign, stop)) for sign, timer, _ in timers]
     try:
         for _, timer, seconds in timers:
@@ -188,8 +191,9 @@ def time_limit() -> Iterator[None]:
 def peak_memory(result: Result) -> Iterator[None]:
     """Measures the highest resident memory, in MB beyond that at the start."""
     start = reset_peak()
+    PEAKS.clear()
     yield
-    result.peak = max(highest() - start, 0.0)
+    result.peak = max(highest() - start, 0.0, *PEAKS)
 
 
 def reset_peak() -> float:
