@@ -69,7 +69,7 @@ lint: $(VENV)/.ready
 		mfrsvlm/checksums_mfrsvlm.py mfrsvlm/configuration_mfrsvlm.py mfrsvlm/image_sources_mfrsvlm.py \
 		mfrsvlm/image_processing_mfrsvlm.py mfrsvlm/conversations_mfrsvlm.py mfrsvlm/processing_mfrsvlm.py \
 		mfrsvlm/injection_mfrsvlm.py mfrsvlm/modeling_mfrsvlm.py mfrsvlm/released_layout.py \
-		mfrsvlm/convert_checkpoint.py mfrsvlm/arguments.py mfrsvlm/cli.py mfrsvlm/lazy_exports.py
+		mfrsvlm/convert_checkpoint.py mfrsvlm/arguments.py mfrsvlm/cli.py mfrsvlm/lazy_exports.py mfrsvlm/output_folders.py
 	$(VENV)/bin/lint-imports
 
 # The table of docs/parity.md: largest error of every stage against the published implementation.

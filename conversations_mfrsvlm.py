@@ -105,7 +105,7 @@ def _check_conversation(rows: Sequence[Any], of_which: str, template: str, opens
         if not isinstance(role, str) or (role not in ROLES and f"'{role}'" not in template and f'"{role}"' not in template):
             raise ValueError(f"Unknown role {shown(role)} of {where}: a message has a role of {', '.join(ROLES)}.")
         content = message.get("content")
-        if content is None and not message.get("tool_calls"):
+        if content is None and not (message.get("tool_calls") and "tool_calls" in template):
             raise ValueError(f"{_capital(where)} ({role}) has no content: give it text, or a list of parts.")
         if isinstance(content, str):
             check_text(content, where)

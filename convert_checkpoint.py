@@ -31,6 +31,7 @@ from .arguments import converter_parser
 from .configuration_mfrsvlm import MFRSVLMConfig
 from .image_processing_mfrsvlm import MFRSVLMImageProcessor
 from .modeling_mfrsvlm import MFRSVLMForConditionalGeneration
+from .output_folders import clean_up, whole_folder
 from .processing_mfrsvlm import MFRSVLMProcessor, make_chat_template
 from .released_layout import (
     ConversionError,
@@ -241,10 +242,11 @@ def is_model_folder(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def whole_output(output: Path, overwrite: bool, sources: list[Path]) -> Iterator[Path]:
-    """A temporary folder that is renamed to `output` if the block succeeds, and removed if it raises.
+    """A temporary folder that becomes `output` if the block succeeds, see `whole_folder`.
 
-    It is in a hidden folder next to `output`, which may also contain other temporary files. Only a killed run leaves it
-    behind.
+    Raises:
+        ConversionError: the output exists or is no model folder, or lies inside a source.
+        FolderInUse: another run is writing it.
     """
     output = Path(os.path.realpath(output))
     if output.is_symlink():
@@ -252,26 +254,13 @@ def whole_output(output: Path, overwrite: bool, sources: list[Path]) -> Iterator
     for source in (source.resolve() for source in sources if source.exists()):
         if source.is_relative_to(output) or output.is_relative_to(source):
             raise ConversionError(f"--output {output} and the source {source} lie in one another: choose another --output.")
+    clean_up(output)
     if output.exists() and not overwrite:
         raise ConversionError(f"{output} exists. Choose another --output, or pass --overwrite to replace it.")
     if output.is_file() or (output.exists() and any(output.iterdir()) and not is_model_folder(output)):
         raise ConversionError(f"{output} is no model folder (no config.json with a model_type), so it is not overwritten.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.partial-", dir=output.parent) as scratch:
-        whole, replaced = Path(scratch) / "whole", Path(scratch) / "replaced"
-        whole.mkdir()
-        yield whole
-        os.umask(umask := os.umask(0))
-        for path in whole.iterdir():  # safetensors makes what only its owner can read, but model folders are shared
-            path.chmod(0o666 & ~umask)
-        try:
-            if overwrite and output.exists():
-                os.replace(output, replaced)
-            os.replace(whole, output)
-        except BaseException:
-            if replaced.exists():
-                os.replace(replaced, output)
-            raise
+    with whole_folder(output) as folder:
+        yield folder
 
 
 def save_folder(folder: Path, model: Any, processor: Any, settings: GenerationConfig) -> None:

@@ -187,6 +187,12 @@ class MFRSVLMImageProcessor(PilBackend):
         with plain_errors():
             return super().preprocess(images, *args, **kwargs)
 
+    def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:
+        for name in ("size", "crop_size"):
+            if isinstance(kwargs.get(name), (list, tuple)) and len(kwargs[name]) != 2:
+                raise ValueError(f"{name}={shown(kwargs[name])} must be a height and a width.")
+        return super()._standardize_kwargs(**kwargs)
+
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
         given = SimpleNamespace(**kwargs)
         for name in ("size", "crop_size"):

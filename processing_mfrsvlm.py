@@ -400,7 +400,9 @@ class MFRSVLMProcessor(ProcessorMixin):
             TypeError: an input or a setting has the wrong type.
         """
         for name in ("text_kwargs", "images_kwargs", "common_kwargs"):
-            if kwargs.get(name) is not None and not isinstance(kwargs[name], Mapping):
+            if kwargs.get(name) is None:
+                kwargs.pop(name, None)
+            elif not isinstance(kwargs[name], Mapping):
                 raise TypeError(f"{name}={shown(kwargs[name])} must be a mapping of settings.")
         prompts = [text] if text is None or isinstance(text, str) else text
         if not isinstance(prompts, (list, tuple)) or not all(text is None or isinstance(prompt, str) for prompt in prompts):
@@ -460,7 +462,11 @@ class MFRSVLMProcessor(ProcessorMixin):
             ModelProcessorKwargs=self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
         given, limit = merged["text_kwargs"], merged["text_kwargs"].get("max_length") or self.tokenizer.model_max_length
-        if given.get("truncation") in (None, False, "do_not_truncate") or given.get("return_overflowing_tokens"):
+        # Without a word on either, transformers truncates to a max_length.
+        implied = given.get("truncation") is None and given.get("max_length") and not given.get("padding")
+        if given.get("return_overflowing_tokens") or not (implied or given.get("truncation")):
+            return
+        if given.get("truncation") == "do_not_truncate":
             return
         (tokens,) = self._get_num_multimodal_tokens([(0, 0)], **merged["images_kwargs"]).num_image_tokens
         for prompt in ending:
@@ -470,11 +476,13 @@ class MFRSVLMProcessor(ProcessorMixin):
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
         expected = [prompt.count(self.image_token) for prompt in text]
         found = [[int(token) for token in row].count(self.image_token_id) for row in text_inputs["input_ids"]]
-        if expected != found:
+        # With return_overflowing_tokens, a prompt may have several rows.
+        if expected != found and (len(expected) == len(found) or sum(expected) != sum(found)):
             lengths = [len(row) for row in text_inputs["input_ids"]]
             raise ValueError(
-                f"The prompts have {expected} image tokens, but the {lengths} tokens that are left have {found}: image "
-                "tokens are never truncated. Raise max_length, pass fewer images, or leave out split_special_tokens."
+                f"The prompts have {shown(expected)} image tokens, but the {shown(lengths)} tokens that are left have "
+                f"{shown(found)}: image tokens are never truncated. Raise max_length, pass fewer images, or leave out "
+                "split_special_tokens."
             )
 
     def _offsets_in_prompt(self, prompt: str, ids: Any, offsets: Any) -> list[tuple[int, int]]:

@@ -5,6 +5,7 @@ import json
 import platform
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +20,7 @@ from accelerate.utils import broadcast_object_list
 from ..files.model_folder import problems_of
 from ..files.reading import SURROGATE, shorten
 from ..files.writing import check_folder, write_file
+from ..output_folders import locked
 from .answer_log import AnswerLog, as_answer, claim_folder
 from .answering import Answer, Answerer, check_chat_template, fingerprint
 from .batches import ImageReader, answer_all
@@ -82,9 +84,11 @@ def evaluate(
     for run in runs:
         start = time.perf_counter()
         run.identity |= described
-        log = AnswerLog(run.folder(settings), run.identity, state)
-        reader = ImageReader(run.benchmark, protocol, settings.missing_images)
-        rows = answer_all(answerer, run.samples, run.prompts, reader, settings, state, log)
+        folder = run.folder(settings)
+        with locked(folder) if folder is not None and state.is_main_process else nullcontext():
+            log = AnswerLog(folder, run.identity, state)
+            reader = ImageReader(run.benchmark, protocol, settings.missing_images)
+            rows = answer_all(answerer, run.samples, run.prompts, reader, settings, state, log)
         if state.is_main_process:
             missing = {name for row in rows for name in row.get("missing", ())}
             facts = {"device": device_name(model.device), "processes": state.num_processes}

@@ -31,8 +31,8 @@ class Piece:
     Attributes:
         window: of the raster.
         size: width and height of its pixels in the image.
-        canvas: width and height of the image; what lies beyond `size` is black. `None`: `size`.
-        shape: pixels outside of it, in pixels of the raster, are black. `None`: all are shown.
+        canvas: width and height of the image, if it is larger than `size`.
+        shape: what is shown, in pixels of the raster. `None`: all.
     """
 
     window: Window
@@ -67,8 +67,14 @@ class Outcome:
     reason: str = ""
 
 
-def show(rasters: Sequence[Raster], piece: Piece) -> list[Image.Image]:
+def show(rasters: Sequence[Raster], piece: Piece, fill: tuple[int, int, int]) -> list[Image.Image]:
     """The images of a piece, one a raster.
+
+    Args:
+        rasters: what is shown.
+        piece: which part of it.
+        fill: colour of what is not shown: pixels without data or outside of the shape, and the rest of the canvas. Models
+            take black for something; the colour with which their images are padded says nothing to them.
 
     Raises:
         NoValidPixelError: a raster has no valid pixel there.
@@ -77,16 +83,13 @@ def show(rasters: Sequence[Raster], piece: Piece) -> list[Image.Image]:
     images = []
     for raster in rasters:
         view = raster.read(piece.window, size=piece.size)
-        image = view.image
+        shown = view.valid
         if piece.shape is not None:
-            shown = inside(piece.shape, piece.window, piece.size)
-            if not (view.valid & shown).any():
-                raise NoValidPixelError(f"{raster.name} has no valid pixel in the area.")
-            image = Image.composite(image, Image.new("RGB", image.size), Image.fromarray(shown))
-        if piece.canvas is not None and piece.canvas != piece.size:
-            canvas = Image.new("RGB", piece.canvas)
-            canvas.paste(image)
-            image = canvas
+            shown = shown & inside(piece.shape, piece.window, piece.size)
+        if not shown.any():
+            raise NoValidPixelError(f"{raster.name} has no valid pixel in the area.")
+        image = Image.new("RGB", piece.canvas or piece.size, fill)
+        image.paste(view.image, mask=Image.fromarray(shown))
         images.append(image)
     return images
 
@@ -159,7 +162,9 @@ def _ask_chunk(
             outcomes[index] = Outcome("failed", reason=one_line(error))
     try:
         answers = _answer(answerer, shown, questions, batch_size)
-    except Exception:  # of the model, such as too little memory: one at a time, the others may be answered
+    except Exception:  # of the model, such as too little memory
+        answers = None
+    if answers is None:  # one at a time: the others may be answered
         answers = {}
         for index, images in shown.items():
             try:

@@ -20,15 +20,15 @@ from .areas import read_layer
 from .errors import RasterError, RasterWarning
 from .raster import Raster
 from .runs import MISSING, Run, find_scale, plan_features, plan_tiles, reply_columns
-from .tiles import merge_boxes, unite
+from .tiles import at_least_a_pixel, default_overlap, merge_boxes, unite
 
 
 TILE = 512  # pixels of the image
-OVERLAP = 64
 CAPTION = "Describe this image."
 COUNT = "How many {object} are there?"
 CHANGE = "What changed between the first and the second image?"
 BOXES = "Give the bounding box of every {object} as [x_min, y_min, x_max, y_max], each number scaled to 0-{scale}."
+FILL = (127, 127, 127)
 SYNTHETIC = "synthetic"  # `training_images` in the card of a model that has seen drawings alone
 
 
@@ -57,6 +57,8 @@ class GeoAssistant:
         ground_resolution: finest and coarsest pixel of its training images, in metres; `None`: not known.
         batch_size: answers that are generated together.
         progress: show a bar with the time left, if there is a terminal.
+        fill: colour of what is not shown: pixels without data, and all outside of an area or a polygon. With the colour that
+            images are padded with, the demo model counts right; in black, it sees objects.
     """
 
     def __init__(
@@ -67,10 +69,11 @@ class GeoAssistant:
         ground_resolution: Any = None,
         batch_size: int = 8,
         progress: bool = False,
+        fill: tuple[int, int, int] = FILL,
     ) -> None:
         self.answerer, self.model = answerer, dict(model or {})
         self.box_format = None if box_format is None else check_box_format(box_format)
-        self.ground_resolution, self.batch_size, self.progress = ground_resolution, batch_size, progress
+        self.ground_resolution, self.batch_size, self.progress, self.fill = ground_resolution, batch_size, progress, fill
 
     @classmethod
     def from_pretrained(
@@ -119,7 +122,7 @@ class GeoAssistant:
             about,
             getattr(processor, "box_format", None) if box_format is None else box_format,
             getattr(processor, "ground_resolution", None),
-            **options,
+            **{"fill": padding_colour(processor), **options},
         )
 
     def query(
@@ -137,8 +140,8 @@ class GeoAssistant:
         Args:
             raster, area, tile, resolution, checkpoint: see the class.
             questions: one or more. Every image is encoded once for all of them.
-            features: layer of polygons, a file or a GeoDataFrame. The questions are asked about each polygon, with all
-                around it black.
+            features: layer of polygons, a file or a GeoDataFrame. The questions are asked about each polygon, with
+                nothing around it.
 
         Returns:
             A row for every image and question, with the outline of the image. With `features`: a copy of the layer in its
@@ -165,6 +168,7 @@ class GeoAssistant:
         resolution: float | None = None,
         checkpoint: str | Path | None = None,
         prompt: str = COUNT,
+        spread: bool = True,
     ) -> geopandas.GeoDataFrame:
         """Numbers of objects, asked tile by tile on a partition, so that nothing is counted twice.
 
@@ -177,15 +181,16 @@ class GeoAssistant:
             raster, area, tile, resolution, checkpoint: see the class.
             objects: what to count, in the plural: "cars".
             prompt: the question, with `{object}`.
+            spread: whether to count on the second partition too, which takes as long as the first.
 
         Returns:
             A row for every tile of the first partition and object, with the column `object`.
         """
         objects = [objects] if isinstance(objects, str) else list(objects)
         questions = [prompt.replace("{object}", name) for name in objects]
-        runs = []
+        runs: list[Run] = []
         for shifted in (False, True):
-            if shifted and len(runs[0].pieces) == 1:
+            if shifted and (not spread or len(runs[0].pieces) == 1):
                 break
             path = checkpoint if not shifted or checkpoint is None else f"{checkpoint}.shifted"
             runs.append(self._run("count", [raster], questions, area, tile, None, resolution, path, shifted))
@@ -208,7 +213,7 @@ class GeoAssistant:
         objects: str | Sequence[str],
         area: Any = None,
         tile: int | None = TILE,
-        overlap: int = OVERLAP,
+        overlap: int | None = None,
         resolution: float | None = None,
         checkpoint: str | Path | None = None,
         prompt: str | None = None,
@@ -218,7 +223,7 @@ class GeoAssistant:
         Args:
             raster, area, tile, resolution, checkpoint: see the class. Boxes whose centre lies outside the area are left out.
             objects: what to look for, in the singular: "ship".
-            overlap: pixels that neighbouring images share.
+            overlap: pixels that neighbouring images share; `None`: an eighth of `tile`.
             prompt: the request, with `{object}`; `None`: that of the box format, else a general one.
 
         Returns:
@@ -230,11 +235,11 @@ class GeoAssistant:
     def point(self, raster: Any, objects: str | Sequence[str], **options: Any) -> geopandas.GeoDataFrame:
         """The centres of what `detect` finds, as points; arguments as for `detect`."""
         names = ("area", "tile", "overlap", "resolution", "checkpoint", "prompt")
-        defaults = {"tile": TILE, "overlap": OVERLAP}
         unknown = set(options) - set(names)
         if unknown:
             raise TypeError(f"point takes {', '.join(names)}, not {', '.join(sorted(unknown))}.")
-        return self._detect("point", raster, objects, *(options.get(name, defaults.get(name)) for name in names))
+        options.setdefault("tile", TILE)
+        return self._detect("point", raster, objects, *(options.get(name) for name in names))
 
     def compare(
         self,
@@ -271,7 +276,7 @@ class GeoAssistant:
         objects: str | Sequence[str],
         area: Any,
         tile: int | None,
-        overlap: int,
+        overlap: int | None,
         resolution: float | None,
         checkpoint: str | Path | None,
         prompt: str | None,
@@ -285,6 +290,7 @@ class GeoAssistant:
         form = prompt or self.box_format.get("prompt") or BOXES
         form = form.replace("{scale}", f"{self.box_format['scale']:g}")
         questions = [form.replace("{object}", name) for name in objects]
+        overlap = default_overlap(tile) if overlap is None else overlap
         run = self._run(task, [raster], questions, area, tile, overlap, resolution, checkpoint)
         rows = []
         for index, name in enumerate(objects):
@@ -300,7 +306,7 @@ class GeoAssistant:
                 sides = boxes[group][:, 2:] - boxes[group][:, :2]
                 best = group[int(np.argmax(sides.prod(1)))]
                 scores = [found[member][0][4] for member in group if found[member][0][4] is not None]
-                box = unite(boxes[group])
+                box = at_least_a_pixel(unite(boxes[group]))
                 centre = shapely.Point((box[:2] + box[2:]) / 2)
                 if run.shape is not None and not run.shape.covers(centre):
                     continue
@@ -316,10 +322,10 @@ class GeoAssistant:
     ) -> geopandas.GeoDataFrame:
         layer = read_layer(features, "features").copy()
         with opened(raster) as source:
-            scale, notes = find_scale(source, resolution, self.ground_resolution)
+            scale = find_scale(source, resolution)
             places, pieces = plan_features(source, layer, scale)
             grid = {"kind": "features", "resolution": resolution, "features": len(layer)}
-            run = Run.start(self, "query", [source], questions, pieces, grid, None, notes, checkpoint)
+            run = Run.start(self, "query", [source], questions, pieces, grid, None, checkpoint)
         several = len(questions) > 1
         columns: dict[str, list[Any]] = {}
         for index, question in enumerate(questions):
@@ -334,11 +340,13 @@ class GeoAssistant:
                 }
                 for name, value in row.items():
                     columns.setdefault(f"{name}{ending}", []).append(value)
+        label = None
         for name, values in columns.items():
             while name in layer.columns:
                 name = f"{name}_new"
             layer[name] = values
-        layer.attrs = {"record": run.record(), "label": "answer_1" if several else "answer"}
+            label = label or (name if name.startswith("answer") else None)
+        layer.attrs = {"record": run.record(), "label": label}
         return layer
 
     def _run(
@@ -356,12 +364,21 @@ class GeoAssistant:
         """Asks the questions on a partition or, with an overlap, on overlapping tiles."""
         with opened(rasters[0]) as source:
             rasters = [source, *rasters[1:]]
-            scale, notes = find_scale(source, resolution, self.ground_resolution)
+            scale = find_scale(source, resolution)
             shape, pieces = plan_tiles(source, area, scale, tile, overlap, shifted)
             grid: dict[str, Any] = {"kind": "whole" if tile is None else "partition" if overlap is None else "overlapping"}
             grid |= {"tile": tile, "overlap": overlap, "shifted": shifted, "resolution": resolution}
             grid |= {"area": None if shape is None else shapely.to_wkt(shape, rounding_precision=3)}
-            return Run.start(self, task, rasters, questions, pieces, grid, shape, notes, checkpoint)
+            return Run.start(self, task, rasters, questions, pieces, grid, shape, checkpoint)
+
+
+def padding_colour(processor: Any) -> tuple[int, int, int]:
+    """The colour that becomes zero when images are normalised, with which many models pad them."""
+    mean = getattr(getattr(processor, "image_processor", None), "image_mean", None)
+    if not isinstance(mean, (list, tuple)) or len(mean) != 3:
+        return FILL
+    red, green, blue = (min(255, max(0, int(255 * value))) for value in mean)
+    return red, green, blue
 
 
 def training_images(name: str, revision: str | None = None) -> str | None:

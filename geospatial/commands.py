@@ -190,7 +190,7 @@ def ask(task: str, args: argparse.Namespace, assistant: Any, raster: Any, later:
     if task == "detect":
         return assistant.detect(raster, args.object, tile=tile, overlap=args.overlap, **shared)
     if task == "count":
-        return assistant.count(raster, args.object, tile=tile, **shared)
+        return assistant.count(raster, args.object, tile=tile, spread=not args.no_spread, **shared)
     if task == "compare":
         return assistant.compare(raster, later, args.question or CHANGE, tile=args.tile, **shared)
     questions = args.question or CAPTION
@@ -250,23 +250,26 @@ def plan(task: str, args: argparse.Namespace, raster: Any) -> list[Any]:
     from .areas import read_layer
     from .assistant import TILE
     from .runs import find_scale, plan_features, plan_tiles
+    from .tiles import default_overlap
 
-    scale, _ = find_scale(raster, args.resolution)
+    scale = find_scale(raster, args.resolution)
     if getattr(args, "features", None) is not None:
         return plan_features(raster, read_layer(args.features, "features"), scale)[1]
     tile = TILE if args.tile is None and task in ("detect", "count") else args.tile
-    pieces = plan_tiles(raster, args.area, scale, tile, args.overlap if task == "detect" else None)[1]
-    if task == "count" and len(pieces) > 1:
+    overlap = None
+    if task == "detect":
+        overlap = default_overlap(tile) if args.overlap is None else args.overlap
+    pieces = plan_tiles(raster, args.area, scale, tile, overlap)[1]
+    if task == "count" and len(pieces) > 1 and not args.no_spread:
         pieces = pieces + plan_tiles(raster, args.area, scale, tile, None, shifted=True)[1]
     return pieces
 
 
 def describe_plan(raster: Any, pieces: list[Any]) -> dict[str, Any]:
-    stored = raster.grid.pixel_size()
+    from .runs import shown_pixel
+
     largest = max((piece.size for piece in pieces), key=lambda size: size[0] * size[1])
-    piece = next(piece for piece in pieces if piece.size == largest)
-    shown = stored and [stored[axis] * piece.window[2 + axis] / piece.size[axis] for axis in (0, 1)]
-    return {"raster": raster.name, "images": len(pieces), "largest": list(largest), "metres": shown}
+    return {"raster": raster.name, "images": len(pieces), "largest": list(largest), "metres": shown_pixel(raster, pieces)}
 
 
 def plan_line(plan: dict[str, Any]) -> str:
@@ -280,9 +283,10 @@ def draw_preview(raster: Any, pieces: list[Any]) -> Any:
     from PIL import ImageDraw
 
     from .answers import show
+    from .assistant import FILL
 
     if len(pieces) == 1:
-        (image,) = show([raster], pieces[0])
+        (image,) = show([raster], pieces[0], FILL)
     else:
         image = raster.read().image
         pen = ImageDraw.Draw(image)

@@ -33,9 +33,9 @@ def add_map_options(parser: argparse.ArgumentParser, task: str) -> None:
     tile = "512" if task in ("detect", "count") else "the raster is one image"
     group.add_argument("--tile", type=int, metavar="PIXELS", help=f"size of the images (default: {tile})")
     if task == "detect":
-        group.add_argument(
-            "--overlap", type=int, default=64, metavar="PIXELS", help="shared by tiles (default: %(default)s)"
-        )
+        group.add_argument("--overlap", type=int, metavar="PIXELS", help="shared by images (default: an eighth of --tile)")
+    if task == "count":
+        group.add_argument("--no-spread", action="store_true", help="do not count again on shifted images, in half the time")
     group.add_argument(
         "--resolution", type=float, metavar="METRES", help="size of a pixel of the images (default: as stored)"
     )

@@ -25,6 +25,9 @@ COLUMNS = ("question", "answer", "count", "score", "truncated", "tile", "error")
 MISSING = {"empty": "no valid pixel", "outside": "outside of the raster"}
 
 
+MAX_ENLARGEMENT = 32  # by `resolution`
+
+
 class Run:
     """The pieces of one raster, what was asked about them, and what came back."""
 
@@ -53,7 +56,6 @@ class Run:
         pieces: list[Piece],
         grid: dict[str, Any],
         shape: Any,
-        notes: list[str],
         checkpoint: str | Path | None,
     ) -> "Run":
         """Asks the questions about the pieces.
@@ -65,7 +67,6 @@ class Run:
             questions, pieces: what is asked, and about what.
             grid: how the pieces were made, for the record.
             shape: the area in pixels.
-            notes: for the record.
             checkpoint: see `GeoAssistant`.
 
         Raises:
@@ -73,13 +74,14 @@ class Run:
         """
         about = {"mfrsvlm": __version__, "task": task, "model": assistant.model, "questions": questions}
         boxes = assistant.box_format if task in ("detect", "point") else None
+        grid = grid | {"pixel_metres": shown_pixel(rasters[0], pieces), "fill": assistant.fill}
         about |= {"boxes": boxes, "rasters": [raster.describe() for raster in rasters], "grid": grid}
         settings = about | {"batch_size": assistant.batch_size, "images": len(pieces), "pieces": digest(pieces)}
         settings["files"] = [state_of(name) for raster in rasters for name in raster.files]
         log = None if checkpoint is None else RunLog(checkpoint, settings)
         outcomes = ask_pieces(
             assistant.answerer,
-            lambda piece: show(rasters, piece),
+            lambda piece: show(rasters, piece, assistant.fill),
             pieces,
             questions,
             assistant.batch_size,
@@ -87,7 +89,8 @@ class Run:
             log,
             assistant.progress,
         )
-        run = cls(rasters[0], about | {"notes": notes}, questions, pieces, outcomes, shape)
+        about["notes"] = make_notes(rasters[0], pieces, assistant.ground_resolution)
+        run = cls(rasters[0], about, questions, pieces, outcomes, shape)
         if all(outcome.state == "empty" for outcome in outcomes):
             names = " and ".join(raster.name for raster in rasters)
             raise RasterError(f"{names}: no valid pixel{' in common' if len(rasters) > 1 else ''} in what was asked about.")
@@ -153,40 +156,62 @@ def reply_columns(reply: Reply | None) -> dict[str, Any]:
     }
 
 
-def find_scale(
-    raster: Raster, resolution: float | None, ground_resolution: Any = None
-) -> tuple[tuple[float, float], list[str]]:
-    """Pixels of an image for a pixel of the raster, in both directions, and notes for the record.
+def find_scale(raster: Raster, resolution: float | None) -> tuple[float, float]:
+    """Pixels of an image for a pixel of the raster, in both directions.
 
     Args:
         raster: the raster.
         resolution: metres a pixel of the images; `None`: as stored.
-        ground_resolution: finest and coarsest pixel that the model was trained with; `None`: not known.
 
     Raises:
         RasterError: there is no such resolution.
     """
-    stored, notes = raster.grid.pixel_size(), list(raster.notes)
+    if resolution is None:
+        return 1.0, 1.0
+    if not 0 < resolution < math.inf:
+        raise RasterError(f"resolution={resolution:g} must be a positive length in metres.")
+    stored = raster.grid.pixel_size()
+    if stored is None:
+        raise RasterError(f"{raster.name} has no place on the Earth, so a resolution of {resolution:g} m means nothing.")
+    if max(stored) > MAX_ENLARGEMENT * resolution:
+        raise RasterError(
+            f"{raster.name} has pixels of {max(stored):.3g} m: a resolution of {resolution:g} m would enlarge them more "
+            f"than {MAX_ENLARGEMENT} times."
+        )
+    return stored[0] / resolution, stored[1] / resolution
+
+
+def shown_pixel(raster: Raster, pieces: Sequence[Piece]) -> tuple[float, float] | None:
+    """Width and height of a pixel of the images in metres; of the most reduced image, if they differ."""
+    stored = raster.grid.pixel_size()
+    if stored is None:
+        return None
+    across, down = (max(piece.window[2 + axis] / piece.size[axis] for piece in pieces) for axis in (0, 1))
+    return stored[0] * across, stored[1] * down
+
+
+def make_notes(raster: Raster, pieces: Sequence[Piece], ground_resolution: Any) -> list[str]:
+    """What the record should say of places and resolution. Images beside the training images are also warned of.
+
+    Args:
+        raster, pieces: what is shown.
+        ground_resolution: finest and coarsest pixel that the model was trained with, in metres; `None`: not known.
+    """
+    notes = list(raster.notes)
     if raster.grid.georeferencing == "rpcs":
         notes.append(f"{raster.name} is placed by polynomials at their mean height: places on slopes are approximate.")
-    if resolution is not None and not 0 < resolution < math.inf:
-        raise RasterError(f"resolution={resolution:g} must be a positive length in metres.")
-    if resolution is not None and stored is None:
-        raise RasterError(f"{raster.name} has no place on the Earth, so a resolution of {resolution:g} m means nothing.")
-    shown = stored if resolution is None else (resolution, resolution)
+    shown = shown_pixel(raster, pieces)
     if shown is not None and ground_resolution is not None:
         finest, coarsest = ground_resolution
         # Objects of one kind vary by more than a tenth.
         if min(shown) < 0.9 * finest or max(shown) > 1.1 * coarsest:
             text = (
                 f"{raster.name} is shown at {max(shown):.3g} m a pixel, and the model was trained at {finest:g} to "
-                f"{coarsest:g} m: pass a resolution (--resolution) in this range."
+                f"{coarsest:g} m: set a resolution (--resolution) in this range, and a tile (--tile)."
             )
             notes.append(text)
             warnings.warn(text, RasterWarning, stacklevel=5)
-    if resolution is None or stored is None:
-        return (1.0, 1.0), notes
-    return (stored[0] / resolution, stored[1] / resolution), notes
+    return notes
 
 
 def plan_features(

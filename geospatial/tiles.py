@@ -40,6 +40,11 @@ def _edges(start: int, length: int, side: int, shifted: bool) -> list[int]:
     return sorted({start + int(length * step / count) for step in steps})
 
 
+def default_overlap(tile: int | None) -> int | None:
+    """Of tiles of this size, pixels; `None` without tiles."""
+    return None if tile is None else tile // 8
+
+
 def overlapping(extent: Window, tile: tuple[int, int], overlap: tuple[int, int]) -> list[Window]:
     """Windows of one size that cover the extent, row by row, each sharing at least `overlap` pixels with its neighbours.
 
@@ -80,16 +85,14 @@ def merge_boxes(
     boxes = np.asarray(boxes, dtype=float).reshape(-1, 4)
     if not len(boxes):
         return []
-    # A box without area, as rounding makes of something tiny, counts as one pixel.
-    grow = np.maximum(0, 1 - (boxes[:, 2:] - boxes[:, :2])) / 2
-    boxes = np.concatenate([boxes[:, :2] - grow, boxes[:, 2:] + grow], axis=1)
+    boxes = at_least_a_pixel(boxes)
     owners = np.asarray(owners)
     tree = shapely.STRtree(shapely.box(*boxes.T))
     first, second = tree.query(tree.geometries, predicate="intersects")
     kept = (first < second) & (owners[first] != owners[second])
     first, second = first[kept], second[kept]
     corners = np.array([(x, y, x + width, y + height) for x, y, width, height in windows], dtype=float).reshape(-1, 4)
-    # Both tiles also see the pixel that `grow` may have added outside of them.
+    # Both tiles also see what `at_least_a_pixel` may have added outside of them.
     seen = intersect(corners[owners[first]], corners[owners[second]]) + np.array([-1, -1, 1, 1])
     some, others = intersect(boxes[first], seen), intersect(boxes[second], seen)
     common = area(intersect(some, others))
@@ -110,6 +113,13 @@ def merge_boxes(
             group[index] = one
         members[one] += members.pop(other)
     return sorted(sorted(indices) for indices in members.values())
+
+
+def at_least_a_pixel(boxes: np.ndarray) -> np.ndarray:
+    """Boxes (..., 4) with sides of at least one pixel: rounding can make a box without area of something tiny."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    margin = np.maximum(0, 1 - (high - low)) / 2
+    return np.concatenate([low - margin, high + margin], axis=-1)
 
 
 def intersect(some: np.ndarray, others: np.ndarray) -> np.ndarray:

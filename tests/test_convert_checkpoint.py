@@ -25,6 +25,7 @@ from mfrsvlm.configuration_mfrsvlm import window_table
 from mfrsvlm.convert_checkpoint import convert_released, main
 from mfrsvlm.files.model_folder import ModelFolderError, load_model
 from mfrsvlm.model_card import card
+from mfrsvlm.output_folders import whole_folder
 from mfrsvlm.released_layout import resolve_depths, resolve_injection_layers, resolve_window_sizes
 
 
@@ -685,6 +686,10 @@ class TestOutput:
         refused(main, capsys, source.command(), str(source.output))
         assert [path.name for path in source.output.iterdir()] == ["config.json"]
 
+    def test_two_conversions_to_one_output(self, source: Source, capsys):
+        with whole_folder(source.output):
+            refused(main, capsys, source.command(), f"{source.output} is being written by another run")
+
     @pytest.mark.integration
     @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
     def test_killed_half_way(self, source: Source, number: int):
@@ -720,6 +725,8 @@ class TestOutput:
         else:
             assert process.returncode == 128 + number, errors
             assert not left and "Traceback" not in errors
+        assert main(source.command()) == 0  # and removes what is left
+        assert source.siblings() == {"released", "tower", "output"}
 
 
 @pytest.mark.slow

@@ -39,6 +39,7 @@ def test_usage(monkeypatch, tmp_path, capsys):
     assert printed[1].startswith("[[383.4") and printed[2:] == ["yes", "9"]
 
 
+@pytest.mark.integration
 @pytest.mark.filterwarnings("ignore::mfrsvlm.geospatial.RasterWarning")
 def test_rasters(monkeypatch, tmp_path, capsys):
     assert run_page("docs/rasters.md", monkeypatch, tmp_path) == 2

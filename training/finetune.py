@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,6 +26,7 @@ from ..files.model_folder import ModelFolderError, classify, load_model, load_pr
 from ..files.reading import read_text
 from ..files.writing import WriteError, check_folder
 from ..modeling_mfrsvlm import MFRSVLMForConditionalGeneration
+from ..output_folders import FolderInUse, locked
 from .collator import ConversationCollator
 from .data import BadRow, ConversationDataset, ConversationStream
 from .trainer import UNFINISHED, MFRSVLMTrainer, MFRSVLMTrainingArguments, SettingsError, freeze_parts
@@ -376,9 +378,16 @@ def finetune(options: ModelArguments, data: DataArguments, args: MFRSVLMTraining
         SettingsError: an argument is missing or invalid.
         ModelFolderError: the model cannot be loaded.
         BadRow: a row is bad and `on_bad_row="fail"`.
+        FolderInUse: another run writes to `output_dir`.
     """
     check_settings(options, data, args)
     check_folder(args.output_dir)
+    with locked(Path(args.output_dir)) if args.process_index == 0 else nullcontext():
+        return _finetune(options, data, args)
+
+
+def _finetune(options: ModelArguments, data: DataArguments, args: MFRSVLMTrainingArguments) -> MFRSVLMTrainer | None:
+    """`finetune`, alone in its output folder."""
     checkpoint = None
     if args.process_index == 0 or args.resume_from_checkpoint is not None:  # the first rank checks before any rank writes
         checkpoint = check_output_dir(args, data.overwrite_output_dir)
@@ -452,7 +461,15 @@ def run(arguments: list[str] | None = None) -> int:
     except WriteError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (SettingsError, ModelFolderError, BadRow, FileNotFoundError, IsADirectoryError, PermissionError) as error:
+    except (
+        SettingsError,
+        ModelFolderError,
+        BadRow,
+        FolderInUse,
+        FileNotFoundError,
+        IsADirectoryError,
+        PermissionError,
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
     except ImportError as error:
         print(f"error: {error}. Install what training needs: pip install 'mfrsvlm[training]'", file=sys.stderr)

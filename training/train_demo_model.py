@@ -45,7 +45,7 @@ from .demo_model.architecture import (
 from .demo_model.encoder import load_encoder, pretrain
 from .demo_model.photograph_figures import evaluate_photographs, photograph_evidence
 from .demo_model.photograph_questions import PhotographQuestions, photograph_dialogues
-from .demo_model.photographs import TRANSFORMS, read_photographs, split_photographs
+from .demo_model.photographs import GROUND_RESOLUTION, TRANSFORMS, read_photographs, split_photographs
 from .demo_model.pretrained_tower import find_weights, tune
 from .demo_model.scene_images import CANVAS, OBJECT_PIXELS, SCENE_SIZE, SceneImages
 from .demo_model.scene_questions import SceneQuestions, dialogues
@@ -229,6 +229,8 @@ def prepare(
     model = MFRSVLMForConditionalGeneration(config)
     load_encoder(model.model, encoder)
     processor = make_processor(model.config, tokenizer)
+    if photographs is not None:
+        processor.ground_resolution = GROUND_RESOLUTION
     collator = BranchCollator(processor)
 
     # Also where the encoder is trained: the projector starts from them.

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ...files.model_folder import load_model
 from ...modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from ...processing_mfrsvlm import MFRSVLMProcessor
 from ...scenes import Question, Scene
@@ -47,8 +48,7 @@ class Reading:
 
 def load(folder: str | Path) -> tuple[MFRSVLMForConditionalGeneration, MFRSVLMProcessor]:
     """The model and processor of a Hub folder. Only eager attention tells what it attends to."""
-    model = MFRSVLMForConditionalGeneration.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
-    return model.eval(), MFRSVLMProcessor.from_pretrained(folder)
+    return load_model(folder, dtype=torch.float32, attn_implementation="eager")
 
 
 def switched_off(model: MFRSVLMForConditionalGeneration) -> MFRSVLMForConditionalGeneration:

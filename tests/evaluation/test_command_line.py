@@ -21,6 +21,7 @@ from mfrsvlm.evaluation.answering import load
 from mfrsvlm.evaluation.evaluate import describe_model
 from mfrsvlm.evaluation.metrics import METRICS
 from mfrsvlm.evaluation.protocols import PROTOCOLS
+from mfrsvlm.output_folders import locked
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -95,6 +96,14 @@ def test_incomplete_weights_are_evaluated_only_if_asked_and_said_everywhere(mode
     assert "tensors are missing" in summary["model"]["incomplete"][0]
     assert "incomplete weights" in capsys.readouterr().out
     assert "incomplete" not in described(model)
+
+
+def test_two_evaluations_to_one_folder(model, data, tmp_path, capsys):
+    line = ["--model", model, "--benchmark", f"scenes={data['scenes']}", *PROTOCOL, "--output", tmp_path / "run"]
+    with locked(tmp_path / "run" / "scenes" / "test"):
+        assert command(*line) == 2
+    assert "scenes/test is being written by another run" in capsys.readouterr().err
+    assert command(*line) == 0
 
 
 def described(folder):

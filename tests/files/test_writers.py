@@ -26,7 +26,7 @@ EXCEPTIONS = {
     ("geospatial/answers.py", "truncate"): "an append-only log",
     # Folders that get their name when they are complete.
     ("convert_checkpoint.py", "save_pretrained"): "in the temporary folder of `whole_output`",
-    ("convert_checkpoint.py", "os.replace"): "the renaming of the temporary folder",
+    ("output_folders.py", "os.replace"): "the renaming of the temporary folder",
     ("training/trainer.py", "os.replace"): "the renaming of a complete checkpoint",
     ("training/demo_model/trainer.py", "save"): "in a checkpoint, which is renamed when it is complete",
     # Folders that must be new or empty.

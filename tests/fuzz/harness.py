@@ -99,7 +99,8 @@ def outcome(call: Callable[[], Any], is_right: Callable[[Any], bool], *named: st
         named: what an error must name, such as the file and the row.
 
     Returns:
-        "right", or "rejected" if the package raised a `ValueError` or `OSError` of its own, in one line, with these names.
+        "right", or "rejected" if the package raised a `TypeError`, `ValueError` or `OSError` of its own, in one line, with
+        these names.
 
     Raises:
         AssertionError: the value or the message is not right.
@@ -107,7 +108,7 @@ def outcome(call: Callable[[], Any], is_right: Callable[[Any], bool], *named: st
     """
     try:
         value = call()
-    except (ValueError, OSError) as error:
+    except (TypeError, ValueError, OSError) as error:
         if not raised_here(error):
             raise
         message = str(error)

@@ -133,6 +133,11 @@ def test_boxes_by_polynomials(tmp_path):
     frame = perfect().detect(path, "ship", tile=64, overlap=16)
     assert frame.crs == "EPSG:4326" and any("mean height" in note for note in frame.attrs["record"]["notes"])
     same_shapes(frame.geometry, truth_on_map(Affine(1 / 300, 0, 10, 0, -1 / 100, 50)), 0.5 / 300)
+    area = (10, 49.6, 10.1, 50)  # columns 0 to 30, rows 0 to 40: the first box
+    assert len(perfect().detect(path, "ship", area=area, tile=64)) == 1
+    with Raster.open(path) as raster:
+        corners = np.array([[0, 0], [300, 0], [300, 100], [17.25, 33.5]])
+        assert np.abs(raster.grid.to_pixels(raster.grid.to_map(corners)) - corners).max() <= 0.5
 
 
 def test_resolution_is_metres_on_the_ground(tmp_path):
@@ -160,6 +165,10 @@ def test_a_resolution_beside_the_training_images_is_reported(tmp_path):
     with pytest.warns(RasterWarning, match=r"shown at 2 m a pixel, .* 0.2 to 1 m"):
         frame = perfect(ground_resolution=(0.2, 1)).count(path, "ships")
     assert any("0.2 to 1 m" in note for note in frame.attrs["record"]["notes"])
+    assert frame.attrs["record"]["grid"]["pixel_metres"] == pytest.approx([2, 2], rel=1e-3)
+    large = np.broadcast_to(np.uint8(7), (3, 3000, 300))  # as one image it is reduced
+    with pytest.warns(RasterWarning, match=r"shown at 2\.93 m a pixel"):
+        perfect(ground_resolution=(1.5, 2.1)).query(write(tmp_path / "large.tif", large), "Why?")
     with warnings.catch_warnings():
         warnings.simplefilter("error", RasterWarning)
         perfect(ground_resolution=(0.2, 1)).count(path, "ships", resolution=1)
@@ -174,6 +183,8 @@ def test_counts_come_from_two_partitions(tmp_path):
     assert ships["count"].sum() == len(boxes) == frame.attrs["totals"]["ships"]["total"]
     assert frame.attrs["totals"]["ships"].keys() == {"total", "unanswered", "shifted_total", "shifted_unanswered"}
     assert frame.attrs["record"]["totals"] == frame.attrs["totals"]
+    once = perfect().count(path, ["ships", "cars"], tile=64, spread=False)
+    assert once.equals(frame) and once.attrs["totals"]["ships"].keys() == {"total", "unanswered"}
     outline = shapely.union_all(ships.geometry)
     assert outline.equals(shapely.box(500_000, 4_000_000 - 400, 501_024, 4_000_000)) and ships.area.sum() == outline.area
 
@@ -233,13 +244,27 @@ def test_a_question_about_every_polygon(tmp_path):
     assert {"answer_1", "answer_2", "question_2", "count_1", "score_2"} <= set(several.columns)
 
 
-def test_pixels_around_a_polygon_are_black(tmp_path):
+def test_pixels_around_a_polygon_are_not_shown(tmp_path):
     answerer = PerfectAnswerer()
     path = write(tmp_path / "scene.tif", pixels(height=100, width=300))
     shape = shapely.Polygon([(500_000, 4_000_000), (500_200, 4_000_000), (500_000, 3_999_900)])
     perfect(answerer=answerer).query(path, "Why?", features=geopandas.GeoDataFrame(geometry=[shape], crs=CRS))
-    shown = np.asarray(answerer.images[0][0]).any(-1)
+    shown = (np.asarray(answerer.images[0][0]) != 127).any(-1)
     assert shown.shape == (50, 100) and shown[0, 0] and not shown[-1, -1] and shown.mean() == pytest.approx(0.5, abs=0.03)
+
+
+def test_half_tiles_have_the_padding_colour_of_the_model(tmp_path):
+    """On the shifted partition, and where a raster holds no data."""
+    answerer = PerfectAnswerer()
+    values = np.full((3, 64, 128), 200, np.uint8)
+    values[:, :10] = 0
+    path = write(tmp_path / "scene.tif", values, nodata=0)
+    perfect(answerer=answerer, fill=(10, 20, 30)).count(path, "ships", tile=64)
+    images = [np.asarray(image) for (image,) in answerer.images]
+    assert [image.shape for image in images] == [(64, 64, 3)] * 5
+    for image in images:
+        assert (image[:10] == (10, 20, 30)).all()
+    assert (images[2][10:, :32] == 200).all() and (images[2][:, 32:] == (10, 20, 30)).all()
 
 
 def test_a_failing_tile_is_reported(tmp_path):
@@ -333,6 +358,7 @@ def test_answers_about_a_raster_are_those_about_its_picture(demo, tmp_path):
     )
 
 
+@pytest.mark.integration
 def test_scores_of_boxes_are_those_of_their_tokens(demo):
     frame = demo.detect(SCENE, "building", prompt="Give the bounding box of the {object}.")
     whole = demo.query(SCENE, "Give the bounding box of the building.")
@@ -345,22 +371,27 @@ def test_two_dates(tmp_path):
     answerer = PerfectAnswerer()
     values = pixels("uint16", height=100, width=120)
     before, after = write(tmp_path / "before.tif", values), tmp_path / "after.tif"
-    with rasterio.open(write(tmp_path / "later.tif", np.minimum(values * 1.5, 65535).astype("uint16"))) as later:
-        with rasterio.vrt.WarpedVRT(later, crs="EPSG:3857", resampling=rasterio.enums.Resampling.cubic) as vrt:
+    with rasterio.open(write(tmp_path / "later.tif", values // 2 + 100)) as later:
+        with rasterio.vrt.WarpedVRT(later, crs="EPSG:3857", nodata=0) as vrt:
             rasterio.shutil.copy(vrt, after)
     frame = perfect(answerer=answerer).compare(before, str(after), tile=64)
     assert len(frame) == 4 and frame.crs == CRS and all(len(group) == 2 for group in answerer.images)
     first, second = (record["stretch"] for record in frame.attrs["record"]["rasters"])
     assert first == second and first["kind"].startswith("percentile")
-    inner = (slice(8, -8), slice(8, -8))
-    one, two = (np.asarray(image).astype(float)[inner] for image in answerer.images[0])
-    low, high = first["low"][0], first["high"][0]
-    stored = one[..., 0] / 255 * (high - low) + low
-    expected = np.clip((1.5 * stored - low) * 255 / (high - low), 0, 255)
-    clipped = (one[..., 0] <= 0) | (one[..., 0] >= 255)
-    assert np.corrcoef(expected[~clipped], two[..., 0][~clipped])[0, 1] > 0.9
-    same = perfect().compare(before, before)
-    assert len(same) == 1
+    with rasterio.open(after) as dataset:  # the same by rasterio alone
+        grid = {"crs": CRS, "transform": NORTH_UP, "width": 120, "height": 100}
+        with rasterio.vrt.WarpedVRT(dataset, **grid, resampling=rasterio.enums.Resampling.cubic) as vrt:
+            stored = vrt.read()
+    low, high = (np.array(first[name])[:, None, None] for name in ("low", "high"))
+    expected = np.where((stored != 0).any(0), np.clip((stored - low) * 255 / (high - low), 0, 255), 127)
+    top = np.concatenate([np.asarray(group[1]) for group in answerer.images[:2]], axis=1)
+    bottom = np.concatenate([np.asarray(group[1]) for group in answerer.images[2:]], axis=1)
+    shown = np.concatenate([top, bottom]).transpose(2, 0, 1)
+    assert shown.shape == expected.shape and np.abs(shown - expected).max() <= 1
+    same = PerfectAnswerer()
+    perfect(answerer=same).compare(before, before)
+    one, two = same.images[0]
+    assert np.array_equal(np.asarray(one), np.asarray(two))
 
 
 def test_dates_without_a_common_place_are_rejected(tmp_path):
@@ -381,6 +412,7 @@ def test_dates_without_a_common_place_are_rejected(tmp_path):
         ({"area": geopandas.GeoDataFrame(geometry=[], crs=CRS)}, "area holds no features"),
         ({"tile": 0}, "tile=0 must be 1 to 2048"),
         ({"resolution": -1}, "resolution=-1 must be a positive length"),
+        ({"resolution": 0.01}, r"pixels of 2 m: a resolution of 0\.01 m would enlarge them more than 32 times"),
         ({"overlap": 64, "tile": 64}, "overlap=64 must be 0 to less than the tile"),
     ],
     ids=str,

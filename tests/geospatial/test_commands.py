@@ -220,9 +220,9 @@ def test_a_full_disk_is_one_line(scene, answerer, tmp_path, capsys, monkeypatch)
 def test_a_killed_run_continues_to_equal_bytes(tmp_path):
     """kill -9 after some tiles; the layer is that of an undisturbed run, byte for byte."""
     scene = np.asarray(Image.open(SCENE).convert("RGB")).transpose(2, 0, 1)
-    path = write(tmp_path / "scene.tif", np.tile(scene, (1, 2, 2)))
+    path = write(tmp_path / "scene.tif", scene)
     command = [sys.executable, "-m", "mfrsvlm.cli", "detect", path, "--object", "aircraft", "--model", MODEL]
-    command += ["--tile", "200", "--overlap", "40", "--batch-size", "8", "--device", "cpu", "--output"]
+    command += ["--tile", "128", "--device", "cpu", "--output"]
     whole, resumed = tmp_path / "whole.gpkg", tmp_path / "resumed.gpkg"
     subprocess.run([*command, str(whole)], check=True, capture_output=True, timeout=500)
     process = subprocess.Popen([*command, str(resumed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -231,7 +231,7 @@ def test_a_killed_run_continues_to_equal_bytes(tmp_path):
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert not resumed.exists() and 2 <= log.read_bytes().count(b"\n") <= 6
+    assert not resumed.exists() and 2 <= log.read_bytes().count(b"\n") <= 4
     stopped = subprocess.run([*command, str(resumed)], capture_output=True, text=True, timeout=500)
     assert stopped.returncode == 2 and "continue it with --resume" in stopped.stderr
     subprocess.run([*command, str(resumed), "--resume"], check=True, capture_output=True, timeout=500)

@@ -35,6 +35,17 @@ def test_reduced_read_is_pillows_bicubic(tmp_path):
     assert view.record.resolution == (8.0, 8.0) and view.record.unit == "metre"
 
 
+def test_enlarged_read_is_cubic(tmp_path):
+    values = pixels(height=60, width=80)
+    path = write(tmp_path / "scene.tif", values)
+    with Raster.open(path) as raster, rasterio.open(path) as dataset:
+        view = raster.read((10, 20, 40, 30), size=(100, 45))
+        window = rasterio.windows.Window(10, 20, 40, 30)
+        expected = dataset.read(out_shape=(3, 45, 100), window=window, resampling=rasterio.enums.Resampling.cubic)
+    assert np.abs(np.asarray(view.image).transpose(2, 0, 1).astype(int) - expected).max() <= 1
+    assert view.record.size == (100, 45) and view.record.resolution == pytest.approx((0.8, 4 / 3))
+
+
 def test_thin_line_survives_a_reduced_read(tmp_path):
     values = np.ones((3, 400, 400), np.uint8)
     values[:, :, 201] = 255

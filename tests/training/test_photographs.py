@@ -214,8 +214,10 @@ def test_held_out_videos_are_not_trained_on(real, tmp_path):
     for row in rows:
         turns = [turn["value"].removeprefix("<image>\n") for turn in row["conversations"]]
         asked = dict(zip(turns[::2], turns[1::2], strict=True))
-        count = int(asked["How many objects of the class 'car' are there in this image?\nAnswer with a number."])
-        boxes = next((answer for question, answer in asked.items() if "all cars" in question), "")
+        count = next(
+            int(answer) for question, answer in asked.items() if question.startswith("How many") and "car" in question
+        )
+        boxes = next((answer for question, answer in asked.items() if "every car" in question), "")
         assert boxes.count("[") == count
 
 

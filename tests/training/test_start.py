@@ -16,6 +16,7 @@ from tiny_training import llava_row, tiny_folder, write_data
 from mfrsvlm import MFRSVLMForConditionalGeneration
 from mfrsvlm.evaluation.answering import load
 from mfrsvlm.files.model_folder import ModelFolderError, load_model
+from mfrsvlm.output_folders import locked
 from mfrsvlm.training.finetune import DECODER_LINEARS, main, run
 from mfrsvlm.training.trainer import SettingsError
 
@@ -183,6 +184,12 @@ def test_an_incomplete_start_is_trained_only_if_asked_and_the_card_says_so(data,
     card = (tmp_path / "run" / "README.md").read_text()
     assert "was incomplete" in card and "tensors are missing: model.injectors.0" in card
     load_model(tmp_path / "run")
+
+
+def test_two_trainings_to_one_folder(starts, data, tmp_path, capsys):
+    with locked(tmp_path / "run"):
+        assert run([write_config(starts["whole"], data, tmp_path)]) == 1
+    assert f"{tmp_path / 'run'} is being written by another run" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_flipped_byte_of_a_trained_adapter_is_found(starts, data, tmp_path):

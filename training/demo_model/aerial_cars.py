@@ -50,7 +50,8 @@ def count_prompt(kind: str) -> str:
 
 
 def all_boxes_prompt(kind: str) -> str:
-    return f"Give the bounding boxes of all {KINDS[kind]} as [x_min, y_min, x_max, y_max], each number scaled to 0-1000."
+    """As `geospatial.GeoAssistant` asks for them."""
+    return f"Give the bounding box of every {kind} as [x_min, y_min, x_max, y_max], each number scaled to 0-1000."
 
 
 def inside(objects: Sequence[dict[str, Any]], kind: str, left: float, top: float, width: float, height: float) -> np.ndarray:
@@ -73,7 +74,7 @@ def write_car_rows(real: Path, output: Path, seed: int = 0) -> Path:
     if path.exists():
         return path
     (output / "images").mkdir(parents=True, exist_ok=True)
-    rng, rows = random.Random(seed), []
+    rng, wording, rows = random.Random(seed), random.Random(seed), []
     for frame in read_frames(real):
         video = video_of(frame["image"])
         if video in HELD_OUT:
@@ -91,7 +92,8 @@ def write_car_rows(real: Path, output: Path, seed: int = 0) -> Path:
             for kind in KINDS:
                 boxes = inside(frame["objects"], kind, left, top, side, side)
                 if kind == "car" or len(boxes) or rng.random() < 0.3:
-                    turns.append((count_prompt(kind), str(len(boxes))))
+                    question = count_prompt(kind) if wording.random() < 0.5 else f"How many {KINDS[kind]} are there?"
+                    turns.append((question, str(len(boxes))))
                 if 0 < len(boxes) <= LISTED:
                     listed = " ".join(f"[{', '.join(f'{value:.0f}' for value in box)}]" for box in boxes)
                     turns.append((all_boxes_prompt(kind), listed))

@@ -21,6 +21,7 @@ from .pretrained_tower import ORIGIN, convert_efficientnet_lite
 from .scene_images import to_pixels
 
 
+NAME = "mfrsvlm-photographs"  # of the model, in reports
 COLUMNS = ("image", "encoder", "blind", "majority")
 # Rows of the table: name, benchmark, and where its figure is in the results.
 ROWS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -68,15 +69,17 @@ def evaluate_photographs(
     """
     model, processor = load_model(folder, dtype=torch.float32)
     benchmarks = load_split(splits, split)
-    settings = {name: EvaluationSettings(output / split / name, progress=False) for name in COLUMNS}
+    settings = {
+        column: EvaluationSettings(output / split / column, NAME, blind=column == "blind", progress=False)
+        for column in COLUMNS
+    }
     summaries = {"image": evaluate(model, processor, benchmarks, PROTOCOL, settings["image"])}
     if weights is not None:
         known = {benchmark.name: benchmark for benchmark in load_split(splits, "train")}
         pairs = [(known[benchmark.name], benchmark) for benchmark in benchmarks]
         encode = pooled_imagenet_features(weights)
         summaries["encoder"] = evaluate_encoder(pairs, encode, "EfficientNet-lite0", PROTOCOL, settings["encoder"])
-    blind = EvaluationSettings(output / split / "blind", blind=True, progress=False)
-    summaries["blind"] = evaluate(model, processor, benchmarks, PROTOCOL, blind)
+    summaries["blind"] = evaluate(model, processor, benchmarks, PROTOCOL, settings["blind"])
     summaries["majority"] = evaluate_majority(benchmarks, PROTOCOL, settings["majority"])
     figures: dict[str, dict[str, dict[str, Any]]] = {}
     for column, of_column in summaries.items():

@@ -31,6 +31,7 @@ from .near_duplicates import SAME_PLACE, same_places
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
+GROUND_RESOLUTION = (0.3, 0.3)  # finest and coarsest pixel in metres
 VALIDATION = 9  # photographs of each class
 # Benchmarks of a split, and the options that they are loaded with.
 BENCHMARKS: dict[str, dict[str, str]] = {
