@@ -1,9 +1,11 @@
 """Runs commands of the package in processes that can be killed.
 
-Run as a program, it imports the modules that its arguments name, and then forks a process for each request. So a command
-starts in milliseconds, and a random moment falls into its work, not into the import of torch.
+Run as a program, it imports `MODULES`, and then forks a process for each request. So a command starts in milliseconds, and a
+random moment falls into its work, not into the import of torch.
 """
 
+import atexit
+import functools
 import importlib
 import json
 import mmap
@@ -18,6 +20,17 @@ from pathlib import Path
 from typing import Any
 
 
+MODULES = (
+    "mfrsvlm.convert_checkpoint",
+    "mfrsvlm.evaluation.__main__",
+    "mfrsvlm.evaluation.evaluate",
+    "mfrsvlm.evaluation.plots",
+    "mfrsvlm.evaluation.report",
+    "mfrsvlm.model_card.results",
+    "mfrsvlm.training.finetune",
+    "transformers.models.auto.processing_auto",
+    "transformers.models.llama.modeling_llama",
+)
 EVENTS = ("os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.chmod", "os.truncate")
 LONGEST = 300.0  # seconds of a command
 
@@ -42,16 +55,19 @@ class Ended:
 
 
 class Runner:
-    """Starts the program below, which imports `modules` of the package."""
+    """Starts the program below."""
 
-    def __init__(self, *modules: str) -> None:
+    def __init__(self) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
         environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-        command = [sys.executable, __file__, *modules]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True, start_new_session=True
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            text=True,
+            start_new_session=True,
         )
-        self.peak = 0.0
 
     def run(
         self, function: str, arguments: list[str], root: Path, after: float | None = None, event: int | None = None
@@ -67,19 +83,25 @@ class Runner:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        ended = Ended(**json.loads(self.process.stdout.readline()))
-        self.peak = max(self.peak, ended.peak)
-        return ended
+        return Ended(**json.loads(self.process.stdout.readline()))
 
     def close(self) -> None:
         self.process.communicate()  # ends at the end of its input
 
 
-def serve(modules: list[str]) -> None:
+@functools.cache
+def runner() -> Runner:
+    """The one of this process."""
+    started = Runner()
+    atexit.register(started.close)
+    return started
+
+
+def serve() -> None:
     import torch
 
     torch.set_num_threads(1)
-    for name in modules:
+    for name in MODULES:
         importlib.import_module(name)
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -163,4 +185,4 @@ def work(request: dict[str, Any], root: Path, log: Path, shared: mmap.mmap) -> N
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1:])
+    serve()

@@ -7,11 +7,11 @@ from functools import cached_property, partial
 from pathlib import Path
 from random import Random
 
-from fuzz._commands import Ended, Runner
+from fuzz._commands import Ended, runner
 from fuzz.harness import PEAKS, RIGHT, Case, random_of
 
 
-MOST, TEST_COUNT = 20, 4
+MOST, TEST_COUNT = 20, 2
 HANGING = 600.0  # seconds of a case, which runs its command up to four times
 LEFT = (".partial-", "unfinished")  # in the names of temporary files
 
@@ -57,10 +57,6 @@ class Kills:
         self.command, self.folder = command, folder
 
     @cached_property
-    def runner(self) -> Runner:
-        return Runner(self.command.module)
-
-    @cached_property
     def whole(self) -> Ended:
         """The run that is not killed, after one that warms up."""
         self.command.prepare(self.folder)
@@ -70,23 +66,19 @@ class Kills:
         return ended
 
     def call(self, root: Path, arguments: list[str], **kill: float | int | None) -> Ended:
-        ended = self.runner.run(f"{self.command.module}:{self.command.function}", arguments, root, **kill)
+        ended = runner().run(f"{self.command.module}:{self.command.function}", arguments, root, **kill)
         PEAKS.append(ended.peak)
         assert ended.status in (0, -signal.SIGKILL if kill else 0), f"exit status {ended.status}\n{ended.log[-1000:]}"
         return ended
 
     def cases(self, seed: int, count: int) -> Iterator[Case]:
-        try:
-            for number in range(count):
-                random = random_of(seed, number)
-                kills = [draw(random) for _ in range(random.choice((1, 1, 2)))]
-                has_old = self.command.old and random.random() < 0.5
-                name = f"{number}: killed at {' and '.join(f'{100 * when:.0f}% of {what}' for what, when in kills)}"
-                name += ", old output" if has_old else ""
-                yield Case(name, partial(self.run, f"{seed}-{number}", kills, has_old), HANGING)
-        finally:
-            if "runner" in vars(self):
-                self.runner.close()
+        for number in range(count):
+            random = random_of(seed, number)
+            kills = [draw(random) for _ in range(random.choice((1, 1, 2)))]
+            has_old = self.command.old and random.random() < 0.5
+            name = f"{number}: killed at {' and '.join(f'{100 * when:.0f}% of the {what}' for what, when in kills)}"
+            name += ", old output" if has_old else ""
+            yield Case(name, partial(self.run, f"{seed}-{number}", kills, has_old), HANGING)
 
     def run(self, name: str, kills: list[tuple[str, float]], has_old: bool) -> str:
         root, whole = self.folder / name, self.whole

@@ -29,7 +29,9 @@ def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
 
 
 def turn(*content: Any, role: str = "user") -> dict[str, Any]:
-    parts = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in content]
+    parts = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image", "image": part} for part in content
+    ]
     return {"role": role, "content": parts}
 
 
@@ -54,7 +56,9 @@ VALID: dict[str, Callable[[Any], Any]] = {
     "two images": chat([turn(picture(64, 64), picture(65, 65), "What has changed?")]),
     "several turns": chat([turn(picture(64, 64), QUESTION), turn("Two.", role="assistant"), turn("Where are they?")]),
     "batch": chat([turn(picture(64, 64), QUESTION)], [turn(picture(90, 20), "Is there a river? Answer yes or no.")]),
-    "batch of images and text": chat([turn(picture(64, 64), QUESTION)], [turn("Hello")], [turn(picture(9, 9), "What is it?")]),
+    "batch of images and text": chat(
+        [turn(picture(64, 64), QUESTION)], [turn("Hello")], [turn(picture(9, 9), "What is it?")]
+    ),
     "prompt": text(picture(80, 60), "USER: <image>\nHow many ships are there? ASSISTANT:"),
     "prompts": text([[picture(80, 60)], []], ["USER: <image>\nHow many? ASSISTANT:", "USER: Hello ASSISTANT:"]),
 }

@@ -6,8 +6,8 @@ A module of this folder holds one area. It defines `AREA`, its name in the table
 
 which yields `count` cases. A case and its name depend on the seed and its number alone (see `random_of`). Each case is run
 before the next one is drawn, so that cases may share the files in `folder`, which is empty at first. An area may also define
-`MOST`, the number of cases that are enough since they take long, and `TEST_COUNT`, that of the tests. What its cases use in
-other processes goes into `PEAKS`.
+`MOST`, the number of cases that are enough since they take long, and `TEST_COUNT`, that of the tests, and
+`why_not`, which says why this machine cannot run it, or `None`. What its cases use in other processes goes into `PEAKS`.
 """
 
 import resource
