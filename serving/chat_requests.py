@@ -8,8 +8,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from ..files.reading import shorten
+from ..image_sources_mfrsvlm import is_public
 
 
 ROLES = ("system", "user", "assistant")
@@ -130,3 +132,5 @@ def _check_part(part: Any, place: str, role: str, limits: Limits) -> None:
         raise BadRequest(f"{place} must be a data: URL, got {shorten(address)}.")
     if not limits.allow_fetch:
         raise BadRequest(f"{place} is an address. This server fetches none: send the image as a data: URL.")
+    if not is_public(urlsplit(address).hostname or "localhost"):
+        raise BadRequest(f"{place} is an address in a private network, which is not fetched: {shorten(address)}.")

@@ -28,9 +28,7 @@ import mfrsvlm
 
 FOLDER = Path(__file__).parent
 PACKAGE = Path(mfrsvlm.__file__).resolve().parent
-AREAS = tuple(
-    sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in ("harness", "__main__") and not p.stem.startswith("test_"))
-)
+AREAS = tuple(sorted(p.stem for p in FOLDER.glob("*.py") if p.stem != "harness" and not p.stem.startswith(("_", "test_"))))
 RIGHT, REJECTED = "right", "rejected"
 OUTCOMES = (RIGHT, REJECTED, "wrong", "crashed", "slow")
 SLOW_SECONDS = 5.0  # of processor time, since the clock of a busy machine says little
@@ -156,7 +154,7 @@ def run_case(case: Case, seed: int, result: Result) -> None:
     except TooSlowError:
         found, error = "slow", traceback.format_exc(limit=-4)
     except AssertionError as wrong:
-        found, error = "wrong", str(wrong)
+        found, error = "wrong", str(wrong) or traceback.format_exc(limit=-2)
     except Exception:
         found, error = "crashed", traceback.format_exc(limit=-4)
     if found in (RIGHT, REJECTED) and time.process_time() - start > SLOW_SECONDS:

@@ -19,7 +19,7 @@ SIDE = 28
 SETTINGS = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}, "patch_size": 7}
 MODES = ("RGB", "L", "RGBA", "P", "LA", "1", "CMYK", "I;16", "F", "I")
 FORMATS = {
-    "PNG": ("RGB", "L", "RGBA", "P", "LA", "1", "I;16", "I"),
+    "PNG": ("RGB", "L", "RGBA", "P", "LA", "1", "I;16"),
     "JPEG": ("RGB", "L", "CMYK"),
     "TIFF": MODES,
     "GIF": ("P", "L", "1"),

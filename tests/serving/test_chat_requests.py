@@ -29,6 +29,12 @@ def test_accepted_requests():
     assert check_request({"messages": [user([address])]}, Limits(allow_fetch=True))
 
 
+@pytest.mark.parametrize("address", ["http://127.0.0.1/a.png", "http://[::1]/a", "http://169.254.169.254/latest", "http://"])
+def test_private_addresses_are_never_fetched(address):
+    with pytest.raises(BadRequest, match="private network"):
+        check_request({"messages": [user([{"type": "image_url", "image_url": address}])]}, Limits(allow_fetch=True))
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
