@@ -91,6 +91,8 @@ def read_shard(path: Path) -> dict[str, torch.Tensor]:
             if path.suffix == ".safetensors":
                 return load_file(path)
             mapped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not, and are read whole
+            if mapped and (changed := first_changed(path)):
+                raise ConversionError(f"{path} is damaged: {changed} in it does not have its checksum. Download it again.")
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
             raise ConversionError(
@@ -103,6 +105,12 @@ def read_shard(path: Path) -> dict[str, torch.Tensor]:
         if not isinstance(value, torch.Tensor):
             raise ConversionError(f"{path} holds a {type(value).__name__} at {key!r}, expected tensors only.")
     return tensors
+
+
+def first_changed(path: Path) -> str | None:
+    """The first part of a zip file whose checksum is wrong, which `torch.load` does not compare."""
+    with zipfile.ZipFile(path) as file:
+        return file.testzip()
 
 
 def read_renamed(

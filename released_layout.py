@@ -60,8 +60,15 @@ OTHERS = ("deepstack_downsample_factor", "mm_hidden_size", "mm_projector_lr", "m
 # fmt: on
 
 
+LONGEST_MESSAGE = 900  # characters
+
+
 class ConversionError(ValueError):
     """A checkpoint that cannot be converted. The message names the file or field, its value, and what to do."""
+
+    def __init__(self, message: str) -> None:
+        # Names and values from a damaged file may have any length. What a process printed is kept whole.
+        super().__init__(message if len(message) <= LONGEST_MESSAGE or "\n" in message else f"{message[:LONGEST_MESSAGE]}…")
 
 
 @contextlib.contextmanager

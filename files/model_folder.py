@@ -37,6 +37,7 @@ PROCESSOR_CONFIGS = ("processor_config.json", "preprocessor_config.json")
 HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 NAMED = 5  # tensors listed in a message
 REASON = 400  # characters of another library's message
+COUNTER = ".num_batches_tracked"  # of batch normalization, the one tensor of integers
 STORED_TYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -209,7 +210,8 @@ def _load_processor(
         if folder.kind == "other" or trust_remote_code:
             processor = AutoProcessor.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
         else:
-            processor = MFRSVLMProcessor.from_pretrained(place, revision=revision)
+            # Without the word, transformers asks on the terminal whether to run the code of a tokenizer.
+            processor = MFRSVLMProcessor.from_pretrained(place, revision=revision, trust_remote_code=False)
     return processor, problems
 
 
@@ -328,8 +330,9 @@ def _misfit_of_files(folder: ModelFolder, revision: str | None) -> list[str]:
     for path in paths:
         if path is not None:  # a folder of `pytorch_model.bin`
             with safe_open(path, "pt") as file:
-                types = {name: STORED_TYPES.get(file.get_slice(name).get_dtype()) for name in file.keys()}
-            others += [f"{name} {stored}" for name, stored in types.items() if stored not in (None, stated)]
+                types = {name: file.get_slice(name).get_dtype() for name in file.keys() if not name.endswith(COUNTER)}
+            types = {name: STORED_TYPES.get(stored, stored) for name, stored in types.items()}
+            others += [f"{name} {stored}" for name, stored in types.items() if stored != stated]
     if not others:
         return []
     return [

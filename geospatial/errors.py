@@ -1,8 +1,14 @@
 """What goes wrong with rasters."""
 
+LONGEST_MESSAGE = 900  # characters
+
 
 class RasterError(ValueError):
     """A raster that cannot be shown to a model. The message is one line and says what to do."""
+
+    def __init__(self, message: str) -> None:
+        # Names and values from files and options may have any length.
+        super().__init__(message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]}…")
 
 
 class NoValidPixelError(RasterError):

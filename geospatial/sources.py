@@ -1,6 +1,7 @@
 """From whatever names a raster to its bands: a path, a dataset, a DataArray, one file per band, a STAC item."""
 
 import os
+import zlib
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -91,14 +92,33 @@ def open_dataset(name: str, nodata: float | None, stack: ExitStack) -> DatasetRe
     check_path(name)
     try:
         dataset = stack.enter_context(rasterio.open(name))
+        if dataset.driver == "PNG" and Path(name).is_file():
+            check_png(name)
         # Through a VRT where GDAL has to know more than the file says, so that it resamples accordingly.
         options = vrt_options(dataset, name, nodata)
         if options:
             dataset = stack.enter_context(rasterio.open(f"vrt://{name}?{'&'.join(options)}"))
-    except (RasterioError, OSError, ValueError) as error:
+    except Exception as error:  # GDAL's own errors have no public class
         raise RasterError(f"cannot open raster {shorten(name)}: {reason(error)}.") from error
     check_dataset(dataset, name)
     return dataset
+
+
+def check_png(path: str) -> None:
+    """Raises ValueError if a PNG is damaged or truncated. GDAL reads such a file without an error, with random pixels."""
+    with open(path, "rb") as file:
+        file.seek(8)  # behind the signature
+        kind = b""
+        while kind != b"IEND":
+            head = file.read(8)
+            length, kind = int.from_bytes(head[:4], "big"), head[4:]
+            if len(head) < 8:
+                raise ValueError("the PNG is truncated")
+            found = zlib.crc32(kind)
+            while length > 0 and (piece := file.read(min(length, 2**20))):
+                found, length = zlib.crc32(piece, found), length - len(piece)
+            if length or file.read(4) != found.to_bytes(4, "big"):
+                raise ValueError(f"the part {kind!r} of the PNG is damaged")
 
 
 def vrt_options(dataset: DatasetReader, name: str, nodata: float | None) -> list[str]:

@@ -556,6 +556,16 @@ class TestDamage:
             refused(main, capsys, source.command(), path.name)
         assert not source.output.exists()
 
+    @pytest.mark.parametrize("place", ["checkpoint", "tower"])
+    def test_a_changed_bit_is_found(self, source: Source, capsys, place: str):
+        """The zip file has checksums, which `torch.load` does not compare."""
+        file = source.folder / FIRST if place == "checkpoint" else source.tower / "pytorch_model.bin"
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        torch.load(file, weights_only=True, mmap=True)
+        refused(main, capsys, source.command(), file.name, "is damaged", "Download it again")
+
     @pytest.mark.parametrize("place", ["checkpoint", "tower", "bare pickle"])
     def test_code_in_a_pickle_does_not_run(self, source: Source, capsys, tmp_path: Path, place: str):
         marker = tmp_path / "code-ran"

@@ -159,7 +159,7 @@ def run_case(case: Case, seed: int, result: Result) -> None:
     except TooSlowError:
         found, error = "slow", traceback.format_exc(limit=-4)
     except AssertionError as wrong:
-        found, error = "wrong", str(wrong)
+        found, error = "wrong", str(wrong) or traceback.format_exc(limit=-2)
     except Exception:
         found, error = "crashed", traceback.format_exc(limit=-4)
     if found in (RIGHT, REJECTED) and time.process_time() - start > SLOW_SECONDS:

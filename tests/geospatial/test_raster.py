@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -345,3 +346,21 @@ def test_memory_of_a_large_read(overviews, tmp_path):
     result = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
     assert int(result.stdout.split()[1]) < 300 * 1024
     assert ("gdaladdo" in result.stderr) is not overviews
+
+
+@pytest.mark.parametrize("cut", [5, 12, 13, 20, 7000])
+def test_a_truncated_png_is_rejected(cut: int, tmp_path: Path) -> None:
+    """GDAL reads it without an error, with random pixels."""
+    path = Path(write(tmp_path / "photo.png", pixels(), driver="PNG"))
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(RasterError, match=r"photo\.png.*(truncated|damaged)"):
+        Raster.open(str(path))
+
+
+def test_a_damaged_png_is_rejected(tmp_path: Path) -> None:
+    path = Path(write(tmp_path / "photo.png", pixels(), driver="PNG"))
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(RasterError, match=r"photo\.png.*the part b'IDAT' of the PNG is damaged"):
+        Raster.open(str(path))
