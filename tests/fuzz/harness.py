@@ -5,9 +5,10 @@ A module of this folder holds one area. It defines `AREA`, its name in the table
     def cases(seed: int, count: int, folder: Path) -> Iterator[Case]: ...
 
 which yields `count` cases. A case and its name depend on the seed and its number alone (see `random_of`). Each case is run
-before the next one is drawn, so that cases may share the files in `folder`, which is empty at first. An area may also define
-`MOST`, the number of cases that are enough since they take long, and `TEST_COUNT`, that of the tests, and
-`why_not`, which says why this machine cannot run it, or `None`. What its cases use in other processes goes into `PEAKS`.
+before the next one is drawn, so that cases may share the files in `folder`, which is empty at first.
+
+A module may also define `MOST`, the number of its cases in a run of all areas, if they take long; `TEST_COUNT`, their number
+in the tests; and `why_not`, which says why this machine cannot run them, or returns `None`.
 """
 
 import resource
@@ -37,7 +38,7 @@ SLOW_SECONDS = 5.0  # of processor time, since the clock of a busy machine says 
 HANGING_SECONDS = 30.0  # of the clock, for a case that waits
 LONGEST_MESSAGE = 1000  # characters
 SHOWN_FAILURES = 5
-PEAKS: list[float] = []  # memory in MB beyond that at the start, of other processes
+PEAKS: list[float] = []  # memory in MB beyond that at the start, of processes that the cases of an area start
 
 
 @dataclass(frozen=True)
