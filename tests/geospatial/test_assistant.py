@@ -483,4 +483,4 @@ def test_any_model_of_transformers_answers(family, tmp_path):
     with pytest.raises(RasterError, match="does not say how the model writes boxes"):
         assistant.detect(path, "ship")
     boxes = GeoAssistant.from_pretrained(str(folder), **options, box_format=FORM).detect(path, "ship")
-    assert not len(boxes) and boxes.attrs["record"]["images"]["answered"] == 1
+    assert not len(boxes) and boxes.attrs["record"]["images"]["answers_without_box"] == 1

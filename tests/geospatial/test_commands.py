@@ -50,7 +50,8 @@ def test_detect_writes_a_layer(scene, answerer, tmp_path, capsys):
     assert read_record(output)["grid"]["overlap"] == 8
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scene.tif", "ships.gpkg"]  # no log is left
     assert main(command) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 1 + 1 + 3
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 1 + 3 and lines[0].endswith("2 answers without a box")
     assert main([*command, "--output", str(output)]) == 2
     assert "exists: name another file" in capsys.readouterr().err
 
