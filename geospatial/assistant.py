@@ -18,7 +18,7 @@ from ..processing_mfrsvlm import check_box_format
 from .answers import Outcome
 from .areas import read_layer
 from .errors import RasterError, RasterWarning
-from .raster import Raster
+from .raster import FILL, Raster
 from .runs import MISSING, Run, find_scale, plan_features, plan_tiles, reply_columns
 from .tiles import at_least_a_pixel, default_overlap, merge_boxes, unite
 
@@ -28,7 +28,6 @@ CAPTION = "Describe this image."
 COUNT = "How many {object} are there?"
 CHANGE = "What changed between the first and the second image?"
 BOXES = "Give the bounding box of every {object} as [x_min, y_min, x_max, y_max], each number scaled to 0-{scale}."
-FILL = (127, 127, 127)
 SYNTHETIC = "synthetic"  # `training_images` in the card of a model that has seen drawings alone
 
 
