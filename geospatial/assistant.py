@@ -10,9 +10,8 @@ import geopandas
 import huggingface_hub
 import numpy as np
 import shapely
-import torch
 
-from ..evaluation.answering import Answerer, fingerprint, load
+from ..evaluation.answering import Answerer, find_device, fingerprint, load
 from ..evaluation.numbers import read_number
 from ..processing_mfrsvlm import check_box_format
 from .answers import Outcome
@@ -101,12 +100,9 @@ class GeoAssistant:
             **options: further arguments of `GeoAssistant`.
 
         Raises:
-            ValueError: no model can be loaded from there.
+            ValueError: no model can be loaded from there, or the device does not exist here.
         """
-        if device is None:
-            accelerator = torch.accelerator.current_accelerator()
-            device = "cpu" if accelerator is None else str(accelerator)
-        model, processor = load(name, revision, dtype, device, trust_remote_code, allow_incomplete)
+        model, processor = load(name, revision, dtype, find_device(device), trust_remote_code, allow_incomplete)
         about = {"name": name, "revision": getattr(model.config, "_commit_hash", None) or revision}
         about |= {"weights": fingerprint(model), "max_new_tokens": max_new_tokens}
         if training_images(name, revision) == SYNTHETIC:
