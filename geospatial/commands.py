@@ -283,7 +283,7 @@ def draw_preview(raster: Any, pieces: list[Any]) -> Any:
     from PIL import ImageDraw
 
     from .answers import show
-    from .assistant import FILL
+    from .raster import FILL
 
     if len(pieces) == 1:
         (image,) = show([raster], pieces[0], FILL)

@@ -19,7 +19,7 @@ from rasterio.transform import Affine
 from tiny_assistants import PerfectAnswerer, perfect, rectangles
 from tiny_rasters import CRS, NORTH_UP, pixels, unnamed, write
 
-from mfrsvlm.demo import ask
+from mfrsvlm.demo import MODEL, ask
 from mfrsvlm.geospatial import GeoAssistant, read_record
 from mfrsvlm.geospatial.commands import main
 
@@ -151,6 +151,19 @@ def test_bad_rasters_are_one_line_and_nothing_is_written(case, answerer, tmp_pat
         assert captured.out == "" and not left
         for log in (tmp_path / "out").iterdir():
             log.unlink()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "no/such-model"], "no/such-model is no folder"),
+        (["--model", MODEL, "--device", "gpuu"], "device='gpuu'"),
+    ],
+)
+def test_models_that_cannot_be_loaded_are_one_line(options, message, scene, tmp_path, capsys):
+    assert main(["describe", scene, *options, "--output", str(tmp_path / "a.gpkg")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "a.gpkg").exists()
 
 
 def no_crs(folder):
