@@ -31,7 +31,7 @@ from .arguments import converter_parser
 from .configuration_mfrsvlm import MFRSVLMConfig
 from .image_processing_mfrsvlm import MFRSVLMImageProcessor
 from .modeling_mfrsvlm import MFRSVLMForConditionalGeneration
-from .output_folders import clean_up, whole_folder
+from .output_folders import clean_up, unwritten, whole_folder
 from .processing_mfrsvlm import MFRSVLMProcessor, make_chat_template
 from .released_layout import (
     ConversionError,
@@ -152,6 +152,12 @@ def cast(name: str, tensor: torch.Tensor, dtype: torch.dtype, scratch: Path) -> 
         raise ConversionError(f"{name} holds {tensor.dtype}, not floating point: a quantized checkpoint is not supported.")
     if tensor.dtype == dtype or not tensor.numel():
         return tensor.to(dtype)
+    if hasattr(os, "posix_fallocate"):  # a write to a map kills the process if the disk is full
+        file = os.open(scratch / name, os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            os.posix_fallocate(file, 0, tensor.numel() * dtype.itemsize)
+        finally:
+            os.close(file)
     copy = torch.from_file(str(scratch / name), shared=True, size=tensor.numel(), dtype=dtype).view(tensor.shape)
     # In pieces: the allocator keeps the room of large intermediate results.
     for given, taken in zip(tensor.reshape(-1).split(2**16), copy.view(-1).split(2**16), strict=True):
@@ -415,7 +421,7 @@ def run(command: Callable[..., None], options: dict[str, Any]) -> int:
     try:
         command(**options)
     except (ConversionError, OSError, SafetensorError) as error:  # the last two: full disk, no permission
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {unwritten(error) or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted: nothing was written", file=sys.stderr)

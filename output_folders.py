@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 try:
     import fcntl
@@ -23,6 +25,20 @@ WHOLE, REPLACED = "whole", "replaced"  # in the temporary folder: the new output
 
 class FolderInUse(OSError):
     """Another run writes the folder. The message names the folder and, if it is known, the process."""
+
+
+def unwritten(error: BaseException) -> str | None:
+    """One line about a file that could not be written, with the notes of the error. `None` for other errors."""
+    if isinstance(error, OSError) and error.errno is not None:
+        file = error.filename2 or error.filename
+        line = f"{error.strerror}: {file}" if file else str(error.strerror)
+    elif isinstance(error, SafetensorError):
+        line = str(error)
+    elif isinstance(error, RuntimeError) and ("inline_container" in str(error) or "iostream" in str(error)):  # `torch.save`
+        line = "A file could not be written, since the disk may be full."
+    else:
+        return None
+    return " ".join(" ".join([line, *getattr(error, "__notes__", ())]).split())
 
 
 @contextlib.contextmanager
@@ -161,4 +177,4 @@ def _scratch(output: Path) -> Iterator[Path]:
             os.close(descriptor)
 
 
-__all__ = ["FolderInUse", "clean_up", "locked", "whole_folder"]
+__all__ = ["FolderInUse", "clean_up", "locked", "unwritten", "whole_folder"]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..evaluation.answering import find_device
 from ..files.model_folder import load_model
 
 
@@ -43,14 +44,7 @@ def load(
     Raises:
         ValueError: the device does not exist here, or the model cannot be loaded.
     """
-    if device is None:
-        accelerator = torch.accelerator.current_accelerator()
-        device = "cpu" if accelerator is None else str(accelerator)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # an unknown name, or a device that this machine or this torch lacks
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device={device!r} cannot be used here: {reason}. Name another, such as cpu.") from error
+    device = find_device(device)
     model, processor = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code, allow_incomplete=allow_incomplete)
     return model.to(device), processor
 

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from ..files.reading import parse_json, read_json, shorten
-from ..files.writing import write_file
+from ..files.writing import WriteError, write_file
 from .answering import Answer
 from .benchmarks import Sample
 
@@ -64,7 +64,7 @@ class AnswerLog:
                 os.fsync(file.fileno())
         except OSError as error:
             text = f"{error.strerror}, so answers are missing in {self.path}; free some space and repeat the command"
-            raise OSError(error.errno, text) from error
+            raise WriteError(error.errno, text) from error
 
     def finish(self) -> list[dict[str, Any]]:
         """All rows of all processes, on every process. All processes must call this."""

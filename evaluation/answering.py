@@ -80,6 +80,23 @@ def load(
     return model.to(device).eval(), processor
 
 
+def find_device(device: str | None = None) -> str:
+    """A device that can be used here; for `None`, an accelerator, if there is one.
+
+    Raises:
+        ValueError: the device does not exist here.
+    """
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator()
+        device = "cpu" if accelerator is None else str(accelerator)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # an unknown name, or a device that this machine or this torch lacks
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={device!r} cannot be used here: {reason}. Name another, such as cpu.") from error
+    return device
+
+
 def check_chat_template(processor: Any, name: str = "The processor") -> None:
     """Raises `ValueError` if the processor cannot put a question to the model."""
     if not getattr(processor, "chat_template", None):

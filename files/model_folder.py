@@ -319,6 +319,9 @@ def _misfit_of_files(folder: ModelFolder, revision: str | None) -> list[str]:
             f"{WEIGHTS}, or the index and its shards."
         ]
     shards = sorted(set(index["weight_map"].values())) if index is not None else [WEIGHTS]
+    outside = [shard for shard in shards if Path(shard).name != shard]
+    if outside:
+        raise ModelFolderError(f"The {INDEX} of {folder.source} names what is no file beside it: {_name(outside)}.")
     paths = [_find(folder.source, shard, revision) for shard in shards]
     missing = [shard for shard, path in zip(shards, paths, strict=True) if path is None]
     if index is not None and missing:

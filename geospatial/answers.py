@@ -82,14 +82,15 @@ def show(rasters: Sequence[Raster], piece: Piece, fill: tuple[int, int, int]) ->
     """
     images = []
     for raster in rasters:
-        view = raster.read(piece.window, size=piece.size)
-        shown = view.valid
-        if piece.shape is not None:
-            shown = shown & inside(piece.shape, piece.window, piece.size)
-        if not shown.any():
-            raise NoValidPixelError(f"{raster.name} has no valid pixel in the area.")
+        view = raster.read(piece.window, size=piece.size, fill=fill)
         image = Image.new("RGB", piece.canvas or piece.size, fill)
-        image.paste(view.image, mask=Image.fromarray(shown))
+        if piece.shape is None:
+            image.paste(view.image)
+        else:
+            shown = inside(piece.shape, piece.window, piece.size)
+            if not (view.valid & shown).any():
+                raise NoValidPixelError(f"{raster.name} has no valid pixel in the area.")
+            image.paste(view.image, mask=Image.fromarray(shown))
         images.append(image)
     return images
 

@@ -10,15 +10,14 @@ import geopandas
 import huggingface_hub
 import numpy as np
 import shapely
-import torch
 
-from ..evaluation.answering import Answerer, fingerprint, load
+from ..evaluation.answering import Answerer, find_device, fingerprint, load
 from ..evaluation.numbers import read_number
 from ..processing_mfrsvlm import check_box_format
 from .answers import Outcome
 from .areas import read_layer
 from .errors import RasterError, RasterWarning
-from .raster import Raster
+from .raster import FILL, Raster
 from .runs import MISSING, Run, find_scale, plan_features, plan_tiles, reply_columns
 from .tiles import at_least_a_pixel, default_overlap, merge_boxes, unite
 
@@ -28,7 +27,6 @@ CAPTION = "Describe this image."
 COUNT = "How many {object} are there?"
 CHANGE = "What changed between the first and the second image?"
 BOXES = "Give the bounding box of every {object} as [x_min, y_min, x_max, y_max], each number scaled to 0-{scale}."
-FILL = (127, 127, 127)
 SYNTHETIC = "synthetic"  # `training_images` in the card of a model that has seen drawings alone
 
 
@@ -102,12 +100,9 @@ class GeoAssistant:
             **options: further arguments of `GeoAssistant`.
 
         Raises:
-            ValueError: no model can be loaded from there.
+            ValueError: no model can be loaded from there, or the device does not exist here.
         """
-        if device is None:
-            accelerator = torch.accelerator.current_accelerator()
-            device = "cpu" if accelerator is None else str(accelerator)
-        model, processor = load(name, revision, dtype, device, trust_remote_code, allow_incomplete)
+        model, processor = load(name, revision, dtype, find_device(device), trust_remote_code, allow_incomplete)
         about = {"name": name, "revision": getattr(model.config, "_commit_hash", None) or revision}
         about |= {"weights": fingerprint(model), "max_new_tokens": max_new_tokens}
         if training_images(name, revision) == SYNTHETIC:

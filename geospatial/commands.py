@@ -283,7 +283,7 @@ def draw_preview(raster: Any, pieces: list[Any]) -> Any:
     from PIL import ImageDraw
 
     from .answers import show
-    from .assistant import FILL
+    from .raster import FILL
 
     if len(pieces) == 1:
         (image,) = show([raster], pieces[0], FILL)
@@ -341,6 +341,8 @@ def as_text(task: str, frame: Any, output: Path | None) -> str:
                 missing = f", {total['unanswered']} tiles without a number" if total["unanswered"] else ""
                 shifted = f" ({total['shifted_total']:g} on shifted tiles)" if "shifted_total" in total else ""
                 lines.append(f"{names}: {total['total']:g} {name}{shifted}{missing}")
+        if images.get("answers_without_box"):
+            lines.append(f"{names}: {images['answers_without_box']} answers without a box")
         if images["answered"] > 1 or images["without_data"] or images["failed"]:
             lines.append(
                 f"{names}: {images['answered']} images answered, {images['without_data']} without data, "

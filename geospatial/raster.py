@@ -26,6 +26,7 @@ from .stretch import PERCENTILES, REFLECTANCE, Stretch, limits_of, parse_stretch
 from .view import ReadRecord, View
 
 
+FILL = (127, 127, 127)  # of pixels without data: what models are padded with, or nearly
 MAX_SIDE = 2048  # of an image: three times the canvas of the default geometry
 SAMPLE_SIDE = 2048  # statistics take every pixel of scenes up to here
 PATCHES, PATCH_SIDE = 16, 64  # and of larger ones without an overview that small, 16 x 16 patches of 64 x 64 pixels
@@ -237,6 +238,7 @@ class Raster:
         window: tuple[int, int, int, int] | None = None,
         max_side: int = MAX_SIDE,
         size: tuple[int, int] | None = None,
+        fill: tuple[int, int, int] = FILL,
     ) -> View:
         """Reads a window as an image, by the overview that fits, with cubic resampling.
 
@@ -244,6 +246,7 @@ class Raster:
             window: column, row, width, height in pixels of the raster, north up; `None` is all of it.
             max_side: longest side of the image, pixels. A larger window is reduced to it; nothing is enlarged.
             size: width and height of the image, against `max_side`. Larger than the window, it is enlarged.
+            fill: colour of pixels without data. A model takes black for something.
 
         Raises:
             RasterError: the window lies outside, cannot be read, or holds no valid pixel.
@@ -271,8 +274,8 @@ class Raster:
                 f"{self.name} has no valid pixel in window {window}: all are nodata, masked or not finite."
             )
         pixels = stretch.apply(values)
-        pixels[:, ~shown] = 0
         pixels = np.ascontiguousarray(np.broadcast_to(pixels, (3, *shown.shape)).transpose(1, 2, 0))  # (H, W, 3)
+        pixels[~shown] = fill
         return View(Image.fromarray(pixels), shown, self._record(window, size, stretch, 1 - float(shown.mean())))
 
     def describe(self) -> dict[str, Any]:

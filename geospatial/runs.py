@@ -106,6 +106,8 @@ class Run:
         states = [outcome.state for outcome in self.outcomes]
         images: dict[str, Any] = {"answered": states.count("answered"), "without_data": states.count("empty")}
         images["truncated"] = sum(any(reply.truncated for reply in replies) for replies in self.replies())
+        if self.about["boxes"] is not None:  # many of them say that the model writes boxes in another form
+            images["answers_without_box"] = sum(not reply.boxes for replies in self.replies() for reply in replies)
         images["failed"] = [{"tile": tile_name(piece.window), "reason": reason} for piece, reason in self.failed]
         made: dict[str, Any] = parse_json(json.dumps(self.about | {"images": images} | more))  # as it is read from a file
         return made

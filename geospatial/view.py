@@ -20,7 +20,7 @@ class ReadRecord:
         bands_from: what the choice of bands rests on.
         composite: key in `composites.COMPOSITES`.
         stretch: the limits that became black and white.
-        nodata_share: share of the pixels, 0 to 1, that are nodata, masked, transparent or not finite; they are black.
+        nodata_share: share of the pixels, 0 to 1, that are nodata, masked, transparent or not finite.
         crs: authority code or WKT; `None` if the raster has none.
         georeferencing: "affine", "gcps", "rpcs" or "none".
         transform: a, b, c, d, e, f with x = a column + b row + c and y = d column + e row + f, from corners of the
@@ -58,7 +58,7 @@ class View:
 
     Attributes:
         image: RGB.
-        valid: (height, width), bool; False where the image is black because the raster holds no data.
+        valid: (height, width), bool; False where the raster holds no data, and the image is grey.
         record: how it was made.
     """
 

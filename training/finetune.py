@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import HfArgumentParser, TrainerState, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils.logging import set_verbosity_info
@@ -26,7 +27,7 @@ from ..files.model_folder import ModelFolderError, classify, load_model, load_pr
 from ..files.reading import read_text
 from ..files.writing import WriteError, check_folder
 from ..modeling_mfrsvlm import MFRSVLMForConditionalGeneration
-from ..output_folders import FolderInUse, locked
+from ..output_folders import FolderInUse, locked, unwritten
 from .collator import ConversationCollator
 from .data import BadRow, ConversationDataset, ConversationStream
 from .trainer import UNFINISHED, MFRSVLMTrainer, MFRSVLMTrainingArguments, SettingsError, freeze_parts
@@ -473,6 +474,11 @@ def run(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
     except ImportError as error:
         print(f"error: {error}. Install what training needs: pip install 'mfrsvlm[training]'", file=sys.stderr)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if (line := unwritten(error)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2
     else:
         return 0
     return 1

@@ -61,6 +61,15 @@ def test_evaluate_model(capsys):
 
 
 @pytest.mark.integration
+@pytest.mark.filterwarnings("ignore::mfrsvlm.geospatial.RasterWarning")
+def test_ask_parcels(tmp_path, capsys):
+    example = load_example("ask_parcels")
+    layer = example.main(*example.make_demo(tmp_path), "How many aircraft are there?", str(tmp_path / "answers.gpkg"))
+    assert layer["parcel"].tolist() == list("ABCD") and (layer["count"] >= 0).all()
+    assert (tmp_path / "answers.gpkg").is_file() and "How many aircraft are there?" in capsys.readouterr().out
+
+
+@pytest.mark.integration
 def test_push_to_hub(tmp_path):
     with HubServer() as hub:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}

@@ -221,6 +221,16 @@ def test_a_lost_shard_is_named(copy):
         load_model(copy)
 
 
+@pytest.mark.parametrize("absolute", [False, True])
+def test_an_index_names_files_beside_it_only(whole, copy, absolute):
+    (copy / "model.safetensors").rename(copy / "model-00001-of-00001.safetensors")
+    shard = str(whole / "model.safetensors") if absolute else f"../../{whole.parent.name}/model/model.safetensors"
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(whole / "model.safetensors"), shard)}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelFolderError, match=r"names what is no file beside it: .*/model\.safetensors"):
+        load_model(copy)
+
+
 def test_an_adapter_that_is_damaged(adapter, tmp_path):
     folder = shutil.copytree(adapter, tmp_path / "adapter")
     tensors = load_file(folder / "adapter_model.safetensors")

@@ -6,6 +6,9 @@ A module of this folder holds one area. It defines `AREA`, its name in the table
 
 which yields `count` cases. A case and its name depend on the seed and its number alone (see `random_of`). Each case is run
 before the next one is drawn, so that cases may share the files in `folder`, which is empty at first.
+
+A module may also define `MOST`, the number of its cases in a run of all areas, if they take long; `TEST_COUNT`, their number
+in the tests; and `why_not`, which says why this machine cannot run them, or returns `None`.
 """
 
 import resource
@@ -35,6 +38,7 @@ SLOW_SECONDS = 5.0  # of processor time, since the clock of a busy machine says 
 HANGING_SECONDS = 30.0  # of the clock, for a case that waits
 LONGEST_MESSAGE = 1000  # characters
 SHOWN_FAILURES = 5
+PEAKS: list[float] = []  # memory in MB beyond that at the start, of processes that the cases of an area start
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,12 @@ class Case:
     Attributes:
         name: what was mutated, and how.
         run: returns "right" or "rejected". An `AssertionError` stands for a wrong result, any other error for a crash.
+        seconds: of the clock, after which it hangs. Default: `HANGING_SECONDS`.
     """
 
     name: str
     run: Callable[[], str]
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -147,7 +153,7 @@ def run_case(case: Case, seed: int, result: Result) -> None:
     error = ""
     start = time.process_time()
     try:
-        with time_limit():
+        with time_limit(case.seconds or HANGING_SECONDS):
             found = case.run()
         if found not in (RIGHT, REJECTED):
             raise ValueError(f"A case returned {found!r}, neither {RIGHT!r} nor {REJECTED!r}.")
@@ -165,13 +171,13 @@ def run_case(case: Case, seed: int, result: Result) -> None:
 
 
 @contextmanager
-def time_limit() -> Iterator[None]:
+def time_limit(hanging: float) -> Iterator[None]:
     """Interrupts what takes too long. In the main thread only, since only it receives signals."""
 
     def stop(*_: Any) -> None:
         raise TooSlowError
 
-    timers = ((signal.SIGALRM, signal.ITIMER_REAL, HANGING_SECONDS), (signal.SIGPROF, signal.ITIMER_PROF, 2 * SLOW_SECONDS))
+    timers = ((signal.SIGALRM, signal.ITIMER_REAL, hanging), (signal.SIGPROF, signal.ITIMER_PROF, 2 * SLOW_SECONDS))
     before = [(sign, timer, signal.signal(sign, stop)) for sign, timer, _ in timers]
     try:
         for _, timer, seconds in timers:
@@ -187,8 +193,9 @@ def time_limit() -> Iterator[None]:
 def peak_memory(result: Result) -> Iterator[None]:
     """Measures the highest resident memory, in MB beyond that at the start."""
     start = reset_peak()
+    PEAKS.clear()
     yield
-    result.peak = max(highest() - start, 0.0)
+    result.peak = max(highest() - start, 0.0, *PEAKS)
 
 
 def reset_peak() -> float:

@@ -3,10 +3,10 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import geopandas
 import numpy as np
@@ -19,7 +19,7 @@ from rasterio.transform import Affine
 from tiny_assistants import PerfectAnswerer, perfect, rectangles
 from tiny_rasters import CRS, NORTH_UP, pixels, unnamed, write
 
-from mfrsvlm.demo import MODEL, SCENE, ask
+from mfrsvlm.demo import MODEL, ask
 from mfrsvlm.geospatial import GeoAssistant, read_record
 from mfrsvlm.geospatial.commands import main
 
@@ -50,7 +50,8 @@ def test_detect_writes_a_layer(scene, answerer, tmp_path, capsys):
     assert read_record(output)["grid"]["overlap"] == 8
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scene.tif", "ships.gpkg"]  # no log is left
     assert main(command) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 1 + 1 + 3
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 1 + 3 and lines[0].endswith("2 answers without a box")
     assert main([*command, "--output", str(output)]) == 2
     assert "exists: name another file" in capsys.readouterr().err
 
@@ -152,6 +153,19 @@ def test_bad_rasters_are_one_line_and_nothing_is_written(case, answerer, tmp_pat
             log.unlink()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "no/such-model"], "no/such-model is no folder"),
+        (["--model", MODEL, "--device", "gpuu"], "device='gpuu'"),
+    ],
+)
+def test_models_that_cannot_be_loaded_are_one_line(options, message, scene, tmp_path, capsys):
+    assert main(["describe", scene, *options, "--output", str(tmp_path / "a.gpkg")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "a.gpkg").exists()
+
+
 def no_crs(folder):
     path = folder / "polygons.gpkg"
     with pytest.warns(UserWarning, match="crs"):
@@ -217,22 +231,24 @@ def test_a_full_disk_is_one_line(scene, answerer, tmp_path, capsys, monkeypatch)
 
 
 @pytest.mark.integration
-def test_a_killed_run_continues_to_equal_bytes(tmp_path):
+def test_a_killed_run_continues_to_equal_bytes(scene, answerer, tmp_path, capsys):
     """kill -9 after some tiles; the layer is that of an undisturbed run, byte for byte."""
-    scene = np.asarray(Image.open(SCENE).convert("RGB")).transpose(2, 0, 1)
-    path = write(tmp_path / "scene.tif", scene)
-    command = [sys.executable, "-m", "mfrsvlm.cli", "detect", path, "--object", "aircraft", "--model", MODEL]
-    command += ["--tile", "128", "--device", "cpu", "--output"]
+    command = ["detect", scene, "--object", "ship", "--model", "m", "--tile", "16", "--output"]
     whole, resumed = tmp_path / "whole.gpkg", tmp_path / "resumed.gpkg"
-    subprocess.run([*command, str(whole)], check=True, capture_output=True, timeout=500)
-    process = subprocess.Popen([*command, str(resumed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert main([*command, str(whole)]) == 0
+    asked = len(answerer.images)
+    answerer.images.clear()
+    worker = [sys.executable, str(Path(__file__).parents[1] / "map_worker.py"), *command, str(resumed)]
+    process = subprocess.Popen(worker, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     log = tmp_path / "resumed.gpkg.unfinished.0"
     while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= 2):
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
+        time.sleep(0.02)
+    process.kill()
     process.wait()
-    assert not resumed.exists() and 2 <= log.read_bytes().count(b"\n") <= 4
-    stopped = subprocess.run([*command, str(resumed)], capture_output=True, text=True, timeout=500)
-    assert stopped.returncode == 2 and "continue it with --resume" in stopped.stderr
-    subprocess.run([*command, str(resumed), "--resume"], check=True, capture_output=True, timeout=500)
+    groups = log.read_bytes().count(b"\n") - 1
+    assert not resumed.exists() and 1 <= groups < asked / 8
+    assert main([*command, str(resumed)]) == 2
+    assert "continue it with --resume" in capsys.readouterr().err
+    assert main([*command, str(resumed), "--resume"]) == 0
+    assert len(answerer.images) == asked - 8 * groups
     assert resumed.read_bytes() == whole.read_bytes() and not log.exists()

@@ -150,11 +150,13 @@ def test_reference_is_the_array_itself(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["nodata collar", "mask band"])
-def test_collar_is_black_and_counted(form, tmp_path):
+def test_collar_is_grey_and_counted(form, tmp_path):
     values = pixels("uint16")
     with Raster.open(FORMS[form](tmp_path, values)) as raster:
-        view = raster.read()
+        view, red = raster.read(), raster.read(fill=(255, 0, 0))
     inner = np.pad(np.ones(values.shape[1:], bool), COLLAR)
     assert np.array_equal(view.valid, inner)
-    assert not np.asarray(view.image)[~inner].any()
+    assert (np.asarray(view.image)[~inner] == 127).all()
+    assert (np.asarray(red.image)[~inner] == (255, 0, 0)).all()
+    assert np.array_equal(np.asarray(red.image)[inner], np.asarray(view.image)[inner])
     assert view.record.nodata_share == pytest.approx(1 - inner.mean())

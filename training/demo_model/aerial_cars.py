@@ -20,7 +20,7 @@ from ...evaluation.answering import Answerer, Prompt
 from ...evaluation.intervals import corpus_figure
 from ...evaluation.protocols import PROTOCOLS
 from ...files.reading import read_json
-from ...files.writing import write_file
+from ...files.writing import write_file, write_image
 from .photographs import PROTOCOL
 
 
@@ -87,7 +87,7 @@ def write_car_rows(real: Path, output: Path, seed: int = 0) -> Path:
             left, top = rng.uniform(0, picture.width - side), rng.uniform(0, picture.height - side)
             crop = picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
             name = f"images/{Path(frame['image']).stem}-{number}.jpg"
-            crop.save(output / name, quality=90)
+            write_image(output / name, crop, quality=90)
             turns = []
             for kind in KINDS:
                 boxes = inside(frame["objects"], kind, left, top, side, side)
