@@ -1,12 +1,14 @@
-"""The small model of this package and an example image: `mfrsvlm demo`, and `mfrsvlm ask` for any model and image.
+"""The small models of this package and an example image: `mfrsvlm demo`, and `mfrsvlm ask` for any model and image.
 
-`MODEL` is the folder of the model, `SCENE` the path of a synthetic scene. Both are part of the package.
+`MODEL` is the folder of the model of synthetic scenes, `PHOTO_MODEL` of the one of aerial photographs, and `SCENE` the path
+of a synthetic scene. All are part of the package.
 """
 
 from pathlib import Path
 
 
 MODEL = str(Path(__file__).parent / "model")
+PHOTO_MODEL = str(Path(__file__).parent / "real_model")
 SCENE = str(Path(__file__).parent / "scene.png")
 
-__all__ = ["MODEL", "SCENE"]
+__all__ = ["MODEL", "PHOTO_MODEL", "SCENE"]

@@ -1,7 +1,7 @@
 """Asks the small model about an image, prints the answers and draws them: `mfrsvlm demo`.
 
-Without an image, it draws a held-out synthetic scene and also prints the true answers. Without `--model`, it loads the small
-model in this folder, which was trained on synthetic scenes only.
+Without an image, it draws a held-out synthetic scene and also prints the true answers. Without `--model`, it loads one of
+the two small models in this folder: that of synthetic scenes, or for an image that of aerial photographs.
 """
 
 import sys
@@ -9,10 +9,11 @@ import time
 
 from ..arguments import ArgumentParser, add_loading_arguments
 from ..files.writing import WriteError, check_file, write_image
-from . import MODEL
+from . import MODEL, PHOTO_MODEL
 
 
 TASKS = ("classification", "area", "presence", "count", "comparison", "position", "caption", "grounding")
+PHOTO_QUESTIONS = ("What is the class of this scene?", "Describe this image in one sentence.", "Does this image show trees?")
 
 
 def make_parser() -> ArgumentParser:
@@ -21,7 +22,8 @@ def make_parser() -> ArgumentParser:
     )
     parser.add_argument("image", nargs="?", help="image file (default: a synthetic scene)")
     parser.add_argument("--question", action="append", help="may be given several times")
-    parser.add_argument("--model", default=MODEL, help="model folder or Hub id (default: the small model)")
+    help_model = "model folder or Hub id (default: the small model of photographs for an image, else that of scenes)"
+    parser.add_argument("--model", help=help_model)
     parser.add_argument("--scene", type=int, default=0, help="number of the synthetic scene (default: %(default)s)")
     parser.add_argument("--picture", default="answers.png", help="file to draw (default: %(default)s)")
     add_loading_arguments(parser)
@@ -43,8 +45,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         check_file(args.picture, is_image=True)
         start = time.perf_counter()
+        name = args.model or (MODEL if args.image is None else PHOTO_MODEL)
         model, processor = load(
-            args.model,
+            name,
             dtype="float32",
             trust_remote_code=args.trust_remote_code,
             allow_incomplete=args.allow_incomplete,
@@ -56,9 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
             image, asked = open_image(args.image), []
         if args.question:
             asked = []
-        texts = args.question or [question.text for question in asked] or ["Describe this image."]
+        texts = args.question or [question.text for question in asked] or list(PHOTO_QUESTIONS)
         answers = answer(model, processor, image, texts)
-        print(f"Model: {args.model}\nImage: {args.image or f'synthetic scene {args.scene}'}, {image.width} x {image.height}")
+        print(f"Model: {name}\nImage: {args.image or f'synthetic scene {args.scene}'}, {image.width} x {image.height}")
         lines = []
         truths = [f"   (true: {question.answer})" for question in asked] or [""] * len(texts)
         for reply, truth in zip(answers, truths, strict=True):

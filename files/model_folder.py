@@ -158,13 +158,32 @@ def load_model(
         model = _merge_adapter(model, folder, base, revision, allow_incomplete)
     else:
         model = _load_full(folder, revision, trust_remote_code, allow_incomplete, options)
-    wanted, found = getattr(model.config, "image_token_id", None), getattr(processor, "image_token_id", None)
-    if folder.kind != "other" and found != wanted:
-        misfit = [f"The tokenizer of {folder.source} has {found} as id of {processor.image_token}, but the model {wanted}."]
-        _report(misfit, allow_incomplete)
-        problems += misfit
+    if folder.kind != "other":
+        misfits = _misfits_of(folder.source, model, processor)
+        _report(misfits, allow_incomplete)
+        problems += misfits
     model._problems = list(dict.fromkeys([*problems, *problems_of(model)]))
     return model.eval(), processor
+
+
+def _misfits_of(source: str, model: Any, processor: Any) -> list[str]:
+    """Where what the processor makes does not fit the model."""
+    found = []
+    config, images = model.config, processor.image_processor
+    if processor.image_token_id != config.image_token_id:
+        found.append(
+            f"The tokenizer of {source} has {processor.image_token_id} as id of {processor.image_token}, but the model "
+            f"{config.image_token_id}."
+        )
+    rows, largest = model.get_input_embeddings().num_embeddings, max(processor.tokenizer.get_vocab().values(), default=0)
+    if largest >= rows:
+        found.append(f"The tokenizer of {source} has ids up to {largest}, but the model only {rows} embeddings.")
+    if images.num_image_tokens != config.image_seq_length:
+        found.append(
+            f"The processor of {source} makes {images.num_image_tokens} visual tokens an image, but the model "
+            f"{config.image_seq_length}."
+        )
+    return found
 
 
 def problems_of(model: Any) -> list[str]:

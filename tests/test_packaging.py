@@ -27,7 +27,7 @@ def test_every_folder_of_the_package_is_listed():
     folders = {Path(name).parent for name in tracked_files() if name.endswith("/__init__.py")}
     rooms = {folder.as_posix() for folder in folders if folder.parts[0] not in ONLY_IN_A_CLONE}
     listed = {name.replace(".", "/").removeprefix("mfrsvlm/") for name in PROJECT["tool"]["setuptools"]["packages"][1:]}
-    assert rooms | {"demo/model", "training/accelerate", "training/configs"} == listed
+    assert rooms | {"demo/model", "demo/real_model", "training/accelerate", "training/configs"} == listed
 
 
 def test_version_is_stated_once_more_in_the_citation():
@@ -63,6 +63,8 @@ def test_wheel(tmp_path):
     needed = {"py.typed", "cli.py", "chat_template.jinja", "demo/scene.png", "demo/model/model.safetensors"}
     needed |= {
         "demo/model/modeling_mfrsvlm.py",
+        "demo/real_model/model.safetensors",
+        "demo/real_model/modeling_mfrsvlm.py",
         "model_card/template.md",
         "training/configs/lora.yaml",
         "evaluation/published.json",

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_rasters import pixels, unnamed, write
 from tiny_training import tiny_folder
 
-from mfrsvlm.demo import MODEL, SCENE, ask
+from mfrsvlm.demo import MODEL, PHOTO_MODEL, SCENE, ask
 from mfrsvlm.demo.__main__ import main
 from mfrsvlm.demo.picture import draw_answers
 from mfrsvlm.scenes import draw, plan_scene, scene_seed
@@ -42,6 +42,9 @@ def test_demo_takes_an_image_and_questions(tmp_path, capsys):
     )
     printed = capsys.readouterr().out
     assert "A: " in printed and "true" not in printed and "300 x 200" in printed
+    assert f"Model: {PHOTO_MODEL}\n" in printed
+    assert main([str(tmp_path / "field.png"), "--picture", str(picture)]) == 0
+    assert capsys.readouterr().out.count("Q: ") == 3
     assert main([str(tmp_path / "missing.png")]) == 1
     assert "missing.png" in capsys.readouterr().err
 

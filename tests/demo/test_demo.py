@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from external_data import external_data
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
@@ -19,33 +20,38 @@ from mfrsvlm.processing_mfrsvlm import make_chat_template
 from mfrsvlm.training.train_demo_model import PROTOCOL, scene_figures
 
 
-MODEL = Path(demo.MODEL)
+MODEL, PHOTO_MODEL = Path(demo.MODEL), Path(demo.PHOTO_MODEL)
 ROOT = MODEL.parents[1]
 CODE = sorted(path.name for path in ROOT.glob("*_mfrsvlm.py"))
 
 
-def test_folder_is_complete_and_small():
-    names = {path.name for path in MODEL.iterdir()}
+@pytest.fixture(params=[MODEL, PHOTO_MODEL], ids=["scenes", "photographs"])
+def folder(request):
+    return request.param
+
+
+def test_folder_is_complete_and_small(folder):
+    names = {path.name for path in folder.iterdir()}
     assert {"config.json", "model.safetensors", "README.md", "processor_config.json", *CODE} <= names
-    assert sum(path.stat().st_size for path in MODEL.iterdir()) < 16e6
+    assert sum(path.stat().st_size for path in folder.iterdir()) < (16e6 if folder == MODEL else 24e6)
 
 
 @pytest.mark.parametrize("name", CODE)
-def test_code_in_the_folder_is_the_code_of_the_package(name):
-    assert (MODEL / name).samefile(ROOT / name), (
-        f"{MODEL / name} is no link: see docs/compatibility.md for what git on Windows needs."
+def test_code_in_the_folder_is_the_code_of_the_package(folder, name):
+    assert (folder / name).samefile(ROOT / name), (
+        f"{folder / name} is no link: see docs/compatibility.md for what git on Windows needs."
     )
 
 
-def test_prompts_in_the_folder_are_those_of_the_package():
-    tokenizer = AutoTokenizer.from_pretrained(MODEL, trust_remote_code=False)
-    assert (MODEL / "chat_template.jinja").read_text() == make_chat_template(tokenizer)
+def test_prompts_in_the_folder_are_those_of_the_package(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    assert (folder / "chat_template.jinja").read_text() == make_chat_template(tokenizer)
 
 
-def test_placeholder_is_a_row_of_the_embedding_and_no_word():
+def test_placeholder_is_a_row_of_the_embedding_and_no_word(folder):
     """Its row lies among the others, and the head cannot say it."""
-    weights = load_file(MODEL / "model.safetensors")
-    config = json.loads((MODEL / "config.json").read_text())
+    weights = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
     rows, head = weights["model.language_model.embed_tokens.weight"], weights["lm_head.weight"]
     place = config["image_token_id"]
     assert len(rows) == len(head) == config["text_config"]["vocab_size"] == place + 1
@@ -103,6 +109,36 @@ def test_the_model_reads_the_image():
     for task in ("classification", "presence", "count"):
         share = expected[task]["value"]
         assert found[task]["value"] > share - 4 * np.sqrt(share * (1 - share) / found[task]["n"]) - 0.02
+
+
+def shares(card):
+    """The first column of figures of the card of `demo/real_model`, by row."""
+    lines = [line.split("|") for line in card.splitlines() if line.startswith("|")]
+    return {line[1].strip(): line[2].strip() for line in lines}
+
+
+def test_card_of_the_photographs_names_parts_and_splits():
+    card = (PHOTO_MODEL / "README.md").read_text()
+    figures = shares(card)
+    for row in ("class, accuracy", "caption, CIDEr", "17 labels, macro F1", "RSIVQA, count"):
+        assert 0 < float(figures[row]) < 500
+    assert "Apache-2.0" in card and "no license stated" in card and "near-duplicates" in card.replace("_", "-")
+
+
+@pytest.mark.integration
+def test_the_model_of_photographs_reads_photographs():
+    """Classes of 63 photographs of the test split, by free generation, within sampling error of the card."""
+    root = external_data("real/ucm")
+    rows = [row["image"] for row in json.loads((root / "captions.json").read_text()) if row["split"] == "test"]
+    chosen = [row for index, row in enumerate(rows) if index % 10 < 3]
+    benchmark = load_benchmark("uc-merced", root, "all")
+    benchmark.samples = [sample for sample in benchmark.samples if sample.images[0] in chosen]
+    assert len(benchmark.samples) == 63
+    processor = AutoProcessor.from_pretrained(PHOTO_MODEL, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(PHOTO_MODEL, trust_remote_code=True, dtype=torch.float32).eval()
+    found = evaluate(model, processor, [benchmark], PROTOCOL)["uc-merced/all"]["results"]["classification"]["accuracy"]
+    share = float(shares((PHOTO_MODEL / "README.md").read_text())["class, accuracy"]) / 100
+    assert found["value"] > share - 4 * np.sqrt(share * (1 - share) / 63) - 0.02
 
 
 @pytest.mark.slow

@@ -598,7 +598,6 @@ def test_vrsbench_rows_that_are_wrong(task: str, change, message: str, root: Pat
         ([10, 10, 90, 10, 90, 90, 10, 90], "must be relative to the sides of the image, not pixels"),
         ([0.1, 0.2, 0.3], "expected 8 finite numbers"),
         ([0.1] * 7 + ["x"], "expected 8 finite numbers"),
-        ([0.1] * 7 + [float("nan")], "expected 8 finite numbers"),
         (None, "'obj_corner' is None, a NoneType; expected list"),
     ],
 )
@@ -607,6 +606,14 @@ def test_vrsbench_corners_that_are_wrong(corner: Any, message: str, root: Path) 
     path = root / "Annotations_val" / "P0003_0002.json"
     edit_json(path, lambda content: content["objects"][0].update(obj_corner=corner))
     with pytest.raises(BenchmarkError, match=rf"P0003_0002\.json, row 0: .*{message}"):
+        load("vrsbench-referring", root)
+
+
+def test_vrsbench_corners_that_are_not_numbers(root: Path) -> None:
+    make_vrsbench_annotations(root)
+    path = root / "Annotations_val" / "P0003_0002.json"
+    edit_json(path, lambda content: content["objects"][0].update(obj_corner=[0.1] * 7 + [float("nan")]))
+    with pytest.raises(BenchmarkError, match=r"P0003_0002\.json is not JSON: NaN is no number of JSON"):
         load("vrsbench-referring", root)
 
 

@@ -247,3 +247,28 @@ def test_an_adapter_that_is_damaged(adapter, tmp_path):
         (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(ModelFolderError):
             load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "named"),
+    [
+        (
+            "processor_config.json",
+            lambda c: c["image_processor"].update(crop_size={"height": 56, "width": 56}, size={"shortest_edge": 56}),
+            "makes 64 visual tokens an image, but the model 16",
+        ),
+        (
+            "tokenizer.json",
+            lambda c: c["added_tokens"].append({**c["added_tokens"][-1], "id": 9999, "content": "<x>"}),
+            "ids up",
+        ),
+    ],
+)
+def test_a_processor_that_does_not_fit_is_named(copy, file, change, named):
+    content = json.loads((copy / file).read_text())
+    change(content)
+    (copy / file).write_text(json.dumps(content))
+    for name in copy.glob("*checksums.json"):
+        name.unlink()
+    with pytest.raises(ModelFolderError, match=named):
+        load_model(copy)

@@ -23,7 +23,7 @@ from mfrsvlm.training.demo_model import aerial_cars, near_duplicates, photograph
 from mfrsvlm.training.demo_model.aerial_cars import inside, video_of, write_car_rows
 from mfrsvlm.training.demo_model.architecture import efficientnet_lite0, make_config, make_processor, make_tokenizer
 from mfrsvlm.training.demo_model.near_duplicates import prepare, similarities
-from mfrsvlm.training.demo_model.photograph_figures import figure_table, label_f1
+from mfrsvlm.training.demo_model.photograph_figures import figure_table, label_f1, not_above_majority
 from mfrsvlm.training.demo_model.photograph_questions import PhotographQuestions, choose_transforms, make_turns
 from mfrsvlm.training.demo_model.photographs import (
     SPLITS,
@@ -384,6 +384,10 @@ def test_macro_f1_of_labels_is_that_of_scikit_learn():
 def test_the_table_shows_what_was_measured():
     number = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 21}
     table = figure_table({"image": {"uc-merced": {"classification": {"accuracy": number}}}, "blind": {}, "majority": {}})
+    majority = {"uc-merced": {"classification": {"accuracy": number | {"value": 0.45}}}}
+    image = {"uc-merced": {"classification": {"accuracy": number}}}
+    assert not_above_majority({"image": image, "majority": majority}) == "Not above the majority baseline: class, accuracy."
+    assert not_above_majority({"image": image, "majority": {}}) == "All are above the majority baseline."
     assert table.splitlines()[2:] == ["| class, accuracy | 50.0 | 40.0 - 60.0 | 21 | - | - | - |"]
 
 

@@ -146,6 +146,16 @@ def figure_table(figures: dict[str, dict[str, dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def not_above_majority(figures: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """One sentence: which figures are not above the majority baseline by their interval."""
+    below = []
+    for name, benchmark, path in ROWS:
+        own, constant = (look_up(figures[column].get(benchmark, {}), path) for column in ("image", "majority"))
+        if own is not None and constant is not None and own["low"] <= constant["value"]:
+            below.append(name)
+    return f"Not above the majority baseline: {'; '.join(below)}." if below else "All are above the majority baseline."
+
+
 def photograph_evidence(
     options: Any,
     args: Any,
@@ -162,9 +172,9 @@ def photograph_evidence(
     if counts is not None:
         error = counts["error"]
         cars = f"""
-It was also trained to count and to locate cars in crops of aerial videos. In {error["n"]} frames of two other videos,
-counted tile by tile, the sum of the errors is {100 * error["value"]:.0f} % of the number of cars
-({100 * error["low"]:.0f} - {100 * error["high"]:.0f} %).
+It was also trained to count and to locate cars in crops of aerial videos. In {error["n"]} frames of two other videos, the
+sum of the errors of the counts, tile by tile, is {100 * error["value"]:.0f} % of the number of cars (95 % interval
+{100 * error["low"]:.0f} - {100 * error["high"]:.0f} %). Always answering 0 gives 100 %.
 """
     minutes = ", ".join(f"{stage} {value / 60:.0f} minutes" for stage, value in seconds.items())
     threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
@@ -190,6 +200,8 @@ nearest training photograph, on the frozen features of the encoder before it was
 image. *Majority* always predicts the most frequent answer to a kind of question. The calibration error is better if lower.
 
 {figure_table(figures)}
+
+{not_above_majority(figures)}
 {cars}
 No photograph of the test split was trained on or chosen by. {len(dropped)} further photographs were dropped because they
 resemble a held-out one at some shift ({in_test} of them one of the test split; correlation of {summary["threshold"]} or
