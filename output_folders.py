@@ -6,6 +6,7 @@ there is none (Windows, some network disks), runs are not kept apart, and what k
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -20,6 +21,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+UNFINISHED = re.compile(r"\..+\.\d+(-[0-9a-f]+)?\.unfinished")  # names of temporary files, see `files.writing.whole_file`
 WHOLE, REPLACED = "whole", "replaced"  # in the temporary folder: the new output, and the old one while it is exchanged
 
 
@@ -43,7 +45,7 @@ def unwritten(error: BaseException) -> str | None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the lock of a folder, which is made if it does not exist.
+    """Holds the lock of a folder, which is made if it does not exist. Removes the temporary files of killed runs in it.
 
     Raises:
         FolderInUse: another run holds it.
@@ -52,6 +54,10 @@ def locked(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = _lock(folder)
     try:
+        if descriptor is not None:
+            for path in folder.iterdir():
+                if UNFINISHED.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
         yield
     finally:
         if descriptor is not None:

@@ -89,11 +89,11 @@ def evaluate(
             log = AnswerLog(folder, run.identity, state)
             reader = ImageReader(run.benchmark, protocol, settings.missing_images)
             rows = answer_all(answerer, run.samples, run.prompts, reader, settings, state, log)
-        if state.is_main_process:
-            missing = {name for row in rows for name in row.get("missing", ())}
-            facts = {"device": device_name(model.device), "processes": state.num_processes}
-            answers = [as_answer(row) for row in rows]
-            summaries[run.key] = summarize(run, protocol, settings, answers, len(missing), facts, start)
+            if state.is_main_process:
+                missing = {name for row in rows for name in row.get("missing", ())}
+                facts = {"device": device_name(model.device), "processes": state.num_processes}
+                answers = [as_answer(row) for row in rows]
+                summaries[run.key] = summarize(run, protocol, settings, answers, len(missing), facts, start)
     if state.num_processes > 1:
         [summaries] = broadcast_object_list([summaries])
     return summaries

@@ -110,3 +110,13 @@ def test_an_error_removes_the_temporary_folder_only(tmp_path):
         (folder / "a").touch()
         1 / 0  # noqa: B018
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and not any((tmp_path / "out").iterdir())
+
+
+def test_a_locked_folder_is_cleaned(tmp_path):
+    for name in (".a.json.123-0a1b2c3d.unfinished", ".checksums.json.4287.unfinished"):
+        (tmp_path / name).write_text("{")
+    kept = [".unfinished", "a.json", "b.12.unfinished", ".notes.unfinished"]
+    for name in kept:
+        (tmp_path / name).write_text("mine")
+    with locked(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)

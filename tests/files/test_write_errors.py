@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import SafetensorError
 from tiny_models import tiny_config
 
 from mfrsvlm import convert_checkpoint
@@ -18,6 +19,7 @@ from mfrsvlm.evaluation import __main__ as evaluation
 from mfrsvlm.files.writing import WriteError, check_file, check_folder, whole_array, whole_file, write_file, write_image
 from mfrsvlm.geospatial import __main__ as info
 from mfrsvlm.model_card.card import write_model_card
+from mfrsvlm.output_folders import unwritten
 from mfrsvlm.scenes import __main__ as scenes
 from mfrsvlm.training import finetune, train_demo_model
 
@@ -130,6 +132,18 @@ def test_the_old_card_survives_a_full_disk(tmp_path, monkeypatch):
     with pytest.raises(WriteError, match=r"No space left on device, so .*README\.md was not written"):
         write_model_card(tmp_path, tiny_config(), "trained")
     assert [entry.read_text() for entry in tmp_path.iterdir()] == ["old"]
+
+
+def test_errors_of_other_libraries_become_one_line():
+    full = OSError(errno.ENOSPC, "No space left on device", "/a/b")
+    full.add_note("checkpoint-6 could not\nbe saved.")
+    assert unwritten(full) == "No space left on device: /a/b checkpoint-6 could not be saved."
+    assert unwritten(SafetensorError("I/O error: No space left")) == "I/O error: No space left"
+    torch_save = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0\nframe #0")
+    assert unwritten(torch_save) == "A file could not be written, since the disk may be full."
+    assert (
+        unwritten(RuntimeError("out of memory")) is unwritten(OSError("no connection")) is unwritten(KeyError("a")) is None
+    )
 
 
 FULL = """

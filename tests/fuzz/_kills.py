@@ -11,7 +11,7 @@ from fuzz._commands import Ended, runner
 from fuzz.harness import PEAKS, RIGHT, Case, random_of
 
 
-MOST, TEST_COUNT = 20, 2
+MOST, TEST_COUNT = 20, 1
 HANGING = 600.0  # seconds of a case, which runs its command up to four times
 LEFT = (".partial-", "unfinished")  # in the names of temporary files
 
