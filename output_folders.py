@@ -47,10 +47,13 @@ def unwritten(error: BaseException) -> str | None:
 def locked(folder: Path) -> Iterator[None]:
     """Holds the lock of a folder, which is made if it does not exist. Removes the temporary files of killed runs in it.
 
+    A folder that was made here and is empty at the end, as after an error about the settings, is removed again.
+
     Raises:
         FolderInUse: another run holds it.
         OSError: the folder cannot be made.
     """
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = _lock(folder)
     try:
@@ -60,6 +63,9 @@ def locked(folder: Path) -> Iterator[None]:
                     path.unlink(missing_ok=True)
         yield
     finally:
+        if is_new:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
         if descriptor is not None:
             os.close(descriptor)
 

@@ -120,3 +120,14 @@ def test_a_locked_folder_is_cleaned(tmp_path):
         (tmp_path / name).write_text("mine")
     with locked(tmp_path):
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
+def test_a_new_folder_in_which_nothing_was_written_is_removed(tmp_path):
+    with locked(tmp_path / "run"):
+        assert (tmp_path / "run").is_dir()
+    assert not (tmp_path / "run").exists()
+    with locked(tmp_path / "run"):
+        (tmp_path / "run" / "file").touch()
+    with locked(tmp_path / "run"):
+        pass
+    assert (tmp_path / "run" / "file").exists()
