@@ -1,9 +1,10 @@
-# Sets itself up: needs Python >= 3.11, pip and make. Everything lands in .venv (and .venv-oldest, .venv-newest).
+# Sets itself up: needs Python >= 3.11, pip and make. Everything lands in .venv (and .venv-oldest, .venv-newest, .venv-app).
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
 OLDEST_TRANSFORMERS := 5.16.1
 NEWEST := .venv-newest
+APP := .venv-app
 ARGS ?=
 N ?= 1000
 SEED ?= 0
@@ -36,6 +37,14 @@ $(NEWEST)/.ready: pyproject.toml constraints.txt
 		"$$($(NEWEST)/bin/pip freeze | grep '^torch==')"
 	touch $@
 
+# Apart, because gradio holds Pillow back.
+$(APP)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(APP)
+	grep -v '^pillow==' constraints.txt > $(APP)/constraints.txt
+	$(APP)/bin/pip install --quiet --disable-pip-version-check -c $(APP)/constraints.txt torch
+	$(APP)/bin/pip install --quiet --disable-pip-version-check -c $(APP)/constraints.txt -e '.[app]' pytest playwright
+	touch $@
+
 # The main job: an image and a question in, an answer out. make demo ARGS="scene.tif --question 'What is this?'"
 demo: $(VENV)/.ready
 	$(VENV)/bin/python -m mfrsvlm.demo $(ARGS)
@@ -61,6 +70,10 @@ test-oldest: $(OLDEST)/.ready
 test-newest: $(NEWEST)/.ready
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(CORE) -n 2 $(ARGS)
 
+# The web page, also in a browser where Chromium is installed.
+test-app: $(APP)/.ready
+	OMP_NUM_THREADS=1 $(APP)/bin/python -m pytest tests/app -m "not gpu" $(ARGS)
+
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -80,4 +93,4 @@ parity: $(VENV)/.ready
 	$(VENV)/bin/python tests/measure_parity.py tests/reference $(VENV)/parity
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(APP) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
