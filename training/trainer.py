@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from ..checksums_mfrsvlm import ADAPTER_FILES, CHECKSUMS, MODEL_FILES, update_checksums
 from ..files.writing import write_file
@@ -231,6 +231,9 @@ class MFRSVLMTrainer(Trainer):
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
         best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         self._load_from_checkpoint(best or checkpoint)
+        if self.args.should_save:  # the run was killed before or while it did so
+            shutil.rmtree(Path(self.args.output_dir, UNFINISHED), ignore_errors=True)
+            self._rotate(Path(self.args.output_dir))
         return {"epoch": self.state.epoch or 0.0}
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -267,9 +270,21 @@ class MFRSVLMTrainer(Trainer):
         if self.is_local_process_zero() and unfinished.exists():  # on machines without a shared disk
             _move(unfinished, finished)
         if self.args.should_save:
-            rotate_checkpoints(str(run_dir), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+            self._rotate(run_dir)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(finished))
+
+    def _rotate(self, run_dir: Path) -> None:
+        """Removes the checkpoints that `rotate_checkpoints` would remove. A run that is killed leaves no part of one."""
+        limit = self.args.save_total_limit
+        if limit is None or limit <= 0:
+            return
+        checkpoints = sort_checkpoints(str(run_dir), use_mtime=True)
+        best = self.state.best_model_checkpoint
+        kept = {*checkpoints[-1:], *([] if best is None else [str(Path(best))])}
+        surplus = len(checkpoints) - max(limit, len(kept))
+        for path in [path for path in checkpoints if path not in kept][: max(surplus, 0)]:
+            _discard(Path(path), run_dir / UNFINISHED)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -297,6 +312,12 @@ class MFRSVLMTrainer(Trainer):
 
 def _move(source: Path, target: Path) -> None:
     if target.exists():  # resumed from an earlier checkpoint than the last
-        shutil.rmtree(target)
+        os.replace(target, source.with_name("replaced"))
     os.replace(source, target)
-    source.parent.rmdir()
+    shutil.rmtree(source.parent)
+
+
+def _discard(path: Path, scratch: Path) -> None:
+    scratch.mkdir(exist_ok=True)
+    os.replace(path, scratch / path.name)
+    shutil.rmtree(scratch)
