@@ -349,16 +349,18 @@ def test_memory_of_a_large_read(overviews, tmp_path):
 
 
 @pytest.mark.parametrize("cut", [5, 12, 13, 20, 7000])
-def test_a_truncated_png_is_rejected(cut: int, tmp_path: Path) -> None:
+def test_a_truncated_png_is_rejected(cut: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """GDAL reads it without an error, with random pixels."""
-    path = Path(write(tmp_path / "photo.png", pixels(), driver="PNG"))
+    monkeypatch.chdir(tmp_path)  # a long name would be shortened in the message
+    path = Path(write(Path("photo.png"), pixels(), driver="PNG"))
     path.write_bytes(path.read_bytes()[:-cut])
     with pytest.raises(RasterError, match=r"photo\.png.*(truncated|damaged)"):
         Raster.open(str(path))
 
 
-def test_a_damaged_png_is_rejected(tmp_path: Path) -> None:
-    path = Path(write(tmp_path / "photo.png", pixels(), driver="PNG"))
+def test_a_damaged_png_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a long name would be shortened in the message
+    path = Path(write(Path("photo.png"), pixels(), driver="PNG"))
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
