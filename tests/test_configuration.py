@@ -7,7 +7,9 @@ import random
 import time
 
 import pytest
+import transformers
 from huggingface_hub.errors import StrictDataclassError
+from packaging.version import Version
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, ResNetConfig
 
 from mfrsvlm import MFRSVLMConfig
@@ -273,7 +275,13 @@ def test_a_backbone_returns_the_stages_that_are_read():
         ({"text_config": 3}, "text_config must be a config or its fields, not 3"),
         ({"vision_config": {"model_type": "none"}}, "vision_config makes no config of type 'none'"),
         ({"dtype": "float99"}, "float99"),
-        ({"id2label": 3}, "wrong type"),
+        pytest.param(
+            {"id2label": 3},
+            "wrong type",
+            marks=pytest.mark.skipif(
+                Version(transformers.__version__) < Version("5.24"), reason="this transformers checks its own fields first"
+            ),
+        ),
     ],
 )
 def test_sizes_that_no_machine_could_build_are_rejected_at_once(fields, named):
