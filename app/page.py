@@ -15,7 +15,6 @@ from PIL import Image
 
 from ..demo.answering import answer
 from ..demo.ask import open_image_or_raster
-from ..evaluation.answering import Answerer, fingerprint
 from ..geospatial.areas import to_pixels
 from ..geospatial.assistant import GeoAssistant
 from ..geospatial.composites import COMPOSITES
@@ -69,27 +68,23 @@ def shown_errors(path: str) -> Iterator[None]:
         raise gradio.Error(str(error).replace(path, Path(path).name)) from error
 
 
-class Reader:
-    """Opens what a user of the page has uploaded, and nothing else."""
+def read_upload(
+    path: str, bands: str, sensor: str, composite: str, stretch: str
+) -> tuple[Image.Image, Any, pandas.DataFrame]:
+    """The image in an uploaded file, the record of a raster (else `None`), and the histogram of its channels.
 
-    def open(
-        self, path: str, bands: str, sensor: str, composite: str, stretch: str
-    ) -> tuple[Image.Image, Any, pandas.DataFrame]:
-        """The image, the record of a raster (else `None`), and the histogram of its channels.
-
-        Raises:
-            gradio.Error: it cannot be shown. The message is that of the reader.
-        """
-        options = raster_choices(bands, sensor, composite, stretch)
-        with shown_errors(path):
-            if not options and not is_georeferenced(path):
-                image, _ = open_image_or_raster(path, {})
-                image = image.convert("RGB")
-                return image, None, histogram(np.asarray(image).transpose(2, 0, 1), None)
-            with open_raster(path, options) as raster:
-                view = raster.read()
-                values, valid = raster.sample()
-                return view.image, view.record, histogram(values, valid)
+    Raises:
+        gradio.Error: it cannot be shown. The message is that of the reader.
+    """
+    options = raster_choices(bands, sensor, composite, stretch)
+    with shown_errors(path):
+        if not options and not is_georeferenced(path):
+            image = open_image_or_raster(path, {})[0].convert("RGB")
+            return image, None, histogram(np.asarray(image).transpose(2, 0, 1), None)
+        with open_raster(path, options) as raster:
+            view = raster.read()
+            values, valid = raster.sample()
+            return view.image, view.record, histogram(values, valid)
 
 
 def histogram(values: np.ndarray, valid: np.ndarray | None, bins: int = 64) -> pandas.DataFrame:
@@ -134,13 +129,9 @@ def make_page(model: Any, processor: Any, name: str, scene: str | None = None) -
         name: what the page calls the model.
         scene: an image to begin with.
     """
-    reader = Reader()
     turn = threading.Lock()  # hooks on the injectors see one question at a time
 
-    about = {"name": name, "weights": fingerprint(model)}
-    assistant = GeoAssistant(
-        Answerer(model, processor, max_new_tokens=256), about, getattr(processor, "box_format", None), progress=True
-    )
+    assistant = GeoAssistant.of_model(model, processor, name, progress=True)
 
     def survey(
         path: str | None,
@@ -178,7 +169,7 @@ def make_page(model: Any, processor: Any, name: str, scene: str | None = None) -
     def read(path: str | None, *options: str) -> tuple[Any, ...]:
         if path is None:
             return None, None, "Upload a raster or a photograph.", None
-        image, record, counts = reader.open(path, *options)
+        image, record, counts = read_upload(path, *options)
         shown = image.copy()
         shown.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
         return image, shown, describe(image, record), counts

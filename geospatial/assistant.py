@@ -103,8 +103,6 @@ class GeoAssistant:
             ValueError: no model can be loaded from there, or the device does not exist here.
         """
         model, processor = load(name, revision, dtype, find_device(device), trust_remote_code, allow_incomplete)
-        about = {"name": name, "revision": getattr(model.config, "_commit_hash", None) or revision}
-        about |= {"weights": fingerprint(model), "max_new_tokens": max_new_tokens}
         if training_images(name, revision) == SYNTHETIC:
             warnings.warn(
                 f"{name} was trained on synthetic images alone, as its card says. It does not know real ones: its answers "
@@ -112,6 +110,22 @@ class GeoAssistant:
                 RasterWarning,
                 stacklevel=2,
             )
+        return cls.of_model(model, processor, name, revision, max_new_tokens, box_format, **options)
+
+    @classmethod
+    def of_model(
+        cls,
+        model: Any,
+        processor: Any,
+        name: str,
+        revision: str | None = None,
+        max_new_tokens: int = 256,
+        box_format: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> "GeoAssistant":
+        """An assistant of a loaded model on its device. Other arguments are those of `from_pretrained`."""
+        about = {"name": name, "revision": getattr(model.config, "_commit_hash", None) or revision}
+        about |= {"weights": fingerprint(model), "max_new_tokens": max_new_tokens}
         return cls(
             Answerer(model, processor, max_new_tokens),
             about,

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     import uvicorn
     from transformers.utils import logging
 
-    from ..files.model_folder import load_model
+    from ..evaluation.answering import find_device, load
     from .app import build_app
     from .chat_requests import Limits
 
@@ -54,14 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
         allow_fetch=args.allow_fetch,
     )
     try:
-        model, processor = load_model(
-            args.model,
-            args.revision,
-            dtype=args.dtype,
-            trust_remote_code=args.trust_remote_code,
-            allow_incomplete=args.allow_incomplete,
-        )
-        model = model.to(args.device or "cpu")
+        device = find_device(args.device)
+        model, processor = load(args.model, args.revision, args.dtype, device, args.trust_remote_code, args.allow_incomplete)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -13,7 +13,7 @@ pytest.importorskip("gradio", reason="needs the extra `app`")
 
 import gradio
 
-from mfrsvlm.app.page import Reader, histogram, make_page
+from mfrsvlm.app.page import histogram, make_page, read_upload
 from mfrsvlm.demo import MODEL, SCENE
 from mfrsvlm.demo.answering import load
 
@@ -40,12 +40,12 @@ def test_histogram_counts_every_valid_pixel_once():
 
 
 def test_reader_shows_photographs_and_rasters(tmp_path):
-    image, record, counts = Reader().open(str(SCENE), *AUTO)
+    image, record, counts = read_upload(str(SCENE), *AUTO)
     assert image.size == (512, 512) and record is None and counts["pixels"].sum() == 3 * 512 * 512
     raster = write(tmp_path / "scene.tif", pixels())
-    image, record, counts = Reader().open(str(raster), *AUTO)
+    image, record, counts = read_upload(str(raster), *AUTO)
     assert record.crs and image.size == record.size
-    image, record, _ = Reader().open(str(raster), "1", "auto", "auto", "percentile")
+    image, record, _ = read_upload(str(raster), "1", "auto", "auto", "percentile")
     assert record.bands == (1,) and record.stretch.kind.startswith("percentile")
 
 
@@ -62,7 +62,7 @@ def test_reader_rejects_in_one_line(tmp_path):
         ("pointer.vrt", AUTO, "points to other files"),
     ):
         with pytest.raises(gradio.Error) as error:
-            Reader().open(str(tmp_path / name), *options)
+            read_upload(str(tmp_path / name), *options)
         text = str(error.value.message)
         assert message in text and "\n" not in text and str(tmp_path) not in text
 
