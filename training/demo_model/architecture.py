@@ -25,6 +25,10 @@ PHOTOGRAPHS = {
     "window_overlap": 0.0,
     "visual_position_embeddings": True,
 }
+# How the scenes write boxes, and ask for all of a kind.
+SCENE_BOXES = {
+    "scale": BOX_SCALE, "order": "xyxy", "padded": False, "prompt": "Give the bounding box of every {object}."
+}  # fmt: skip
 
 
 def efficientnet_lite0() -> EfficientNetConfig:
@@ -141,8 +145,8 @@ def make_processor(config: Any, tokenizer: Any, canvas_source: str = "image") ->
     image_processor = MFRSVLMImageProcessor.for_model(
         config, canvas_source=canvas_source, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
-    boxes = {"scale": BOX_SCALE, "order": "xyxy", "padded": False, "prompt": "Give the bounding box of the {object}."}
-    return MFRSVLMProcessor(image_processor, tokenizer, chat_template=make_chat_template(tokenizer), box_format=boxes)
+    template = make_chat_template(tokenizer)
+    return MFRSVLMProcessor(image_processor, tokenizer, chat_template=template, box_format=SCENE_BOXES)
 
 
 @torch.no_grad()

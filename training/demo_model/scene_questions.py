@@ -20,14 +20,16 @@ MIX = {
     "classification": 1,
     "area": 1,
     "presence": 1,
-    "count": 4,
+    "count": 3,
     "comparison": 1,
-    "position": 2,
-    "grounding": 3,
+    "position": 1,
+    "grounding": 2,
     "caption": 1,
+    "detection": 2,
+    "pointing": 1,
 }
 # Weight of a task's answer in the loss, 1 for the others.
-ANSWER_WEIGHT = {"grounding": 4.0, "caption": 3.0}
+ANSWER_WEIGHT = {"grounding": 4.0, "caption": 3.0, "detection": 8.0, "pointing": 3.0}
 NOUNS = {noun: number for number, kind in enumerate(KINDS) for noun in (kind, PLURALS[kind])}
 NOUN = re.compile(rf"\b({'|'.join(sorted(NOUNS, key=len, reverse=True))})\b")
 
