@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..arguments import DTYPES, ArgumentParser, add_loading_arguments
+from ..arguments import ArgumentParser, add_dtype_argument, add_loading_arguments
 from ..files.writing import check_file, check_folder
 from .settings import EvaluationSettings
 
@@ -56,7 +56,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         default=defaults.images_per_chunk,
         help="images whose features are in memory at the same time; default: %(default)s",
     )
-    how.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights; default: as saved")
+    add_dtype_argument(how)
     add_loading_arguments(how)
     how.add_argument("--no-sharing", action="store_true", help="encode the images again for every question")
     how.add_argument("--allow-count-mismatch", action="store_true", help="accept splits of another size than published")

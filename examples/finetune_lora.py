@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from mfrsvlm.demo import MODEL
-from mfrsvlm.demo.answering import answer, load
+from mfrsvlm.demo.answering import answer
+from mfrsvlm.evaluation.answering import load
 from mfrsvlm.scenes import CLASSES, Scene, draw, plan_scene, scene_seed
 from mfrsvlm.training import MFRSVLMTrainingArguments
 from mfrsvlm.training.finetune import DataArguments, ModelArguments, finetune

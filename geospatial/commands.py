@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..arguments import DTYPES, ArgumentParser, add_loading_arguments
+from ..arguments import ArgumentParser, add_dtype_argument, add_loading_arguments
 from ..files.reading import list_images
 from ..files.writing import check_file, write_image
 from .errors import NoOverlapError, RasterError, RasterWarning
@@ -45,7 +45,7 @@ def make_parser(task: str) -> ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--batch-size", type=int, default=8, help="answers at a time (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="maximum length of an answer (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="type of the weights (default: as saved)")
+    add_dtype_argument(parser)
     parser.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
     add_loading_arguments(parser)
     add_map_options(parser, task)
