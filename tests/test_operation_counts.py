@@ -74,7 +74,7 @@ def test_one_view_costs_what_llava_of_transformers_costs(counting, config, llava
         # The class token, and nothing else, is left out of the sizes.
         assert rows[name].encode == pytest.approx(llava[0], rel=0.03)
         assert rows[name].prefill == pytest.approx(llava[1], rel=0.01)  # norms are among the sizes
-    assert rows["global view only"].decode == pytest.approx(rows["LLaVA-1.5: one view"].decode, rel=1e-3)
+    assert rows["global view only"].decode == pytest.approx(rows["LLaVA-1.5: one view"].decode, rel=0.01)
     assert rows["global view only"].decode_bytes == rows["LLaVA-1.5: one view"].decode_bytes
     assert rows["global view only"].prefill_bytes == pytest.approx(rows["LLaVA-1.5: one view"].prefill_bytes, rel=0.01)
 
