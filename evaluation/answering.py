@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from ..configuration_mfrsvlm import CACHE
-from ..files.model_folder import load_model
+from ..files.model_folder import load_model, slow_on_cpu
 from ..files.reading import shorten
 
 
@@ -89,13 +89,6 @@ def load(
         logger.warning(f"{name} is loaded in float32: this CPU is many times slower in {saved}. --dtype {saved} keeps it.")
         model = model.float()
     return model.to(device).eval(), processor
-
-
-def slow_on_cpu(dtype: torch.dtype) -> bool:
-    """Whether the CPU emulates products of this type: always float16, and bfloat16 without AVX-512 or SVE."""
-    if dtype == torch.bfloat16:
-        return not torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX", "SVE"))
-    return dtype == torch.float16
 
 
 def find_device(device: str | None = None) -> str:
