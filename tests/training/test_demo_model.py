@@ -278,13 +278,20 @@ def test_training_continues_from_a_folder(tmp_path):
     """With its encoder, which is frozen, its tokenizer and its projector."""
     start = str(MODEL)
     command = [CONFIG, f"--start={start}", f"--output={tmp_path / 'model'}", f"--work={tmp_path / 'work'}"]
-    settings = ("--bf16=false", "--muon=false", "--guidance=false", "--test_scenes=0", "--learning_rate=1e-5")
+    settings = (
+        "--bf16=false",
+        "--muon=false",
+        "--guidance=false",
+        "--test_scenes=0",
+        "--learning_rate=1e-3",
+        "--warmup_steps=0",
+    )
     assert train_demo_model.run([*command, *TINY, *settings]) == 0
     before, after = (load_file(Path(folder) / "model.safetensors") for folder in (start, tmp_path / "model"))
     assert before.keys() == after.keys()
     for name, tensor in after.items():
         difference = (tensor.float() - before[name].float()).abs().max()
-        assert difference == 0 if "vision_tower." in name else difference < 0.01, name
+        assert difference == 0 if "vision_tower." in name else difference < 0.05, name
     assert any(not torch.equal(before[name], after[name]) for name in before)
     assert (tmp_path / "model/tokenizer.json").read_bytes() == (Path(start) / "tokenizer.json").read_bytes()
     assert not list((tmp_path / "work").glob("encoder-*.pt"))
