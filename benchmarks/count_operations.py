@@ -11,7 +11,6 @@ for one image at batch size 1. Real time is longer. Bytes are those of the weigh
 """
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +67,7 @@ def published_sizes() -> MFRSVLMConfig:
 
 def read_config(path: Path) -> MFRSVLMConfig:
     """The config of a model folder or of a `config.json`."""
-    return MFRSVLMConfig.from_dict(json.loads((path / "config.json" if path.is_dir() else path).read_text()))
+    return MFRSVLMConfig.from_json_file(path / "config.json" if path.is_dir() else path)
 
 
 def change(config: MFRSVLMConfig, fields: dict[str, Any]) -> MFRSVLMConfig:

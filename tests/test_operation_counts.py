@@ -96,6 +96,12 @@ def test_counts_are_those_of_a_real_answer(counting, config):
     assert cost.encode_bytes + cost.prefill_bytes == 4 * weights
 
 
+def test_config_of_a_folder_or_a_file(counting, config, tmp_path):
+    config.save_pretrained(tmp_path)
+    for path in (tmp_path, tmp_path / "config.json"):
+        assert counting.read_config(path).to_dict() == config.to_dict()
+
+
 def test_modes_cost_less_from_row_to_row(counting, config):
     rows = counting.count_all(config, text_tokens=10, answer_tokens=2)
     encodings = [rows[name].encode for name in counting.MODES]
