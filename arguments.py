@@ -73,6 +73,12 @@ def add_loading_arguments(parser: Any) -> None:
     )
 
 
+def add_dtype_argument(parser: Any) -> None:
+    """The type in which a command that answers questions loads the weights."""
+    how = "type of the weights (default: as saved, or float32 on a CPU that is slow in that type)"
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help=how)
+
+
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of every command that writes a model folder."""
     parser.add_argument("--output", required=True, type=Path, help="folder to write")

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from ..configuration_mfrsvlm import CACHE
-from ..files.model_folder import load_model
+from ..files.model_folder import load_model, slow_on_cpu
 from ..files.reading import shorten
 
 
@@ -64,19 +64,30 @@ def load(
     name: str,
     revision: str | None = None,
     dtype: str = "auto",
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     trust_remote_code: bool = False,
     allow_incomplete: bool = False,
 ) -> tuple[Any, Any]:
-    """Loads the model and the processor of a folder or Hub id, see `mfrsvlm.files.model_folder.load_model`.
+    """Loads the model, in eval mode on its device, and the processor of a folder or Hub id.
+
+    Args:
+        name, revision, trust_remote_code, allow_incomplete: see `mfrsvlm.files.model_folder.load_model`.
+        dtype: type of the weights; `"auto"`: as saved, or float32 if the CPU computes many times slower in the saved type.
+        device: of the model; `None`: an accelerator, if there is one.
 
     Raises:
-        ValueError: the folder contains no model that can be loaded, has no chat template, or needs `trust_remote_code`.
+        ValueError: the device does not exist here; the folder contains no model that can be loaded, has no chat template,
+            or needs `trust_remote_code`.
     """
+    device = torch.device(find_device(device if device is None else str(device)))
     model, processor = load_model(
         name, revision, dtype, trust_remote_code=trust_remote_code, allow_incomplete=allow_incomplete
     )
     check_chat_template(processor, name)
+    if dtype == "auto" and device.type == "cpu" and slow_on_cpu(model.dtype):
+        saved = str(model.dtype).removeprefix("torch.")
+        logger.warning(f"{name} is loaded in float32: this CPU is many times slower in {saved}. --dtype {saved} keeps it.")
+        model = model.float()
     return model.to(device).eval(), processor
 
 

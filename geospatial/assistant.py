@@ -11,7 +11,7 @@ import huggingface_hub
 import numpy as np
 import shapely
 
-from ..evaluation.answering import Answerer, find_device, fingerprint, load
+from ..evaluation.answering import Answerer, fingerprint, load
 from ..evaluation.numbers import read_number
 from ..processing_mfrsvlm import check_box_format
 from .answers import Outcome
@@ -91,7 +91,7 @@ class GeoAssistant:
         Args:
             name: folder or Hub id.
             revision: branch, tag or commit of a Hub id.
-            dtype: type of the weights; `"auto"`: as saved.
+            dtype: type of the weights; `"auto"`: as saved, or float32 on a CPU that is slow in it.
             device: of the model; `None`: an accelerator, if there is one.
             trust_remote_code: run the code in the model folder.
             max_new_tokens: maximum length of an answer.
@@ -102,7 +102,7 @@ class GeoAssistant:
         Raises:
             ValueError: no model can be loaded from there, or the device does not exist here.
         """
-        model, processor = load(name, revision, dtype, find_device(device), trust_remote_code, allow_incomplete)
+        model, processor = load(name, revision, dtype, device, trust_remote_code, allow_incomplete)
         if training_images(name, revision) == SYNTHETIC:
             warnings.warn(
                 f"{name} was trained on synthetic images alone, as its card says. It does not know real ones: its answers "

@@ -336,26 +336,30 @@ def evidence(
     """Markdown for the card: what the model was trained on, how, and its figures."""
     sources = [f"{options.scenes} synthetic scenes (`mfrsvlm.scenes`)"] if options.scenes else []
     sources += [f"the rows of `{Path(options.train_file).name}`"] if options.train_file else []
+    begun = f"from the weights of `{Path(options.start).name}`" if options.start else "from random weights"
     text = f"""\
-**This model is a demonstration.** It was trained from random weights on {" and ".join(sources)}, to show on a CPU that
-every part works."""
+**This model is a demonstration.** It was trained {begun} on {" and ".join(sources)},
+to show on a CPU that every part works."""
     text += scene_table(figures) if figures else ""
     minutes = ", ".join(f"{stage} {value / 60:.0f} minutes" for stage, value in seconds.items())
     threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
-    trained = "Then encoder and decoder were trained together" if options.train_encoder else "Then the decoder was trained"
+    trained = "encoder and decoder were trained together" if options.train_encoder else "the decoder was trained"
+    trained = trained.capitalize() if options.start else f"Then {trained}"
     guided = (
         "\nAuxiliary losses taught it which visual tokens contain the objects that a question names. The heads of these"
         "\nlosses are not part of the model (`training/demo_model/guidance.py`)."
         if args.guidance
         else ""
     )
+    settings = [f"max_steps={args.max_steps}", f"scenes={options.scenes}", f"seed={args.seed}"]
+    settings += [f"start={Path(options.start).name}"] if options.start else [f"encoder_steps={options.encoder_steps}"]
+    encoder = "" if options.start else "First the encoder was trained to predict the objects in each token. "
     return f"""{text}
 
-First the encoder was trained to predict the objects in each token. {trained} to answer.{guided} The command was
+{encoder}{trained} to answer.{guided} The command was
 
-`python -m mfrsvlm.training.train_demo_model training/configs/demo_model.yaml` with max_steps={args.max_steps},
-scenes={options.scenes}, encoder_steps={options.encoder_steps} and seed={args.seed}, on {threads} thread(s) of
-{platform.machine()} ({capability}), torch {torch.__version__}: {minutes}."""
+`python -m mfrsvlm.training.train_demo_model training/configs/demo_model.yaml` with {", ".join(settings)},
+on {threads} thread(s) of {platform.machine()} ({capability}), torch {torch.__version__}: {minutes}."""
 
 
 def scene_table(figures: dict[str, dict[str, Any]], canvas: int = CANVAS) -> str:
