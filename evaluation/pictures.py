@@ -111,7 +111,7 @@ def _image_of(row: dict[str, Any], benchmark: Benchmark) -> Image.Image:
         scale = min(part / image.width, SIDE / image.height)
         shown = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
         pen = ImageDraw.Draw(shown)
-        for color, places in ((TRUE_BOX, row["boxes"]), (BOX, row["parsed"])) if "boxes" in row else ():
+        for color, places in ((TRUE_BOX, row["boxes"]), (BOX, row["parsed"] or ())) if "boxes" in row else ():
             for place in places:
                 _mark(pen, [value * scale for value in place], color)
         square.paste(shown, (number * part, 0))

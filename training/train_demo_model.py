@@ -312,7 +312,10 @@ def count_cars(folder: Path, real: Path) -> dict[str, Any]:
 
 
 def scene_figures(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The main figure of each task of the scenes, from the results of an evaluation."""
+    """The main figure of each task of the scenes, from the results of an evaluation.
+
+    Lists of boxes and points are left out if nothing asked for them, as in evaluations before they were added.
+    """
     return {
         "classification": results["classification"]["accuracy"],
         **{task: results["vqa"]["per_type"][task] for task in ("area", "presence", "comparison", "position")},
@@ -320,6 +323,7 @@ def scene_figures(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "grounding": results["grounding"]["accuracy_0.5"],
         "caption": results["captioning"]["caption_exact"],
         "caption facts": results["captioning"]["caption_facts"],
+        **{task: results[task]["f1"] for task in ("detection", "pointing") if task in results},
     }
 
 
@@ -361,13 +365,18 @@ on {threads} thread(s) of {platform.machine()} ({capability}), torch {torch.__ve
 def scene_table(figures: dict[str, dict[str, Any]], canvas: int = CANVAS) -> str:
     """Markdown: the figures of `evaluate_folder`, for a model with a canvas of this side."""
     low, high = (value * canvas / SCENE_SIZE for value in OBJECT_PIXELS)
+    lists = (
+        "\n*detection* and *pointing* are the F1 scores of lists of boxes and points."
+        if "detection" in figures["image"]
+        else ""
+    )
     text = f"""
 
 The table reports accuracy in per cent on held-out synthetic scenes (`{PROTOCOL}` protocol, greedy decoding). Objects
 are {low:g} to {high:g} pixels long on the canvas of {canvas}, half of that in the global view. A box is correct if its
 intersection over union with the true box is at least 0.5. A caption is correct if it is exact; *caption facts* is the F1
 score of its facts. *Blind* is the same model without the image. *Majority* always predicts the most frequent answer to
-a kind of question.
+a kind of question.{lists}
 {above_majority(figures)}
 
 | task | accuracy | 95 % interval | n | blind | majority |

@@ -50,6 +50,16 @@ def test_boxes_are_where_they_belong():
         assert sorted(found[name][1]) == pytest.approx([y1 * scale, y2 * scale], abs=2)
 
 
+def test_points_and_lists_that_cannot_be_parsed_are_drawn():
+    benchmark = load_benchmark("scenes", None, "test", count=1)
+    rows = [
+        row(0, 1.0, images=["test-0000000"], boxes=[[64, 64, 128, 128]], parsed=places)
+        for places in ([[256, 256]], [], None)
+    ]
+    pointed, nothing, unclear = (np.asarray(draw_predictions([one], benchmark)) for one in rows)
+    assert (pointed != nothing).any() and (nothing == unclear).all()
+
+
 def test_long_texts_and_several_images_fit():
     benchmark = load_benchmark("scenes", None, "test", count=1)
     images = ["test-0000000", "test-0000001"]
