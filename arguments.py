@@ -50,7 +50,7 @@ def converter_parser() -> ArgumentParser:
     """The options of `convert_checkpoint`."""
     parser = ArgumentParser(
         prog="mfrsvlm convert",
-        description="Converts a released checkpoint, in the authors' layout, to a model folder.",
+        description="Converts a released checkpoint, in the authors' layout, or a model folder, to a model folder.",
         epilog="To make a new model from parts, use `mfrsvlm assemble`.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -60,6 +60,17 @@ def converter_parser() -> ArgumentParser:
     released.add_argument("--vision-tower", required=True, help=tower)
     released.add_argument("--verify", action="store_true", help="compare the result with the source, in a new process")
     add_output_arguments(released)
+    widen = commands.add_parser("widen", help="give a model with three bands an encoder of more, whose new weights are zero")
+    widen.add_argument("source", help="model folder or Hub id")
+    widen.add_argument(
+        "--bands",
+        required=True,
+        type=lambda text: text.split(","),
+        help="names of all bands, such as red,green,blue,nir (common names of STAC)",
+    )
+    widen.add_argument("--mean", type=float, help="mean of new bands, 0 to 1 (default: the mean of those of the source)")
+    widen.add_argument("--std", type=float, help="standard deviation of new bands (default: as for --mean)")
+    add_output_arguments(widen)
     return parser
 
 
@@ -71,6 +82,12 @@ def add_loading_arguments(parser: Any) -> None:
         action="store_true",
         help="warn, instead of stopping, if weights are missing, damaged or not those that were saved",
     )
+
+
+def add_dtype_argument(parser: Any) -> None:
+    """The type in which a command that answers questions loads the weights."""
+    how = "type of the weights (default: as saved, or float32 on a CPU that is slow in that type)"
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help=how)
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:

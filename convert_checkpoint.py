@@ -1,6 +1,7 @@
-"""Converts a checkpoint in the authors' layout to a model folder of this package.
+"""Converts a checkpoint in the authors' layout to a model folder of this package, or a model folder to one of more bands.
 
     mfrsvlm convert released SRC --vision-tower DIR_OR_HUB_ID --output OUT [--dtype bfloat16] [--verify]
+    mfrsvlm convert widen SRC --bands red,green,blue,nir --output OUT
 
 A released checkpoint is memory-mapped, so that it need not fit into memory. Every key must be in
 `released_layout.KEY_TABLE`, which also lists dropped keys. An unknown key stops the conversion. The output folder is written
@@ -8,6 +9,7 @@ atomically.
 """
 
 import contextlib
+import copy
 import os
 import pickle
 import re
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
@@ -29,7 +32,7 @@ from transformers.utils import logging
 
 from .arguments import converter_parser
 from .configuration_mfrsvlm import MFRSVLMConfig
-from .image_processing_mfrsvlm import MFRSVLMImageProcessor
+from .image_processing_mfrsvlm import RGB, MFRSVLMImageProcessor
 from .modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from .output_folders import clean_up, unwritten, whole_folder
 from .processing_mfrsvlm import MFRSVLMProcessor, make_chat_template
@@ -406,14 +409,97 @@ def verify_folder(folder: Path, model: MFRSVLMForConditionalGeneration) -> None:
     print(f"verified: {len(written)} tensors equal, logits of one forward differ by {error:.1e}")
 
 
+def widen(
+    source: str,
+    bands: list[str],
+    output: Path,
+    mean: float | None = None,
+    std: float | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Gives a model an encoder of more bands. The weights of new bands are zero, so that answers about RGB stay the same.
+
+    Images of three channels still work: their new bands are zero after normalization.
+
+    Args:
+        source: model folder or Hub id.
+        bands: names of all bands in their order; those of the source are among them. Without `image_bands`, these are red,
+            green and blue.
+        output: folder to make.
+        mean: of the new bands, of samples from 0 to 1; `None`: the mean of those of the source.
+        std: standard deviation, as for `mean`.
+        dtype: of the written weights; that of the source if `None`.
+        overwrite: whether an existing model folder at `output` may be replaced.
+
+    Raises:
+        ConversionError: the names do not fit the source, or its encoder is of an unknown kind; or `output` exists.
+    """
+    from .files.model_folder import load_model as load_folder
+    from .model_card.card import write_model_card
+
+    with explained(f"{source} cannot be loaded"):
+        model, processor = load_folder(source, dtype=getattr(torch, dtype) if dtype else "auto")
+        image_processor = processor.image_processor
+    old = list(image_processor.image_bands or RGB)
+    missing = sorted(set(old) - set(bands))
+    if model.config.num_channels != len(old) or missing or len(set(bands)) != len(bands) or not all(bands):
+        raise ConversionError(
+            f"bands={bands} must be different names, with the bands {old} of {source} among them, which has "
+            f"{model.config.num_channels} channels."
+        )
+    config = copy.deepcopy(model.config)
+    config.dtype = model.dtype
+    config.vision_config.num_channels = len(bands)
+    places = [bands.index(name) for name in old]
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in type(model)(config).state_dict().items()}
+    state = {name: widen_weight(name, tensor, shapes[name], places) for name, tensor in model.state_dict().items()}
+    settings = image_processor.to_dict() | {
+        "num_channels": len(bands),
+        "image_bands": list(bands),
+        "image_mean": of_all_bands(image_processor.image_mean, mean, places, len(bands)),
+        "image_std": of_all_bands(image_processor.image_std, std, places, len(bands)),
+    }
+    with explained(f"bands={bands}, mean={mean} and std={std} are no settings of an image processor"):
+        processor.image_processor = type(image_processor).from_dict(settings)
+    with whole_output(output, overwrite, [Path(source)]) as folder:
+        widened = load_model(config, state)
+        save_folder(folder, widened, processor, model.generation_config)
+        write_model_card(folder, widened.config, origin="converted", parts={"model": source})
+
+
+def of_all_bands(values: Any, new: float | None, places: list[int], count: int) -> list[float]:
+    """A setting of the image processor for `count` bands: that of the source at `places`, elsewhere `new` or their mean."""
+    given = np.broadcast_to(np.asarray(values, dtype=np.float64), (len(places),))
+    every = np.full(count, given.mean() if new is None else new)
+    every[places] = given
+    return every.tolist()
+
+
+def widen_weight(name: str, tensor: torch.Tensor, shape: torch.Size, places: list[int]) -> torch.Tensor:
+    """The tensor itself, or for a layer that reads pixels, one of `shape` that is zero but for the columns at `places`."""
+    if tensor.shape == shape:
+        return tensor
+    old = len(places)
+    wide = torch.zeros(shape, dtype=tensor.dtype)
+    if tensor.ndim == 4 and tensor.shape[1] == old:  # a convolution: (out, channels, height, width)
+        wide[:, places] = tensor
+    elif tensor.ndim == 2 and tensor.shape[1] % old == 0:  # patches as rows: (out, height * width * channels)
+        new = shape[1] // (tensor.shape[1] // old)
+        wide.view(shape[0], -1, new)[..., places] = tensor.view(tensor.shape[0], -1, old)
+    else:
+        raise ConversionError(f"{name} has shape {tuple(tensor.shape)} and would have {tuple(shape)}: it cannot be widened.")
+    return wide
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["assemble"]:
         print(f"error: this command converts. {ASSEMBLE}", file=sys.stderr)
         return 2
     options = vars(converter_parser().parse_args(argv))
-    options.pop("command")
-    return run(convert_released, options)
+    return run({"released": convert_released, "widen": widen}[options.pop("command")], options)
 
 
 def run(command: Callable[..., None], options: dict[str, Any]) -> int:

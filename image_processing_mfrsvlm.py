@@ -26,6 +26,7 @@ from .image_sources_mfrsvlm import ROWS_PIXELS, image_size, open_image, open_sou
 # What saved settings hold besides the settings themselves, and those that have to be there.
 METADATA = {"auto_map", "feature_extractor_type", "image_processor_type", "processor_class"}
 SAVED = ("size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std")
+RGB = ("red", "green", "blue")
 LARGEST_SIDE, MOST_VALUES = 2**14, 2**28  # pixels of a view, values of a row (1 GiB in float32)
 PIXEL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -80,6 +81,8 @@ def join_windows(
 class MFRSVLMImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """
     num_channels: channels of an image. 3 channels are red, green and blue; other numbers need arrays with as many bands.
+    image_bands: names of the channels, for example `["red", "green", "blue", "nir"]`. With red, green and blue among them,
+        images of three channels are taken too: their other bands are zero after normalization.
     value_range: values of black and white, if the dtype does not determine them. Samples are scaled to 8 bits between the
         two values and clipped.
     pixel_dtype: type of the output, `"float32"`, `"bfloat16"` or `"float16"`.
@@ -95,6 +98,7 @@ class MFRSVLMImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[ca
     """
 
     num_channels: int
+    image_bands: list[str] | tuple[str, ...] | None
     value_range: list[float | int] | tuple[float | int, ...] | None
     pixel_dtype: str
     patch_size: int
@@ -136,6 +140,7 @@ class MFRSVLMImageProcessor(PilBackend):
     crop_size = {"height": 336, "width": 336}
     do_convert_rgb = do_pad = do_resize = do_center_crop = do_rescale = do_normalize = True
     num_channels = 3
+    image_bands = None
     value_range = None
     pixel_dtype = "float32"
     patch_size = 14
@@ -218,6 +223,11 @@ class MFRSVLMImageProcessor(PilBackend):
         for name in ("patch_size", "canvas_scale", "num_channels", "max_image_pixels"):
             if not is_number(kwargs[name], int) or kwargs[name] < 1:
                 raise ValueError(f"{name}={shown(kwargs[name])} must be a whole number and at least 1.")
+        bands = given.image_bands
+        if bands is not None and not (
+            len(bands) == given.num_channels == len(set(bands)) and all(isinstance(name, str) and name for name in bands)
+        ):
+            raise ValueError(f"image_bands={shown(bands)} must be num_channels={given.num_channels} different names.")
         if not is_number(given.max_aspect_ratio, (int, float)) or not given.max_aspect_ratio >= 1:
             raise ValueError(f"max_aspect_ratio={shown(given.max_aspect_ratio)} must be at least 1.")
         if not all(is_number(size, int) for size in given.window_sizes):
@@ -320,24 +330,31 @@ class MFRSVLMImageProcessor(PilBackend):
 
         def view(planes: list[Image.Image], scale: int) -> np.ndarray:
             """The normalized image at `scale` times the size of the global view, (C, height, width)."""
-            mode, colors = working_mode(planes, channels), [None] * len(planes)
+            present = list(range(channels))
+            if channels > 3 and len(planes) != channels:  # of red, green and blue alone
+                present = [given.image_bands.index(name) for name in RGB]
+            mode, colors = working_mode(planes, len(present)), [None] * len(planes)
+            mean = np.broadcast_to(np.asarray(given.image_mean, dtype=np.float64), (channels,))[present]
             if given.do_pad:
-                colors = pad_colors(mode, len(planes), given.image_mean)
+                colors = pad_colors(mode, len(planes), mean)
             if given.do_resize:
                 target = scaled_size(padded_size(planes[0], given.do_pad), given.size, scale)
                 planes = [resize(p, mode, target, given.resample, color) for p, color in zip(planes, colors, strict=True)]
             else:
                 planes = [plane.convert(mode) for plane in planes]
-                planes = pad_to_square(planes, given.image_mean) if given.do_pad else planes
+                planes = pad_to_square(planes, mean) if given.do_pad else planes
             if given.do_center_crop:
                 left, top = ((edge - scale * side) // 2 for edge in planes[0].size)
                 planes = [plane.crop((left, top, left + scale * side, top + scale * side)) for plane in planes]
             pixels = np.concatenate([np.atleast_3d(plane) for plane in planes], axis=2)
+            result = np.zeros((channels, *pixels.shape[:2]), np.float32)
             if pixels.dtype != np.uint8:  # bicubic interpolation overshoots, and 8 bits would be clipped
-                return normalized(pixels.clip(0, 1).transpose(2, 0, 1))
-            result = np.empty((channels, *pixels.shape[:2]), np.float32)
-            for channel in range(channels):
-                np.take(table[channel], pixels[..., channel], out=result[channel], mode="clip")
+                whole = np.zeros((channels, *pixels.shape[:2]), pixels.dtype)
+                whole[present] = pixels.clip(0, 1).transpose(2, 0, 1)
+                result[present] = normalized(whole)[present]
+                return result
+            for place, channel in enumerate(present):
+                np.take(table[channel], pixels[..., place], out=result[channel], mode="clip")
             return result
 
         for index, (planes, row) in enumerate(zip(images, as_numpy(rows), strict=True)):

@@ -332,7 +332,10 @@ def read_planes(image: Any, given: SimpleNamespace) -> list[Image.Image]:
         One image of three channels, or one in gray for every channel (8 bits, or floats in [0, 1]). An image of three
         channels may still have another mode, such as RGBA or P: converted at once, it would need its memory twice.
     """
-    to_rgb = bool(given.do_convert_rgb) and given.num_channels == 3
+    channels = given.num_channels
+    takes_rgb = channels == 3 or {"red", "green", "blue"} <= set(given.image_bands or ())
+    if takes_rgb and isinstance(image, Image.Image):
+        channels = 3
     limits = (given.do_pad, given.max_aspect_ratio, given.max_image_pixels)
     if isinstance(image, Image.Image):
         check_extent(image.height, image.width, *limits)
@@ -345,10 +348,9 @@ def read_planes(image: Any, given: SimpleNamespace) -> list[Image.Image]:
         image = upright(image)
         with damage("it"):
             image.load()
-        if not to_rgb and image.mode not in ({"RGB"} if given.num_channels == 3 else {"1", "L", *DEEP_MODES}):
-            raise ValueError(
-                f"its mode {image.mode!r} is not num_channels={given.num_channels} bands: pass them as an array."
-            )
+        to_rgb = bool(given.do_convert_rgb) and channels == 3
+        if not to_rgb and image.mode not in ({"RGB"} if channels == 3 else {"1", "L", *DEEP_MODES}):
+            raise ValueError(f"its mode {image.mode!r} is not num_channels={channels} bands: pass them as an array.")
         if to_rgb and image.mode not in DEEP_MODES:
             if given.value_range is None:
                 return [image]
@@ -356,17 +358,19 @@ def read_planes(image: Any, given: SimpleNamespace) -> list[Image.Image]:
         array = np.atleast_3d(image).transpose(2, 0, 1)
         array = array.astype(np.uint8) * 255 if array.dtype == bool else array
     else:
-        array = to_array(image, given.input_data_format, given.num_channels)
+        array = to_array(image, given.input_data_format, channels)
+        channels = 3 if takes_rgb and len(array) == 3 else channels
+        to_rgb = bool(given.do_convert_rgb) and channels == 3
         check_extent(array.shape[1], array.shape[2], *limits)
     array = to_eight_bits(array, given.value_range, quantize=bool(given.do_rescale))
     if to_rgb and len(array) == 1:
         plane = Image.fromarray(np.ascontiguousarray(array[0]))
         return [plane] if plane.mode == "L" else [plane] * 3
     array = array[:3] if to_rgb and len(array) == 4 else array
-    if len(array) != given.num_channels:
-        rule = "set do_convert_rgb" if given.num_channels == 3 else "pass an array with as many bands"
-        raise ValueError(f"it has {len(array)} channels, but num_channels={given.num_channels}: {rule}.")
-    if given.num_channels == 3 and array.dtype == np.uint8:
+    if len(array) != channels:
+        rule = "set do_convert_rgb" if channels == 3 else "pass an array with as many bands"
+        raise ValueError(f"it has {len(array)} channels, but num_channels={channels}: {rule}.")
+    if channels == 3 and array.dtype == np.uint8:
         return [Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0)))]
     # Apart, because Pillow takes the fourth of four channels for alpha and weighs the others with it.
     return [Image.fromarray(np.ascontiguousarray(channel)) for channel in array]

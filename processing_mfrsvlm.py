@@ -41,6 +41,7 @@ from .image_sources_mfrsvlm import shown
 ASSISTANT = "ASSISTANT:"  # what the chat template ends a prompt with
 NUMBER = r"\s*([0-9]+(?:\.[0-9]+)?)\s*"
 WRITTEN_BOX = re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]")
+WRITTEN_POINT = re.compile(rf"\[{NUMBER},{NUMBER}\]")
 BOX_FORMAT = {"scale": 1000, "order": "xyxy", "padded": False}
 
 
@@ -56,6 +57,12 @@ def parse_boxes(text: str, box_scale: float = 1000) -> list[tuple[float, float, 
         if max(x1, y1, x2, y2) <= box_scale:
             boxes.append((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)))
     return boxes
+
+
+def parse_points(text: str, scale: float = 1000) -> list[tuple[float, float]]:
+    """The points `[x, y]` in a text, in its order, from 0 to `scale`. Brackets with anything else are left out."""
+    points = [(float(x), float(y)) for x, y in WRITTEN_POINT.findall(text)]
+    return [point for point in points if max(point) <= scale]
 
 
 def locate_boxes(
@@ -631,4 +638,5 @@ __all__ = [
     "locate_boxes",
     "make_chat_template",
     "parse_boxes",
+    "parse_points",
 ]

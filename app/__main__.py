@@ -19,7 +19,7 @@ def make_parser() -> ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     args = make_parser().parse_args(arguments)
     # Imported here: `--help` and wrong options need none of it.
-    from ..demo.answering import load
+    from ..evaluation.answering import load
     from .page import make_page
 
     try:

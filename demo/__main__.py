@@ -35,9 +35,10 @@ def main(arguments: list[str] | None = None) -> int:
     # Imported here: `--help` and wrong options need none of it.
     from transformers.utils import logging
 
+    from ..evaluation.answering import load
     from ..image_sources_mfrsvlm import open_image
     from ..scenes import ask, draw, plan_scene, scene_seed
-    from .answering import answer, load
+    from .answering import answer
     from .picture import draw_answers
 
     logging.disable_progress_bar()

@@ -1,13 +1,10 @@
-"""Loads a model and asks it about one image, through the ordinary processor and `generate`."""
+"""Asks a model about one image, through the ordinary processor and `generate`."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
-
-from ..evaluation.answering import find_device
-from ..files.model_folder import load_model
 
 
 @dataclass(frozen=True)
@@ -23,30 +20,6 @@ class Answer:
     question: str
     text: str
     boxes: list[list[float]]
-
-
-def load(
-    name: str,
-    dtype: str = "auto",
-    device: str | None = None,
-    trust_remote_code: bool = False,
-    allow_incomplete: bool = False,
-) -> tuple[Any, Any]:
-    """Loads the model, in eval mode, and the processor of a folder or Hub id, see `files.model_folder.load_model`.
-
-    Args:
-        name: folder or Hub id.
-        dtype: type of the weights; `"auto"`: as saved.
-        device: device of the model; `None`: an accelerator, if there is one.
-        trust_remote_code: run the code in the model folder. Without it, an MF-RSVLM uses the code of this package.
-        allow_incomplete: see `files.model_folder.load_model`.
-
-    Raises:
-        ValueError: the device does not exist here, or the model cannot be loaded.
-    """
-    device = find_device(device)
-    model, processor = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code, allow_incomplete=allow_incomplete)
-    return model.to(device), processor
 
 
 def answer(model: Any, processor: Any, image: Image.Image, questions: list[str], max_new_tokens: int = 64) -> list[Answer]:

@@ -7,15 +7,14 @@ With options for maps, `geospatial` also asks and writes.
 import json
 import os
 import sys
-import warnings
 from dataclasses import asdict
 from importlib.util import find_spec
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..arguments import DTYPES, ArgumentParser, add_loading_arguments
+from ..arguments import ArgumentParser, add_dtype_argument, add_loading_arguments
 from ..files.writing import WriteError, check_file, write_image
-from ..geospatial.errors import RasterError, RasterWarning
+from ..geospatial.errors import RasterError, without_warnings
 from ..geospatial.options import add_map_options, add_raster_options, map_options_given, print_notes, raster_options
 
 
@@ -31,7 +30,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print one JSON object; boxes are x1, y1, x2, y2 in pixels")
     parser.add_argument("--picture", metavar="PATH", help="write an image with the boxes and the answers to this file")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="maximum length of an answer (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="type of the weights (default: as saved)")
+    add_dtype_argument(parser)
     parser.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
     parser.add_argument("--batch-size", type=int, default=8, help="answers at a time, for maps (default: %(default)s)")
     add_loading_arguments(parser)
@@ -52,7 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     # Imported here: `--help` and wrong options need none of it.
     from transformers.utils import logging
 
-    from .answering import answer, load
+    from ..evaluation.answering import load
+    from .answering import answer
     from .picture import draw_answers
 
     logging.disable_progress_bar()
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.picture is not None:
             check_file(args.picture, is_image=True)
         image, record = open_image_or_raster(args.image, raster_options(args))
-        model, processor = load(args.model, args.dtype, args.device, args.trust_remote_code, args.allow_incomplete)
+        model, processor = load(args.model, None, args.dtype, args.device, args.trust_remote_code, args.allow_incomplete)
         answers = answer(model, processor, image, args.questions, args.max_new_tokens)
         if args.picture is not None:
             lines = [(reply.question, reply.text) for reply in answers]
@@ -106,10 +106,8 @@ def open_image_or_raster(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
         from ..geospatial.raster import Raster, is_georeferenced
 
         if options or is_georeferenced(name):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RasterWarning)  # printed instead
-                with Raster.open(name, **options) as raster:
-                    view = raster.read()
+            with without_warnings(), Raster.open(name, **options) as raster:
+                view = raster.read()
             print_notes(raster.notes)
             return view.image, view.record
     return open_image(name), None

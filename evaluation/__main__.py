@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..arguments import DTYPES, ArgumentParser, add_loading_arguments
+from ..arguments import ArgumentParser, add_dtype_argument, add_loading_arguments
 from ..files.writing import check_file, check_folder
 from .settings import EvaluationSettings
 
@@ -56,7 +56,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         default=defaults.images_per_chunk,
         help="images whose features are in memory at the same time; default: %(default)s",
     )
-    how.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights; default: as saved")
+    add_dtype_argument(how)
     add_loading_arguments(how)
     how.add_argument("--no-sharing", action="store_true", help="encode the images again for every question")
     how.add_argument("--allow-count-mismatch", action="store_true", help="accept splits of another size than published")
@@ -82,6 +82,10 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="name in the runs of the model of --card; default: the name of its folder")
     parser.add_argument("--published", type=Path, help="file of published results; default: the one of this package")
     parser.add_argument("--no-plots", action="store_true", help="leave out the plots, which need matplotlib")
+    parser.add_argument(
+        "--pictures", type=int, metavar="N", help="draw N questions of each run with image, answer and truth; needs --output"
+    )
+    parser.add_argument("--data", help="folder of the benchmark, for --pictures")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -144,7 +148,8 @@ def run(args: argparse.Namespace) -> None:
 
 def report(args: argparse.Namespace) -> None:
     from ..model_card.results import update_card
-    from .plots import write_plots
+    from .pictures import write_pictures
+    from .plots import write_plots, write_reliability
     from .report import (
         PUBLISHED,
         as_markdown,
@@ -158,11 +163,16 @@ def report(args: argparse.Namespace) -> None:
         check_folder(args.output)
     if args.card and (args.card / "README.md").exists():
         check_file(args.card / "README.md")
+    if args.pictures is not None and (args.pictures < 1 or not args.output):
+        raise ValueError(f"--pictures {args.pictures} must be at least 1, and needs --output.")
     summaries, published = read_summaries(args.runs), args.published or PUBLISHED
     if args.output:
         tables = write_report(summaries, args.output, published, args.latex)
         if not args.no_plots:
             write_plots(tables, args.output)
+            write_reliability(summaries, args.output)
+        if args.pictures is not None:
+            write_pictures(summaries, args.output, args.pictures, args.data)
     else:
         tables = make_tables(summaries, read_published(published))
     print(as_markdown(tables), end="")

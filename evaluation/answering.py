@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from ..configuration_mfrsvlm import CACHE
-from ..files.model_folder import load_model
+from ..files.model_folder import load_model, slow_on_cpu
 from ..files.reading import shorten
 
 
@@ -64,19 +64,30 @@ def load(
     name: str,
     revision: str | None = None,
     dtype: str = "auto",
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
     trust_remote_code: bool = False,
     allow_incomplete: bool = False,
 ) -> tuple[Any, Any]:
-    """Loads the model and the processor of a folder or Hub id, see `mfrsvlm.files.model_folder.load_model`.
+    """Loads the model, in eval mode on its device, and the processor of a folder or Hub id.
+
+    Args:
+        name, revision, trust_remote_code, allow_incomplete: see `mfrsvlm.files.model_folder.load_model`.
+        dtype: type of the weights; `"auto"`: as saved, or float32 if the CPU computes many times slower in the saved type.
+        device: of the model; `None`: an accelerator, if there is one.
 
     Raises:
-        ValueError: the folder contains no model that can be loaded, has no chat template, or needs `trust_remote_code`.
+        ValueError: the device does not exist here; the folder contains no model that can be loaded, has no chat template,
+            or needs `trust_remote_code`.
     """
+    device = torch.device(find_device(device if device is None else str(device)))
     model, processor = load_model(
         name, revision, dtype, trust_remote_code=trust_remote_code, allow_incomplete=allow_incomplete
     )
     check_chat_template(processor, name)
+    if dtype == "auto" and device.type == "cpu" and slow_on_cpu(model.dtype):
+        saved = str(model.dtype).removeprefix("torch.")
+        logger.warning(f"{name} is loaded in float32: this CPU is many times slower in {saved}. --dtype {saved} keeps it.")
+        model = model.float()
     return model.to(device).eval(), processor
 
 
@@ -183,12 +194,20 @@ class Answerer:
                 self._check_sharing()
             return self._encode_and_prefill(groups, prompts) if self.share_images else encoded
 
-    def answer(self, batch: Sequence[Prompt], encoded: "EncodedImages") -> list[Answer]:
-        """Answers prompts in one batch."""
+    def answer(self, batch: Sequence[Prompt], encoded: "EncodedImages", max_new_tokens: int | None = None) -> list[Answer]:
+        """Answers prompts in one batch.
+
+        Args:
+            batch: prompts about the encoded images.
+            encoded: from `encode_images`.
+            max_new_tokens: maximum length of these answers, if it differs from that of the others.
+        """
         with self._greedy():
             if encoded.features is None or all(prompt.group is None for prompt in batch):
-                return self._generate(self._plain_inputs(batch, encoded.groups))
-            return self._generate(self._shared_inputs(batch, encoded))
+                inputs = self._plain_inputs(batch, encoded.groups)
+            else:
+                inputs = self._shared_inputs(batch, encoded)
+            return self._generate(inputs, max_new_tokens or self.generation.max_new_tokens)
 
     @contextmanager
     def _greedy(self) -> Iterator[None]:
@@ -211,16 +230,18 @@ class Answerer:
             for module, was_training in training:  # one by one, since some modules may stay in evaluation mode
                 module.training = was_training
 
-    def _generate(self, inputs: dict[str, Any]) -> list[Answer]:
+    def _generate(self, inputs: dict[str, Any], max_new_tokens: int) -> list[Answer]:
         recorder, likelihood = YesProbability(*self.first_tokens), GreedyLikelihood()
+        generation = copy.copy(self.generation)
+        generation.max_new_tokens = max_new_tokens
         tokens = self.model.generate(
-            **inputs, generation_config=self.generation, logits_processor=LogitsProcessorList([recorder, likelihood])
+            **inputs, generation_config=generation, logits_processor=LogitsProcessorList([recorder, likelihood])
         )
         tokens = tokens[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
         # A row that ends before the others is padded.
         ends = self.end_tokens | {self.generation.pad_token_id}
-        full = tokens.shape[1] == self.generation.max_new_tokens
+        full = tokens.shape[1] == max_new_tokens
         truncated = [full and last not in ends for last in tokens[:, -1].tolist()]
         rows = [
             tuple(itertools.takewhile(lambda pair: pair[0] not in ends, zip(*row, strict=True)))

@@ -5,8 +5,8 @@ interruptions or on the number of processes.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, islice
 from typing import Any
 
 from accelerate import PartialState
@@ -25,12 +25,17 @@ logger = logging.getLogger(__name__)
 Batch = list[int]  # indices of samples
 
 
-def make_plan(samples: Sequence[Sample], prompts: Sequence[str], batch_size: int, images: int) -> list[list[Batch]]:
-    """Chunks of batches. All samples about the same images are in one chunk. A batch has prompts of similar length.
+def make_plan(
+    samples: Sequence[Sample], prompts: Sequence[str], limits: Sequence[int], batch_size: int, images: int
+) -> list[list[Batch]]:
+    """Chunks of batches. All samples about the same images are in one chunk.
+
+    A batch has prompts of similar length, and answers of the same maximum length.
 
     Args:
         samples: all samples.
         prompts: their prompts.
+        limits: maximum lengths of their answers.
         batch_size: prompts per batch.
         images: image groups per chunk. A group with many questions makes a longer chunk.
     """
@@ -40,12 +45,16 @@ def make_plan(samples: Sequence[Sample], prompts: Sequence[str], batch_size: int
     plan = []
     for chunk in chunks(list(groups.values()), images):
         # Answers of one task have similar lengths too.
-        order = sorted((index for group in chunk for index in group), key=lambda i: (samples[i].task, len(prompts[i]), i))
-        plan.append(list(chunks(order, batch_size)))
+        order = sorted(
+            (index for group in chunk for index in group),
+            key=lambda i: (limits[i], samples[i].task, len(prompts[i]), i),
+        )
+        same_limit = groupby(order, key=limits.__getitem__)
+        plan.append([batch for _, members in same_limit for batch in chunks(members, batch_size)])
     return plan
 
 
-def chunks(items: Sequence[Any], size: int) -> Iterator[list[Any]]:
+def chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     remaining = iter(items)
     while part := list(islice(remaining, size)):
         yield part
@@ -85,14 +94,15 @@ def answer_all(
     log: AnswerLog,
 ) -> list[dict[str, Any]]:
     """Answers all samples. Returns the rows of the log in the order of the samples, on every process."""
-    plan = make_plan(samples, prompts, settings.batch_size, settings.images_per_chunk)
+    limits = [reader.protocol.max_new_tokens_of(sample.task) for sample in samples]
+    plan = make_plan(samples, prompts, limits, settings.batch_size, settings.images_per_chunk)
     done = log.start()
     hidden = not settings.progress or not state.is_main_process
     bar = tqdm(total=len(samples), initial=len(done), unit="question", disable=hidden, smoothing=0.05)
     for chunk in plan[state.process_index :: state.num_processes]:
         left = [batch for batch in chunk if not all(samples[index].id in done for index in batch)]
         if left:
-            answer_chunk(answerer, samples, prompts, reader, settings.blind, chunk, left, log)
+            answer_chunk(answerer, samples, prompts, limits, reader, settings.blind, chunk, left, log)
         # An estimate: the other processes are about as fast as this one.
         bar.update(min(sum(map(len, left)) * state.num_processes, bar.total - bar.n))
     bar.close()
@@ -109,6 +119,7 @@ def answer_chunk(
     answerer: Answerer,
     samples: Sequence[Sample],
     prompts: Sequence[str],
+    limits: Sequence[int],
     reader: ImageReader,
     blind: bool,
     chunk: Sequence[Batch],
@@ -135,7 +146,7 @@ def answer_chunk(
     encoded = answerer.encode_images(images, list(asked.values()))
     for batch in left:
         shown = [index for index in batch if index in asked]
-        answers = answerer.answer([asked[index] for index in shown], encoded) if shown else []
+        answers = answerer.answer([asked[index] for index in shown], encoded, limits[batch[0]]) if shown else []
         answered = dict(zip(shown, answers, strict=True))
         log.add(
             [

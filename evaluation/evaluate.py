@@ -25,6 +25,7 @@ from .answer_log import AnswerLog, as_answer, claim_folder
 from .answering import Answer, Answerer, check_chat_template, fingerprint
 from .batches import ImageReader, answer_all
 from .benchmarks import BENCHMARKS, Benchmark, Sample, load_benchmark
+from .benchmarks.sample import BOX_TASKS
 from .majority import majority_answers
 from .metrics import load_metric
 from .metrics._checked import SCORED_CHARACTERS
@@ -76,14 +77,11 @@ def evaluate(
     state = process_state()
     runs = make_runs(benchmarks, protocol, settings, mode="blind" if settings.blind else "image")
     answerer = Answerer(model, processor, protocol.max_new_tokens, settings.share_images)
-    described = {
-        "model": describe_model(model, processor, settings.model_name),
-        "generation": {"max_new_tokens": protocol.max_new_tokens, "do_sample": False},
-    }
+    described = describe_model(model, processor, settings.model_name)
     summaries = {}
     for run in runs:
         start = time.perf_counter()
-        run.identity |= described
+        run.identity |= {"model": described, "generation": describe_generation(protocol, run.samples)}
         folder = run.folder(settings)
         with locked(folder) if folder is not None and state.is_main_process else nullcontext():
             log = AnswerLog(folder, run.identity, state)
@@ -251,6 +249,14 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
+def describe_generation(protocol: Protocol, samples: Sequence[Sample]) -> dict[str, Any]:
+    """The maximum length of answers, also that of tasks that have another one."""
+    limits = {task: protocol.max_new_tokens_of(task) for task in sorted({sample.task for sample in samples})}
+    longer = {task: limit for task, limit in limits.items() if limit != protocol.max_new_tokens}
+    by_task = {"max_new_tokens_by_task": longer} if longer else {}
+    return {"max_new_tokens": protocol.max_new_tokens, **by_task, "do_sample": False}
+
+
 def describe_model(model: Any, processor: Any, name: str | None = None) -> dict[str, Any]:
     source = model.config.name_or_path
     path = Path(source)
@@ -355,7 +361,7 @@ def is_truncated(answer: Answer) -> bool:
 
 def prediction(sample: Sample, prompt: str, answer: Answer, parsed: Any, score: float) -> dict[str, Any]:
     """A line of predictions.jsonl."""
-    truth = {"boxes": sample.boxes} if sample.task == "grounding" else {"references": sample.references}
+    truth = {"boxes": sample.boxes} if sample.task in BOX_TASKS else {"references": sample.references}
     row = {"id": sample.id, "task": sample.task, "group": sample.group, "images": sample.images, "prompt": prompt, **truth}
     row |= {"answer": answer.text, "truncated": is_truncated(answer), "parsed": parsed, "score": score}
     return row | ({"yes_probability": answer.yes_probability} if is_yes_no(sample) else {})

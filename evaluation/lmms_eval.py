@@ -22,7 +22,7 @@ from ..files.writing import write_file, write_image
 from .answering import Answer
 from .benchmarks import Benchmark, Sample
 from .evaluate import get_protocol, score
-from .protocols import Protocol
+from .protocols import NOTHING, Protocol
 
 
 TASK = """\
@@ -60,7 +60,8 @@ def doc_to_visual(doc):
 def export_task(benchmark: Benchmark, folder: str | Path, protocol: str | Protocol = "strict") -> str:
     """Writes a benchmark as a task of lmms-eval, with the prompts and the prepared images of a protocol.
 
-    lmms-eval reports `exact_match` for it, which suits few tasks. Use `score_samples` for the metrics of the protocol.
+    lmms-eval reports `exact_match` for it, which suits few tasks. Use `score_samples` for the metrics of the protocol. All
+    answers have the same maximum length, that of the task with the longest answers.
 
     Args:
         benchmark: from `load_benchmark`.
@@ -91,7 +92,8 @@ def export_task(benchmark: Benchmark, folder: str | Path, protocol: str | Protoc
     path = folder / f"{name}.jsonl"
     write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     write_file(folder / f"{name}.py", FUNCTIONS)
-    task = TASK.format(name=name, rows=json.dumps(str(path)), max_new_tokens=protocol.max_new_tokens)
+    longest = max(protocol.max_new_tokens_of(task) for task in {sample.task for sample in kept_samples(benchmark, protocol)})
+    task = TASK.format(name=name, rows=json.dumps(str(path)), max_new_tokens=longest)
     write_file(folder / f"{name}.yaml", task)
     return name
 
@@ -146,7 +148,9 @@ def _as_logged(index: int, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def target_text(references: Any) -> str:
-    """References in the format of lmms-eval: a single one as text, several as a Python list."""
+    """References in the format of lmms-eval: a single one as text, several as a Python list, no boxes as "none"."""
+    if not references:
+        return NOTHING
     references = [list(one) if isinstance(one, tuple) else one for one in references]
     return str(references[0] if len(references) == 1 else references)
 

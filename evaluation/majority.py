@@ -1,8 +1,9 @@
 """The majority baseline: the most frequent answer to each kind of question. It uses no image and no model.
 
 It counts the references of the evaluated questions, so that no constant answer to a kind of question scores higher. A kind
-is a combination of task, group and template (the question without its nouns, if the benchmark has templates). For boxes and
-captions, it predicts a typical one, which need not be optimal.
+is a combination of task, group and template (the question without its nouns, if the benchmark has templates). For the box of
+one object and for captions, it predicts a typical one, which need not be optimal. For lists of boxes or points, it predicts
+that there is no object.
 """
 
 from collections import Counter, defaultdict
@@ -11,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from .benchmarks import Benchmark, Sample
-from .protocols import Protocol, bounds
+from .benchmarks.sample import LIST_TASKS
+from .protocols import NOTHING, Protocol, bounds
 
 
 def majority_answers(benchmark: Benchmark, samples: Sequence[Sample], protocol: Protocol) -> list[str]:
@@ -25,7 +27,9 @@ def majority_answers(benchmark: Benchmark, samples: Sequence[Sample], protocol: 
         kinds[_kind(sample)].append(sample)
     boxes, answers = {}, {}
     for kind, members in kinds.items():
-        if kind[0] == "grounding":
+        if kind[0] in LIST_TASKS:
+            answers[kind] = NOTHING
+        elif kind[0] == "grounding":
             relative = [np.array(bounds(box)) / (sample.image_size * 2) for sample in members for box in sample.boxes]
             boxes[kind] = np.median(relative, axis=0)
         else:

@@ -16,15 +16,19 @@ from typing import Any
 from datasets import Value
 from PIL import Image
 
-from ..processing_mfrsvlm import parse_boxes
+from ..processing_mfrsvlm import parse_boxes, parse_points
 from .benchmarks import Benchmark, BenchmarkInfo, Metric, Sample
+from .benchmarks.sample import BOX_TASKS, LIST_TASKS
 from .metrics import load_metric
+from .metrics._answers import tidy
 from .metrics._checked import SCORED_CHARACTERS
 from .metrics._java import java_command
 
 
 logger = logging.getLogger(__name__)
 
+NOTHING = "none"  # the answer if there is no object to list
+POINT_SCALE = 1000  # of written points, in all protocols
 Box = tuple[float, ...]  # x1, y1, x2, y2, or four corners, in pixels of the image after EXIF orientation
 NUMBER = r"\s*(-?\d{1,6}(?:\.\d{1,6})?)\s*"
 # {<x1><y1><x2><y2>} and, for oriented boxes, {<x1><y1><x2><y2>|<degrees>}
@@ -37,7 +41,9 @@ class Protocol:
     Attributes:
         name: key in `PROTOCOLS`.
         max_new_tokens: maximum length of an answer.
+        max_new_list_tokens: maximum length of a list of boxes or points, if it is longer than that of other answers.
         short_answer: instruction after a question with a short answer.
+        no_object: instruction after a question for a list.
         class_parsing, vqa_parsing: how answers are compared, see `classification_accuracy` and `vqa_accuracy`.
         captions: variant of the metric `captioning`.
         thresholds: intersections over union at which a box counts as found.
@@ -46,7 +52,9 @@ class Protocol:
 
     name: str
     max_new_tokens = 128
+    max_new_list_tokens = 256  # about ten boxes, with a token for each digit
     short_answer = "Answer with a single word or phrase."
+    no_object = f"If there is none, answer {NOTHING}."
     class_parsing = "exact"
     vqa_parsing = "exact"
     captions = "coco"
@@ -56,6 +64,10 @@ class Protocol:
     def default_split(self, info: BenchmarkInfo | None) -> str | None:
         """The default split of a benchmark; `None` if it has none or the benchmark is unknown."""
         return info.default_split if info else None
+
+    def max_new_tokens_of(self, task: str) -> int:
+        """Maximum length of an answer to a task."""
+        return max(self.max_new_tokens, self.max_new_list_tokens) if task in LIST_TASKS else self.max_new_tokens
 
     def check(self, samples: Sequence[Sample]) -> None:
         """Raises OSError, before the model runs, if these samples cannot be scored."""
@@ -94,6 +106,22 @@ class Protocol:
     def grounding_prompt(self, question: str, class_names: Sequence[str]) -> str:
         return f"Give the bounding box of {question} as [x_min, y_min, x_max, y_max], each number scaled to 0-1000."
 
+    def detection_prompt(self, question: str, class_names: Sequence[str]) -> str:
+        return f"{self.grounding_prompt(f'every {question}', class_names)} {self.no_object}"
+
+    def pointing_prompt(self, question: str, class_names: Sequence[str]) -> str:
+        return f"Point to every {question} as [x, y], each number scaled to 0-{POINT_SCALE}. {self.no_object}"
+
+    def read_points(self, text: str, size: tuple[int, int]) -> list[tuple[float, float]]:
+        """Points in a text, in pixels of an image of this (width, height)."""
+        width, height = size
+        return [(x * width / POINT_SCALE, y * height / POINT_SCALE) for x, y in parse_points(text, POINT_SCALE)]
+
+    def write_point(self, box: Box, size: tuple[int, int]) -> str:
+        """The center of a box in pixels as text in the format of the prompt."""
+        center = (sum(box[0::2]) / len(box[0::2]), sum(box[1::2]) / len(box[1::2]))
+        return write_scaled(center, size, POINT_SCALE)
+
     def read_boxes(self, text: str, size: tuple[int, int]) -> list[Box]:
         """Boxes in a text, in pixels of an image of this (width, height)."""
         width, height = size
@@ -102,17 +130,14 @@ class Protocol:
 
     def write_box(self, box: Box, size: tuple[int, int]) -> str:
         """A box in pixels as text in the format of the prompt. Four corners are written as their bounding box."""
-        # Clipped, since a corner of an oriented box may lie outside of the image. Adding 0 turns -0.0 into 0.0.
-        scaled = [
-            min(max(1000 * value / side, 0.0), 1000.0) + 0.0 for value, side in zip(bounds(box), size * 2, strict=True)
-        ]
-        return f"[{', '.join(f'{value:.1f}' for value in scaled)}]"
+        return write_scaled(bounds(box), size * 2, 1000)
 
     def ideal_answer(self, sample: Sample) -> str:
         """A correct answer in the format of the protocol; for captions, the first reference."""
-        if sample.task == "grounding":
-            return " ".join(self.write_box(box, sample.image_size) for box in sample.boxes)
-        return sample.references[0]
+        if sample.task not in BOX_TASKS:
+            return sample.references[0]
+        write = self.write_point if sample.task == "pointing" else self.write_box
+        return ", ".join(write(box, sample.image_size) for box in sample.boxes) or NOTHING
 
     def score(
         self, benchmark: Benchmark, task: str, samples: Sequence[Sample], answers: Sequence[str]
@@ -139,7 +164,7 @@ class Protocol:
     ) -> dict[str, Any]:
         module = load_metric(metric.name)
         references: list[Any] = [list(sample.references) for sample in samples]
-        if task == "grounding":
+        if task in BOX_TASKS:
             references = [[list(box) for box in sample.boxes] for sample in samples]
         elif isinstance(module.features["references"], Value):  # the metric takes one reference
             number = module.features["references"].dtype.startswith("int")
@@ -163,20 +188,30 @@ class Protocol:
         return {"thresholds": list(self.thresholds)} if task == "grounding" else {}
 
     def predictions(self, task: str, samples: Sequence[Sample], answers: Sequence[str]) -> list[Any]:
-        """Answers in the format of the metrics: texts, or for grounding, boxes in pixels."""
-        if task != "grounding":
+        """Answers in the format of the metrics: texts, or boxes or points in pixels.
+
+        For lists of boxes or points, an answer is `None` if it contains none of them and is not the word for no object.
+        """
+        if task not in BOX_TASKS:
             return list(answers)
         answers = [answer[:SCORED_CHARACTERS] for answer in answers]
-        read = [self.read_boxes(answer, sample.image_size) for sample, answer in zip(samples, answers, strict=True)]
+        read, scale = (self.read_points, POINT_SCALE) if task == "pointing" else (self.read_boxes, self.box_scale)
+        found = [
+            [list(place) for place in read(answer, sample.image_size)]
+            for sample, answer in zip(samples, answers, strict=True)
+        ]
         # In pixels, a wrong scale cannot be detected, so the written numbers are checked.
-        written = [self.read_boxes(answer, (self.box_scale, self.box_scale)) for answer in answers]
-        largest = max((value for boxes in written for box in boxes for value in box), default=None)
+        written = [read(answer, (scale, scale)) for answer in answers]
+        largest = max((value for places in written for place in places for value in place), default=None)
         if largest is not None and largest <= 1:
+            what = "points" if task == "pointing" else "boxes"
             logger.warning(
-                f"No number of the {sum(map(len, written))} boxes in the answers is above 1. Protocol {self.name} asks for "
-                f"boxes scaled to 0-{self.box_scale}. The model seems to answer with boxes scaled to 0-1."
+                f"No number of the {sum(map(len, written))} {what} in the answers is above 1. Protocol {self.name} asks for "
+                f"{what} scaled to 0-{scale}. The model seems to answer with {what} scaled to 0-1."
             )
-        return [[list(box) for box in boxes] for boxes in read]
+        if task not in LIST_TASKS:
+            return found
+        return [places or ([] if tidy(a) == NOTHING else None) for places, a in zip(found, answers, strict=True)]
 
 
 class Strict(Protocol):
@@ -250,7 +285,8 @@ class RSEvalKit(Protocol):
     max_new_tokens = 512
     class_parsing = "contained"
     vqa_parsing = "contained"
-    tags = {"classification": "{CLS}", "vqa": "{VQA}", "counting": "{IT}", "grounding": "{VG}", "captioning": "{IT}"}
+    tags = {"classification": "{CLS}", "vqa": "{VQA}", "counting": "{IT}", "captioning": "{IT}"}
+    tags |= dict.fromkeys(BOX_TASKS, "{VG}")
 
     def prompt(self, sample: Sample, benchmark: Benchmark) -> str:
         text = super().prompt(sample, benchmark)
@@ -330,6 +366,13 @@ class VRSBench(Protocol):
 
     def write_box(self, box: Box, size: tuple[int, int]) -> str:
         return write_angled_box(box, size)
+
+
+def write_scaled(values: Sequence[float], sides: Sequence[int], scale: int) -> str:
+    """Numbers in pixels as text in brackets, from 0 to `scale` over the sides of the image."""
+    # Clipped, since a corner of an oriented box may lie outside of the image. Adding 0 turns -0.0 into 0.0.
+    scaled = [min(max(scale * value / side, 0.0), scale) + 0.0 for value, side in zip(values, sides, strict=True)]
+    return f"[{', '.join(f'{value:.1f}' for value in scaled)}]"
 
 
 def bounds(box: Sequence[float]) -> Box:

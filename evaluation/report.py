@@ -23,7 +23,7 @@ from ..files.writing import write_file
 FORMAT = 2  # of summary.json
 MODES = ("image", "blind", "majority")
 PUBLISHED = Path(__file__).with_name("published.json")
-PLAIN = {"mae": 2, "ece": 3, "brier": 3}  # figures that are not shares, and their decimals
+PLAIN = {"mae": 2, "count_mae": 2, "ece": 3, "brier": 3}  # figures that are not shares, and their decimals
 MAX_GROUPS = 10  # question types that get a column each
 UNITS = "Shares in per cent and CIDEr times 100, with 95 % bootstrap intervals; n is the number of samples."
 

@@ -2,6 +2,7 @@
 
     python examples/ask_parcels.py [RASTER PARCELS QUESTION OUTPUT [MODEL]]
 
+The command line does the same: mfrsvlm ask RASTER QUESTION --features PARCELS --model MODEL --output OUTPUT
 Without arguments, it makes a GeoTIFF of the demo's scene and four parcels in a temporary folder.
 """
 
@@ -10,10 +11,8 @@ import tempfile
 from pathlib import Path
 
 import geopandas
-import numpy as np
-import rasterio
+import rasterio.shutil
 import shapely
-from PIL import Image
 
 from mfrsvlm.demo import MODEL, SCENE
 from mfrsvlm.geospatial import GeoAssistant, write_layer
@@ -21,12 +20,9 @@ from mfrsvlm.geospatial import GeoAssistant, write_layer
 
 def make_demo(folder: Path) -> tuple[str, str]:
     """The scene of the demo as a GeoTIFF of half a metre a pixel, and a layer of its four quarters."""
-    scene = np.asarray(Image.open(SCENE).convert("RGB")).transpose(2, 0, 1)
-    transform = rasterio.Affine(0.5, 0, 500_000, 0, -0.5, 4_000_000)
-    profile = {"driver": "GTiff", "count": 3, "height": 512, "width": 512, "dtype": "uint8", "photometric": "RGB"}
-    with rasterio.open(folder / "scene.tif", "w", crs="EPSG:32631", transform=transform, **profile) as dataset:
-        dataset.write(scene)
-    corners = [(500_000 + x, 4_000_000 - y) for y in (128, 256) for x in (0, 128)]
+    place = "a_srs=EPSG:32631&a_ullr=500000,4000256,500256,4000000"
+    rasterio.shutil.copy(f"vrt://{SCENE}?{place}", folder / "scene.tif", driver="GTiff")
+    corners = [(500_000 + x, 4_000_000 + y) for y in (128, 0) for x in (0, 128)]
     parcels = geopandas.GeoDataFrame(
         {"parcel": list("ABCD")}, geometry=[shapely.box(x, y, x + 128, y + 128) for x, y in corners], crs="EPSG:32631"
     )

@@ -9,6 +9,7 @@ from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import cached_file
@@ -164,6 +165,13 @@ def load_model(
         problems += misfits
     model._problems = list(dict.fromkeys([*problems, *problems_of(model)]))
     return model.eval(), processor
+
+
+def slow_on_cpu(dtype: torch.dtype) -> bool:
+    """Whether the CPU emulates products of this type: always float16, and bfloat16 without AVX-512 or SVE."""
+    if dtype == torch.bfloat16:
+        return not torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX", "SVE"))
+    return dtype == torch.float16
 
 
 def _misfits_of(source: str, model: Any, processor: Any) -> list[str]:

@@ -24,10 +24,20 @@ if TYPE_CHECKING:
     from .assistant import GeoAssistant
     from .errors import RasterError, RasterWarning
     from .raster import Raster
-    from .vectors import read_record, write_layer
+    from .vectors import combine_layers, read_record, write_layer
     from .view import ReadRecord, View
 
-__all__ = ["GeoAssistant", "Raster", "RasterError", "RasterWarning", "ReadRecord", "View", "read_record", "write_layer"]
+__all__ = [
+    "GeoAssistant",
+    "Raster",
+    "RasterError",
+    "RasterWarning",
+    "ReadRecord",
+    "View",
+    "combine_layers",
+    "read_record",
+    "write_layer",
+]
 
 # Imported when first used: the package installs without rasterio.
 __getattr__, __dir__ = lazy_exports(
@@ -39,6 +49,7 @@ __getattr__, __dir__ = lazy_exports(
         "RasterWarning": "errors",
         "ReadRecord": "view",
         "View": "view",
+        "combine_layers": "vectors",
         "read_record": "vectors",
         "write_layer": "vectors",
     },

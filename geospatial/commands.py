@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..arguments import DTYPES, ArgumentParser, add_loading_arguments
+from ..arguments import ArgumentParser, add_dtype_argument, add_loading_arguments
 from ..files.reading import list_images
 from ..files.writing import check_file, write_image
 from .errors import NoOverlapError, RasterError, RasterWarning
@@ -45,7 +45,7 @@ def make_parser(task: str) -> ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--batch-size", type=int, default=8, help="answers at a time (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="maximum length of an answer (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="type of the weights (default: as saved)")
+    add_dtype_argument(parser)
     parser.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
     add_loading_arguments(parser)
     add_map_options(parser, task)
@@ -89,7 +89,7 @@ def printed_notes() -> Iterator[None]:
 
 def _run(task: str, args: argparse.Namespace) -> int:
     sources = find_sources(task, args.files)
-    output = check_output_options(args, len(sources))
+    output = check_output_options(args)
     if args.preview is not None and len(sources) > 1:
         raise RasterError("--preview takes one raster.")
     if args.preview is not None:
@@ -115,7 +115,7 @@ def _run(task: str, args: argparse.Namespace) -> int:
             plans.append(describe_plan(raster, pieces))
             preview = None if args.preview is None else draw_preview(raster, pieces)
     if not usable:
-        raise RasterError("the area overlaps none of the rasters.")
+        raise RasterError("the area or the features overlap none of the rasters.")
     if args.dry_run:
         if preview is not None:
             write_image(args.preview, preview)
@@ -136,7 +136,7 @@ def answer(
 
     from .assistant import GeoAssistant
     from .raster import Raster
-    from .vectors import write_layer
+    from .vectors import combine_layers, write_layer
 
     logging.disable_progress_bar()
     options = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size, "progress": True}
@@ -164,10 +164,10 @@ def answer(
             finally:
                 if later is not None:
                     later.close()
-        if getattr(args, "features", None) is None:
-            frame.insert(0, "source", " ".join(map(source_name, pair)))
+        if getattr(args, "features", None) is None or len(pairs) > 1:
+            frame.insert(0, "source_new" if "source" in frame else "source", " ".join(map(source_name, pair)))
         frames.append(frame)
-    frame = combine(frames)
+    frame = combine_layers(frames)
     failed = sum(len(record["images"]["failed"]) for record in records_of(frame))
     if output is not None:
         write_layer(frame, output)
@@ -221,17 +221,14 @@ def source_name(source: Any) -> str:
     return " ".join(source.values()) if isinstance(source, dict) else str(source)
 
 
-def check_output_options(args: argparse.Namespace, count: int) -> Path | None:
+def check_output_options(args: argparse.Namespace) -> Path | None:
     """The file to write.
 
     Raises:
         RasterError: it cannot be written; there is a stopped run, and nothing says to continue it; or options contradict.
     """
-    features = getattr(args, "features", None)
-    if features is not None and (count > 1 or args.area is not None or args.tile is not None):
-        raise RasterError(
-            "--features takes one raster, and no --area and no --tile. gdalbuildvrt makes one raster of several."
-        )
+    if getattr(args, "features", None) is not None and (args.area is not None or args.tile is not None):
+        raise RasterError("--features takes no --area and no --tile.")
     if args.output is None:
         if args.resume:
             raise RasterError("--resume needs the --output of the run that was stopped.")
@@ -296,24 +293,6 @@ def draw_preview(raster: Any, pieces: list[Any]) -> Any:
             box = (column * across, row * down, (column + width) * across - 1, (row + height) * down - 1)
             pen.rectangle(box, outline="yellow")
     return image
-
-
-def combine(frames: list[Any]) -> Any:
-    """One frame, in the CRS of the first."""
-    if len(frames) == 1:
-        return frames[0]
-    import pandas
-
-    first = frames[0]
-    if any((frame.crs is None) != (first.crs is None) for frame in frames):
-        raise RasterError("some of the rasters have a CRS and some have none: ask about them one by one.")
-    moved = [frame if frame.crs == first.crs else frame.to_crs(first.crs) for frame in frames]
-    attrs = [frame.attrs for frame in frames]
-    for frame in moved:
-        frame.attrs = {}
-    whole = pandas.concat(moved, ignore_index=True)
-    whole.attrs = {"record": {"runs": [made["record"] for made in attrs]}, "label": attrs[0]["label"]}
-    return whole
 
 
 def records_of(frame: Any) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ import json
 import os
 import sqlite3
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,26 @@ def check_output(path: str | os.PathLike[str]) -> Path:
         raise RasterError(f"output {shorten(str(path))} exists: name another file, or delete it.")
     check_file(path)
     return path
+
+
+def combine_layers(frames: Sequence[geopandas.GeoDataFrame]) -> geopandas.GeoDataFrame:
+    """One layer of several results of `GeoAssistant`, in the CRS of the first, with the records of all.
+
+    Raises:
+        RasterError: some have a CRS and some have none.
+    """
+    first = frames[0]
+    if len(frames) == 1:
+        return first
+    if any((frame.crs is None) != (first.crs is None) for frame in frames):
+        raise RasterError("some of the rasters have a CRS and some have none: ask about them one by one.")
+    plain = [_plain(frame if frame.crs == first.crs else frame.to_crs(first.crs)) for frame in frames]
+    whole = pandas.concat(plain, ignore_index=True)
+    whole.attrs = {
+        "record": {"runs": [frame.attrs.get("record", {}) for frame in frames]},
+        "label": first.attrs.get("label", "answer"),
+    }
+    return whole
 
 
 def write_layer(frame: geopandas.GeoDataFrame, path: str | os.PathLike[str]) -> None:

@@ -9,7 +9,7 @@ proxy with access control in front of it.
 import sys
 from pathlib import Path
 
-from ..arguments import DTYPES, ArgumentParser, add_loading_arguments
+from ..arguments import ArgumentParser, add_dtype_argument, add_loading_arguments
 
 
 def make_parser() -> ArgumentParser:
@@ -19,7 +19,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--host", default="localhost", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0: any (default: %(default)s)")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="type of the weights (default: as saved)")
+    add_dtype_argument(parser)
     parser.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
     add_loading_arguments(parser)
     limits = parser.add_argument_group("limits of one request")
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     import uvicorn
     from transformers.utils import logging
 
-    from ..evaluation.answering import find_device, load
+    from ..evaluation.answering import load
     from .app import build_app
     from .chat_requests import Limits
 
@@ -54,8 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
         allow_fetch=args.allow_fetch,
     )
     try:
-        device = find_device(args.device)
-        model, processor = load(args.model, args.revision, args.dtype, device, args.trust_remote_code, args.allow_incomplete)
+        model, processor = load(
+            args.model, args.revision, args.dtype, args.device, args.trust_remote_code, args.allow_incomplete
+        )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

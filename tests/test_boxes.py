@@ -11,7 +11,7 @@ from PIL import Image
 
 from mfrsvlm import MFRSVLMProcessor
 from mfrsvlm.image_processing_mfrsvlm import pad_to_square
-from mfrsvlm.processing_mfrsvlm import locate_boxes, parse_boxes
+from mfrsvlm.processing_mfrsvlm import locate_boxes, parse_boxes, parse_points
 
 
 post_process = locate_boxes
@@ -39,6 +39,24 @@ def test_parse_boxes(text, expected):
     [located] = post_process([text], [(1000, 1000)])
     assert located.shape == (len(expected), 4) and located.dtype == torch.float32
     assert located.tolist() == [pytest.approx(box) for box in expected]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[1, 2]", [(1, 2)]),
+        ("The ships are at [010,020] and [ 1.5 , 1000 ].", [(10, 20), (1.5, 1000)]),
+        ("[[1, 2], [3, 4]]", [(1, 2), (3, 4)]),
+        ("[9, 8], [9, 8]", [(9, 8), (9, 8)]),
+        ("[1, 2, 3, 4] [5] [6, 7]", [(6, 7)]),
+        *((text, []) for text in ("", "none", "[]", "1, 2", "[1]", "[1, 2, 3]", "[1, 2", "(1, 2)", "[1 2]", "[1, 2,]")),
+        *((text, []) for text in ("[-1, 2]", "[1, 1000.5]", "[a, 2]", "[nan, 1]", "[1e2, 1]", "[٣, 1]", "[1,\u066b2]")),
+        *((text, []) for text in ("[1, " + "9" * 5000 + "]", "[" * 3000, "[1," * 3000, "[" + " " * 3000)),
+    ],
+)
+def test_parse_points(text, expected):
+    assert parse_points(text) == expected
+    assert parse_points(text, 2000 / 3) == [point for point in expected if max(point) < 2000 / 3]
 
 
 def test_sides_are_not_mixed_up():

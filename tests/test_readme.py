@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+from mfrsvlm.configuration_mfrsvlm import packed_lengths, window_table
 from mfrsvlm.evaluation.benchmarks.registry import BENCHMARKS
 
 
@@ -47,6 +49,17 @@ def test_rasters(monkeypatch, tmp_path, capsys):
     assert lines[:2] == ["['9', 'yes'] 9.0", "{'total': 9.0, 'unanswered': 0}"]
     assert lines[2].startswith("(383.48") and (tmp_path / "building.gpkg").is_file()
     assert lines[3:] == ["colour interpretation none 0.0", "9"]
+
+
+def test_bands(monkeypatch, tmp_path, capsys):
+    assert run_page("docs/bands.md", monkeypatch, tmp_path) == 1
+    length = 4 * sum(packed_lengths(336, window_table(336, 14, 2, [336, 168], 0.5), 1))
+    assert capsys.readouterr().out.splitlines() == [f"torch.Size([1, {length}])"] * 2
+
+
+def test_speed(monkeypatch, tmp_path, capsys):
+    assert run_page("docs/speed.md", monkeypatch, tmp_path) == 1
+    assert capsys.readouterr().out.strip() == torch.backends.cpu.get_cpu_capability()
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/evaluation.md", "docs/benchmarks.md"])

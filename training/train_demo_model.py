@@ -312,7 +312,10 @@ def count_cars(folder: Path, real: Path) -> dict[str, Any]:
 
 
 def scene_figures(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The main figure of each task of the scenes, from the results of an evaluation."""
+    """The main figure of each task of the scenes, from the results of an evaluation.
+
+    Lists of boxes and points are left out if nothing asked for them, as in evaluations before they were added.
+    """
     return {
         "classification": results["classification"]["accuracy"],
         **{task: results["vqa"]["per_type"][task] for task in ("area", "presence", "comparison", "position")},
@@ -320,6 +323,7 @@ def scene_figures(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "grounding": results["grounding"]["accuracy_0.5"],
         "caption": results["captioning"]["caption_exact"],
         "caption facts": results["captioning"]["caption_facts"],
+        **{task: results[task]["f1"] for task in ("detection", "pointing") if task in results},
     }
 
 
@@ -332,38 +336,47 @@ def evidence(
     """Markdown for the card: what the model was trained on, how, and its figures."""
     sources = [f"{options.scenes} synthetic scenes (`mfrsvlm.scenes`)"] if options.scenes else []
     sources += [f"the rows of `{Path(options.train_file).name}`"] if options.train_file else []
+    begun = f"from the weights of `{Path(options.start).name}`" if options.start else "from random weights"
     text = f"""\
-**This model is a demonstration.** It was trained from random weights on {" and ".join(sources)}, to show on a CPU that
-every part works."""
+**This model is a demonstration.** It was trained {begun} on {" and ".join(sources)},
+to show on a CPU that every part works."""
     text += scene_table(figures) if figures else ""
     minutes = ", ".join(f"{stage} {value / 60:.0f} minutes" for stage, value in seconds.items())
     threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
-    trained = "Then encoder and decoder were trained together" if options.train_encoder else "Then the decoder was trained"
+    trained = "encoder and decoder were trained together" if options.train_encoder else "the decoder was trained"
+    trained = trained.capitalize() if options.start else f"Then {trained}"
     guided = (
         "\nAuxiliary losses taught it which visual tokens contain the objects that a question names. The heads of these"
         "\nlosses are not part of the model (`training/demo_model/guidance.py`)."
         if args.guidance
         else ""
     )
+    settings = [f"max_steps={args.max_steps}", f"scenes={options.scenes}", f"seed={args.seed}"]
+    settings += [f"start={Path(options.start).name}"] if options.start else [f"encoder_steps={options.encoder_steps}"]
+    encoder = "" if options.start else "First the encoder was trained to predict the objects in each token. "
     return f"""{text}
 
-First the encoder was trained to predict the objects in each token. {trained} to answer.{guided} The command was
+{encoder}{trained} to answer.{guided} The command was
 
-`python -m mfrsvlm.training.train_demo_model training/configs/demo_model.yaml` with max_steps={args.max_steps},
-scenes={options.scenes}, encoder_steps={options.encoder_steps} and seed={args.seed}, on {threads} thread(s) of
-{platform.machine()} ({capability}), torch {torch.__version__}: {minutes}."""
+`python -m mfrsvlm.training.train_demo_model training/configs/demo_model.yaml` with {", ".join(settings)},
+on {threads} thread(s) of {platform.machine()} ({capability}), torch {torch.__version__}: {minutes}."""
 
 
 def scene_table(figures: dict[str, dict[str, Any]], canvas: int = CANVAS) -> str:
     """Markdown: the figures of `evaluate_folder`, for a model with a canvas of this side."""
     low, high = (value * canvas / SCENE_SIZE for value in OBJECT_PIXELS)
+    lists = (
+        "\n*detection* and *pointing* are the F1 scores of lists of boxes and points."
+        if "detection" in figures["image"]
+        else ""
+    )
     text = f"""
 
 The table reports accuracy in per cent on held-out synthetic scenes (`{PROTOCOL}` protocol, greedy decoding). Objects
 are {low:g} to {high:g} pixels long on the canvas of {canvas}, half of that in the global view. A box is correct if its
 intersection over union with the true box is at least 0.5. A caption is correct if it is exact; *caption facts* is the F1
 score of its facts. *Blind* is the same model without the image. *Majority* always predicts the most frequent answer to
-a kind of question.
+a kind of question.{lists}
 {above_majority(figures)}
 
 | task | accuracy | 95 % interval | n | blind | majority |

@@ -1,5 +1,6 @@
 """The `Trainer` of transformers with learning rates per part, batches of similar length, and atomic checkpoints."""
 
+import logging
 import os
 import re
 import shutil
@@ -16,11 +17,14 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from ..checksums_mfrsvlm import ADAPTER_FILES, CHECKSUMS, MODEL_FILES, update_checksums
+from ..files.model_folder import slow_on_cpu
 from ..files.writing import write_file
 from ..model_card.card import write_model_card
 from .data import ConversationDataset
 from .muon import MuonWithAdamW
 
+
+logger = logging.getLogger(__name__)
 
 # Names of the parameters of each part. PEFT adds prefixes and inner names, so these patterns are searched for.
 PARTS = {
@@ -177,6 +181,11 @@ class MFRSVLMTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.add_callback(ZeroGradients)
+        if (self.args.bf16 or self.args.muon) and self.args.device.type == "cpu" and slow_on_cpu(torch.bfloat16):
+            logger.warning(
+                f"bf16={self.args.bf16} and muon={self.args.muon} compute in bfloat16, which this CPU emulates and is many "
+                "times slower in. Pass --bf16 false --muon false."
+            )
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Parameter groups of the optimizer: by part, with or without weight decay, and by Muon or AdamW."""

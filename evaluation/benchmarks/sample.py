@@ -40,7 +40,12 @@ METRICS: Mapping[str, tuple[Metric, ...]] = {
     "captioning": (Metric("captioning"),),
     "grounding": (Metric("visual_grounding"),),
     "counting": (Metric("counting"),),
+    "detection": (Metric("object_detection"),),
+    "pointing": (Metric("pointing"),),
 }
+# Tasks whose truth is boxes. The answer to a task of `LIST_TASKS` is a list, which may be empty.
+LIST_TASKS = ("detection", "pointing")
+BOX_TASKS = ("grounding", *LIST_TASKS)
 
 
 @dataclass(frozen=True)
@@ -50,16 +55,19 @@ class Sample:
     Attributes:
         id: unique in the split.
         images: names of images, for `Benchmark.read_image`.
-        task: "classification", "vqa", "captioning", "grounding" or "counting".
-        question: the question, or the referring expression; "" if the benchmark has none.
-        references: the class, the answers, the captions, or the count in digits; () for grounding.
+        task: "classification", "vqa", "captioning", "grounding" (the box of one object, or of a given number of them),
+            "counting", "detection" (the boxes of all objects of a kind) or "pointing" (a point on each of them).
+        question: the question, the referring expression, or for detection and pointing the kind of object; "" if the
+            benchmark has none.
+        references: the class, the answers, the captions, or the count in digits; () for tasks with boxes.
         group: the type of the question, or the class. Figures are also reported by group.
         template: the question without its nouns, if questions were made from templates. The majority baseline predicts
             the most frequent answer to each template.
-        boxes: for grounding: [x1, y1, x2, y2], or the four corners of an oriented box in order, in pixels of the image
-            after EXIF orientation. A few boxes of published benchmarks have no area.
+        boxes: for grounding, detection and pointing: [x1, y1, x2, y2], or the four corners of an oriented box in order, in
+            pixels of the image after EXIF orientation. Empty only for detection and pointing, if there is no such object. A
+            few boxes of published benchmarks have no area.
         choices: options of a multiple-choice question, in order, without their letters.
-        image_size: (width, height) in pixels; for grounding only.
+        image_size: (width, height) in pixels; for tasks with boxes only.
     """
 
     id: str

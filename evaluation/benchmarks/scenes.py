@@ -10,14 +10,19 @@ from ...scenes import CLASSES, KINDS, Question, ask, draw
 from ...scenes import TASKS as SCENE_TASKS
 from ...scenes.dataset import DatasetPlan
 from ...scenes.drawing import SPLITS
-from ...scenes.questions import PLURALS, template
+from ...scenes.questions import NOTHING, PLURALS, template
 from .info import BenchmarkInfo
 from .reading import as_index, inside, read_json_rows, take, take_box, take_known, take_size, take_text
-from .sample import METRICS, Benchmark, BenchmarkError, Metric, Sample
+from .sample import BOX_TASKS, LIST_TASKS, METRICS, Benchmark, BenchmarkError, Metric, Sample
 
 
 # Task of a scene -> task of a benchmark; all others are questions with a short answer.
-TASKS = {"classification": "classification", "count": "counting", "grounding": "grounding", "caption": "captioning"}
+TASKS = {
+    "classification": "classification",
+    "count": "counting",
+    "caption": "captioning",
+    **{task: task for task in BOX_TASKS},
+}
 
 
 LARGEST = 10**9  # above all counts
@@ -66,6 +71,11 @@ def _read(path: Path) -> list[Sample]:
         )
         if question.task == "grounding" and not question.boxes:
             raise BenchmarkError(f"{path}, row {number}: a grounding question without a box.")
+        if question.task in LIST_TASKS and (question.answer == NOTHING) == bool(question.boxes):
+            raise BenchmarkError(
+                f"{path}, row {number}: the answer {shorten(question.answer)} to a {question.task} question with "
+                f"{len(question.boxes)} boxes. Without boxes, it must be {NOTHING!r}."
+            )
         if question.task == "count" and as_index(question.answer, LARGEST) is None:
             raise BenchmarkError(f"{path}, row {number}: the count {shorten(question.answer)} is not an integer.")
         if question.task == "classification":
@@ -78,17 +88,17 @@ def _read(path: Path) -> list[Sample]:
 
 
 def _sample(sample_id: str, images: tuple[str, ...], question: Question, size: int) -> Sample:
-    grounding = question.task == "grounding"
+    has_boxes = question.task in BOX_TASKS
     return Sample(
         id=sample_id,
         images=images,
         task=TASKS.get(question.task, "vqa"),
         question=question.text,
-        references=() if grounding else (question.answer,),
+        references=() if has_boxes else (question.answer,),
         group=question.answer if question.task == "classification" else question.task,
         template=template(question.text),
-        boxes=tuple(question.boxes) if grounding else (),
-        image_size=(size, size) if grounding else None,
+        boxes=tuple(question.boxes) if has_boxes else (),
+        image_size=(size, size) if has_boxes else None,
     )
 
 
@@ -96,7 +106,7 @@ BENCHMARK = BenchmarkInfo(
     loader=load_scenes,
     splits=dict.fromkeys(SPLITS),
     needs_root=False,
-    tasks=("classification", "vqa", "counting", "grounding", "captioning"),
+    tasks=("classification", "vqa", "counting", "grounding", "captioning", *LIST_TASKS),
     complete_prompts=True,
     metrics={
         "captioning": (

@@ -50,6 +50,10 @@ def is_box(value: Any) -> bool:
     return is_list(value) and len(value) in (4, 8) and all(map(is_number, value))
 
 
+def is_point(value: Any) -> bool:
+    return is_list(value) and len(value) == 2 and all(map(is_number, value))
+
+
 TEXT = Kind("text", Value("string"), is_text)
 SOME_TEXT = Kind("text that is not blank", Value("string"), lambda value: is_text(value) and bool(value.strip()))
 SOME_TEXTS = Kind(
@@ -66,6 +70,12 @@ SOME_BOXES = Kind(
     "a list of at least one box, each of 4 or 8 finite numbers",
     BOXES.feature,
     lambda value: BOXES.accepts(value) and len(value) > 0,
+)
+BOXES_OR_NONE = Kind(f"{BOXES.name}, or None", BOXES.feature, lambda value: value is None or BOXES.accepts(value))
+POINTS_OR_NONE = Kind(
+    "a list of points, each of 2 finite numbers, or None",
+    BOXES.feature,
+    lambda value: value is None or (is_list(value) and all(map(is_point, value))),
 )
 COUNT = Kind(
     "a whole number from 0 to a thousand million",

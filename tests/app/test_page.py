@@ -15,7 +15,7 @@ import gradio
 
 from mfrsvlm.app.page import histogram, make_page, read_upload
 from mfrsvlm.demo import MODEL, SCENE
-from mfrsvlm.demo.answering import load
+from mfrsvlm.evaluation.answering import load
 
 
 AUTO = ("", "auto", "auto", "auto")

@@ -316,3 +316,25 @@ def test_fingerprint_of_quantized_weights():
         float8.register_buffer("weight", layer.weight.detach().to(torch.float8_e4m3fn))
         found.add(fingerprint(float8))
     assert len(found) == 4
+
+
+@pytest.mark.parametrize(
+    ("saved", "cpu", "asked", "loaded"),
+    [
+        ("bfloat16", "AVX2", "auto", "float32"),
+        ("bfloat16", "AVX512", "auto", "bfloat16"),
+        ("float16", "AVX512", "auto", "float32"),
+        ("float32", "AVX2", "auto", "float32"),
+        ("bfloat16", "AVX2", "bfloat16", "bfloat16"),
+    ],
+)
+def test_weights_are_float32_on_a_cpu_that_is_slow_in_their_type(tmp_path, monkeypatch, caplog, saved, cpu, asked, loaded):
+    folder = tiny_folder(tmp_path / "model")
+    model, _ = load(str(folder), dtype=saved)
+    model.save_pretrained(folder)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+    caplog.clear()
+    again, _ = load(str(folder), dtype=asked, device="cpu")
+    assert {value.dtype for value in again.parameters()} == {getattr(torch, loaded)}
+    assert (f"--dtype {saved} keeps it" in caplog.text) == (saved != loaded)
+    assert all(torch.equal(value.float(), model.get_parameter(name).float()) for name, value in again.named_parameters())

@@ -22,6 +22,7 @@ from tiny_benchmarks import (
 
 from mfrsvlm.evaluation.benchmarks import BENCHMARKS, Benchmark, BenchmarkError, Sample, load_benchmark
 from mfrsvlm.evaluation.benchmarks.class_folders import class_name
+from mfrsvlm.evaluation.benchmarks.sample import BOX_TASKS, LIST_TASKS
 from mfrsvlm.evaluation.benchmarks.vhm_eval import LISTS, WITHOUT_METRIC
 from mfrsvlm.scenes import ask, draw
 from mfrsvlm.scenes.dataset import DatasetPlan
@@ -77,9 +78,10 @@ def test_samples_are_complete(name: str, root: Path) -> None:
     for sample in benchmark.samples:
         assert all(benchmark.read_image(image).mode == "RGB" for image in sample.images)
         assert all(isinstance(text, str) and text.strip() == text != "" for text in sample.references)
-        if sample.task == "grounding":
+        if sample.task in BOX_TASKS:
             assert not sample.references and sample.question
-            assert sample.boxes and all(len(box) in (4, 8) for box in sample.boxes)
+            assert sample.boxes or sample.task in LIST_TASKS
+            assert all(len(box) in (4, 8) for box in sample.boxes)
             assert benchmark.read_image(sample.images[0]).size == sample.image_size
         else:
             assert sample.references and not sample.boxes
@@ -728,7 +730,7 @@ def test_scenes_are_drawn_when_there_is_no_folder() -> None:
             "vqa",
             question.task,
         )
-        assert sample.references == (() if question.boxes else (question.answer,))
+        assert sample.references == (() if question.task in BOX_TASKS else (question.answer,))
         assert sample.boxes == tuple(question.boxes)
     last = benchmark.samples[-1]
     assert np.array_equal(np.asarray(benchmark.read_image(last.images[0])), np.asarray(draw(plan.scene(3))))
@@ -737,7 +739,7 @@ def test_scenes_are_drawn_when_there_is_no_folder() -> None:
 @pytest.mark.slow
 def test_the_scenes_of_the_test_split() -> None:
     benchmark = load_benchmark("scenes", None)
-    assert len(benchmark.samples) == 6784 and len({sample.images for sample in benchmark.samples}) == 1000
+    assert len(benchmark.samples) == 8784 and len({sample.images for sample in benchmark.samples}) == 1000
 
 
 def test_scenes_on_disk_are_the_scenes_that_were_drawn(root: Path) -> None:
@@ -759,6 +761,8 @@ def test_scenes_on_disk_are_the_scenes_that_were_drawn(root: Path) -> None:
         (lambda row: row.pop("answer"), "row 1: 'answer' is missing"),
         (lambda row: row.update(boxes=[[1, 2, 3]]), "expected 4 finite numbers"),
         (lambda row: row.update(task="grounding", boxes=[]), "a grounding question without a box"),
+        (lambda row: row.update(task="detection", answer="none", boxes=[[1, 2, 3, 4]]), "'none' to a detection .* 1 boxes"),
+        (lambda row: row.update(task="pointing", answer="[1, 2]", boxes=[]), r"'\[1, 2\]' to a pointing .* 0 boxes"),
         (lambda row: row.update(conversations=[]), "'value' is missing"),
     ],
 )

@@ -28,6 +28,7 @@ SETTINGS = EvaluationSettings(progress=False)
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch):
     monkeypatch.setattr(PROTOCOLS[PROTOCOL], "max_new_tokens", 3)
+    monkeypatch.setattr(PROTOCOLS[PROTOCOL], "max_new_list_tokens", 3)
 
 
 @pytest.fixture(scope="module")

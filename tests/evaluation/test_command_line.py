@@ -20,7 +20,7 @@ from mfrsvlm.evaluation.__main__ import main, make_parser
 from mfrsvlm.evaluation.answering import load
 from mfrsvlm.evaluation.evaluate import describe_model
 from mfrsvlm.evaluation.metrics import METRICS
-from mfrsvlm.evaluation.protocols import PROTOCOLS
+from mfrsvlm.evaluation.protocols import PROTOCOLS, Protocol
 from mfrsvlm.output_folders import locked
 
 
@@ -42,6 +42,12 @@ def data(tmp_path_factory):
         roots[name] = tmp_path_factory.mktemp(name)
         MAKERS[name](roots[name])
     return roots
+
+
+@pytest.fixture(autouse=True)
+def short_lists(monkeypatch):
+    """The tiny model says all that it may."""
+    monkeypatch.setattr(Protocol, "max_new_list_tokens", 0)
 
 
 def files(folder):

@@ -15,6 +15,7 @@ from mfrsvlm.evaluation import EvaluationSettings, answer_log, evaluate, evaluat
 from mfrsvlm.evaluation.answering import Answer, Answerer, fingerprint, load
 from mfrsvlm.evaluation.batches import make_plan
 from mfrsvlm.evaluation.benchmarks import BenchmarkError
+from mfrsvlm.evaluation.benchmarks.sample import LIST_TASKS
 from mfrsvlm.evaluation.evaluate import make_runs
 from mfrsvlm.evaluation.protocols import PROTOCOLS
 
@@ -69,6 +70,7 @@ def rows(output, benchmark="rsvqa-lr/test"):
 @pytest.fixture(autouse=True)
 def short_answers(monkeypatch):
     monkeypatch.setattr(PROTOCOLS[PROTOCOL], "max_new_tokens", 4)
+    monkeypatch.setattr(PROTOCOLS[PROTOCOL], "max_new_list_tokens", 6)
 
 
 def test_a_run_writes_every_question_with_its_score(model, benchmarks, tmp_path):
@@ -76,7 +78,15 @@ def test_a_run_writes_every_question_with_its_score(model, benchmarks, tmp_path)
     found = rows(tmp_path, "scenes/test")
     assert json.loads((tmp_path / "scenes/test/summary.json").read_text()) == summary
     assert summary["counts"]["samples"] == len(found) == len({row["id"] for row in found})
-    assert set(summary["results"]) >= {"classification", "vqa", "counting", "captioning", "grounding"}
+    assert set(summary["results"]) >= {
+        "classification",
+        "vqa",
+        "counting",
+        "captioning",
+        "grounding",
+        "detection",
+        "pointing",
+    }
     for task, figures in summary["results"].items():
         scored = [row["score"] for row in found if row["task"] == task]
         main = {"classification": "accuracy", "vqa": "accuracy", "counting": "exact"}.get(task)
@@ -176,11 +186,11 @@ def test_a_stopped_run_continues_and_ends_with_the_same_files(model, benchmarks,
     asked = []
     answer = Answerer.answer
 
-    def stopped(self, batch, encoded):
+    def stopped(self, batch, encoded, limit):
         if len(asked) == after:
             raise Stopped
         asked.append(batch)
-        return answer(self, batch, encoded)
+        return answer(self, batch, encoded, limit)
 
     monkeypatch.setattr(Answerer, "answer", stopped)
     with pytest.raises(Stopped):
@@ -189,7 +199,7 @@ def test_a_stopped_run_continues_and_ends_with_the_same_files(model, benchmarks,
     with log.open("a") as file:
         file.write('{"id": "test-000')  # killed while it wrote a line
     again = []
-    monkeypatch.setattr(Answerer, "answer", lambda self, batch, seen: again.append(batch) or answer(self, batch, seen))
+    monkeypatch.setattr(Answerer, "answer", lambda self, batch, *rest: again.append(batch) or answer(self, batch, *rest))
     run(model, benchmarks["rsvqa-lr"], tmp_path / "parts", **single)
     assert files(tmp_path / "parts") == files(tmp_path / "whole") and again
     monkeypatch.setattr(Answerer, "answer", None)  # a finished run asks nothing
@@ -207,7 +217,7 @@ def test_a_run_that_was_killed_in_its_first_moment_continues(model, benchmarks, 
 def test_line_breaks_within_answers_are_kept(model, benchmarks, tmp_path, monkeypatch):
     """Some that JSON leaves as they are, but by which Python splits lines."""
     text = "a\u2028b\u0085c\x0bd\re\nf"
-    monkeypatch.setattr(Answerer, "answer", lambda self, batch, encoded: [Answer(text, 0.5) for _ in batch])
+    monkeypatch.setattr(Answerer, "answer", lambda self, batch, *rest: [Answer(text, 0.5) for _ in batch])
     for _ in range(2):
         run(model, benchmarks["rsvqa-lr"], tmp_path, limit=4)
         assert [row["answer"] for row in rows(tmp_path)] == [text] * 4
@@ -247,7 +257,7 @@ def test_models_of_other_families(peer, benchmark, benchmarks, tmp_path):
 def test_blind_prompts_hold_no_image(model, benchmarks, monkeypatch):
     asked = []
     answer = Answerer.answer
-    monkeypatch.setattr(Answerer, "answer", lambda self, batch, seen: asked.extend(batch) or answer(self, batch, seen))
+    monkeypatch.setattr(Answerer, "answer", lambda self, batch, *rest: asked.extend(batch) or answer(self, batch, *rest))
     monkeypatch.setattr(Answerer, "_encode", None)
     summary = run(model, benchmarks["rsvqa-lr"], blind=True)
     assert summary["mode"] == "blind" and asked and all(prompt.group is None for prompt in asked)
@@ -273,7 +283,7 @@ def test_a_limit_is_a_sample_that_the_seed_draws(model, benchmarks, tmp_path):
 
 
 def test_a_model_that_says_nothing_is_always_wrong(model, benchmarks, tmp_path, monkeypatch):
-    monkeypatch.setattr(Answerer, "answer", lambda self, batch, encoded: [Answer("", 0.5) for _ in batch])
+    monkeypatch.setattr(Answerer, "answer", lambda self, batch, *rest: [Answer("", 0.5) for _ in batch])
     summary = run(model, benchmarks["scenes"], tmp_path)
     assert summary["counts"]["empty_answers"] == summary["counts"]["samples"]
     assert all(row["score"] == 0 for row in rows(tmp_path, "scenes/test"))
@@ -391,6 +401,30 @@ def test_arguments_that_make_no_sense(model, benchmarks, tmp_path):
     processor.chat_template = template
 
 
+def test_lists_may_be_longer_than_other_answers(model, benchmarks, tmp_path, monkeypatch):
+    """In batches of their own. The other batches are those of a benchmark without lists, and so are their answers."""
+    scenes = benchmarks["scenes"]
+    asked = []
+    answer = Answerer.answer
+
+    def remember(self, batch, encoded, limit):
+        answers = answer(self, batch, encoded, limit)
+        asked.append((limit, {len(one.tokens) for one in answers}))
+        return answers
+
+    monkeypatch.setattr(Answerer, "answer", remember)
+    summary = run(model, scenes, tmp_path / "all")
+    assert summary["generation"] == {
+        "max_new_tokens": 4, "max_new_tokens_by_task": {"detection": 6, "pointing": 6}, "do_sample": False
+    }  # fmt: skip
+    assert {limit for limit, _ in asked} == {4, 6}
+    assert all(max(lengths) <= limit for limit, lengths in asked) and any(max(lengths) > 4 for _, lengths in asked)
+    others = replace(scenes, samples=[sample for sample in scenes.samples if sample.task not in LIST_TASKS])
+    assert run(model, others, tmp_path / "others")["generation"] == {"max_new_tokens": 4, "do_sample": False}
+    kept = [row for row in rows(tmp_path / "all", "scenes/test") if row["task"] not in LIST_TASKS]
+    assert kept == rows(tmp_path / "others", "scenes/test")
+
+
 def test_the_function_and_the_module_evaluate():
     import mfrsvlm.evaluation.evaluate  # noqa: F401
     from mfrsvlm.evaluation import evaluate as function
@@ -401,12 +435,14 @@ def test_the_function_and_the_module_evaluate():
 def test_a_plan_asks_everything_once_and_keeps_images_together(benchmarks):
     samples = benchmarks["scenes"].samples
     prompts = [sample.question for sample in samples]
-    plan = make_plan(samples, prompts, 3, 2)
+    limits = [512 if sample.task in LIST_TASKS else 128 for sample in samples]
+    plan = make_plan(samples, prompts, limits, 3, 2)
     assert sorted(index for chunk in plan for batch in chunk for index in batch) == list(range(len(samples)))
     assert all(len(batch) <= 3 for chunk in plan for batch in chunk)
     for chunk in plan:  # what is answered together has similar lengths
-        order = [(samples[index].task, len(prompts[index])) for batch in chunk for index in batch]
+        order = [(limits[index], samples[index].task, len(prompts[index])) for batch in chunk for index in batch]
         assert order == sorted(order)
+        assert all(len({limits[index] for index in batch}) == 1 for batch in chunk)
     homes = {}
     for number, chunk in enumerate(plan):
         for batch in chunk:

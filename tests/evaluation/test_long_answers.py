@@ -9,6 +9,7 @@ import pytest
 
 from mfrsvlm.evaluation.answering import Answer
 from mfrsvlm.evaluation.benchmarks import Sample, load_benchmark
+from mfrsvlm.evaluation.benchmarks.sample import BOX_TASKS, LIST_TASKS
 from mfrsvlm.evaluation.evaluate import is_truncated, score
 from mfrsvlm.evaluation.metrics import METRICS, load_metric
 from mfrsvlm.evaluation.metrics._checked import SCORED_CHARACTERS
@@ -22,7 +23,11 @@ SHAPES = {
     "decimals": "1.",
     "brackets": "[",
     "boxes": "[1, ",
+    "whole boxes": "[1,2,3,4]",
+    "points": "[1,2]",
     "braces": "{<1>",
+    "whole braces": "{<1><2><30><40>}",
+    "turned boxes": "{<1><2><30><40>|<9>}",
     "spaces": " ",
     "line breaks": "\n",
     "words": "ship ",
@@ -70,7 +75,8 @@ def guard(seconds: int = 20) -> Iterator[None]:
 
 def test_every_metric_of_texts_is_tried() -> None:
     tried = {getattr(case, "values", case)[0] for case in CASES}
-    assert tried == set(METRICS) - {"visual_grounding", "yes_no_calibration"}  # of boxes, and of probabilities
+    others = {"visual_grounding", "object_detection", "pointing", "yes_no_calibration"}  # of places and of probabilities
+    assert tried == set(METRICS) - others
 
 
 @pytest.mark.parametrize(("name", "reference", "settings"), CASES)
@@ -89,11 +95,12 @@ def test_what_follows_the_limit_does_not_matter(name: str, reference, settings: 
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("task", ["classification", "vqa", "counting", "grounding"])
+@pytest.mark.parametrize("task", ["classification", "vqa", "counting", *BOX_TASKS])
 def test_every_protocol_scores_long_answers(protocol: str, task: str) -> None:
     benchmark = load_benchmark("scenes", None, count=1)
-    truths = {"classification": ("harbor",), "vqa": ("yes",), "counting": ("3",), "grounding": ()}
-    sample = Sample("0", ("image",), task, "A question?", truths[task], "a group", boxes=((1.0, 2.0, 30.0, 40.0),))
+    truths = {"classification": ("harbor",), "vqa": ("yes",), "counting": ("3",)}
+    boxes = tuple((1.0 + i, 2.0, 30.0 + i, 40.0) for i in range(20 if task in LIST_TASKS else 1))
+    sample = Sample("0", ("image",), task, "A question?", truths.get(task, ()), "a group", boxes=boxes)
     samples = [replace(sample, id=shape, image_size=(80, 40)) for shape in ANSWERS]
     benchmark.samples = samples
 

@@ -41,6 +41,8 @@ GOOD = {
     "captioning": ("a beach", ["a beach"]),
     "classification_accuracy": ("beach", "beach"),
     "counting": ("3", 3),
+    "object_detection": ([[0, 0, 1, 1]], [[0, 0, 1, 1]]),
+    "pointing": ([[0.5, 0.5]], [[0, 0, 1, 1]]),
     "rsvqa_accuracy": ("yes", "yes"),
     "visual_grounding": ([[0, 0, 1, 1]], [[0, 0, 1, 1]]),
     "vqa_accuracy": ("red", ["red"]),
@@ -113,6 +115,8 @@ def test_input_that_is_none_is_named(name):
         ([{}], [reference], r"predictions\[0\] is {}, not"),
         ([prediction], [{}], r"references\[0\] is {}, not"),
     ]:
+        if predictions == [None] and name in ("object_detection", "pointing"):
+            continue  # an answer that cannot be parsed
         with pytest.raises(ValueError, match=f"{name}: {message}"):
             metric.compute(predictions=predictions, references=references, **settings)
     with pytest.raises(ValueError, match=f"{name}: unknown setting 'weighting'"):
@@ -159,6 +163,16 @@ def test_input_that_is_none_is_named(name):
         ("visual_grounding", [], [], {}, r"references\[0\] is \[\], not a list of at least one box"),
         ("visual_grounding", [], [[0, 0, 1, 1]], {"thresholds": []}, r"thresholds=\[\] must be a list"),
         ("visual_grounding", [], [[0, 0, 1, 1]], {"thresholds": [50]}, r"thresholds=\[50\] must be a list"),
+        ("object_detection", [[0, 0, 1]], [], {}, "each of 4 or 8 finite numbers, or None"),
+        ("object_detection", [[0, 0, 1, math.nan]], [], {}, "finite numbers, or None"),
+        ("object_detection", "none", [], {}, r"predictions\[0\] is 'none', not a list of boxes"),
+        ("object_detection", [], [[0, 0, 1]], {}, r"references\[0\] is \[\[0, 0, 1\]\], not a list of boxes"),
+        ("object_detection", [], [], {"threshold": 0}, "threshold=0 must be a number above 0 and up to 1"),
+        ("object_detection", [], [], {"threshold": [0.5]}, r"threshold=\[0\.5\] must be"),
+        ("pointing", [[0, 0, 1, 1]], [], {}, "each of 2 finite numbers, or None"),
+        ("pointing", [[0, math.inf]], [], {}, "each of 2 finite numbers, or None"),
+        ("pointing", [0, 0], [], {}, r"predictions\[0\] is \[0, 0\], not a list of points"),
+        ("pointing", [], [[0, 0]], {}, r"references\[0\] is \[\[0, 0\]\], not a list of boxes"),
         ("caption_facts", "a", ["a beach"], FACTS, r"references\[0\] states no fact: \['a beach'\]"),
         ("caption_facts", "a", ["a"], {**FACTS, "kinds": {}}, "must name at least one class, kind and noun"),
         ("captioning", "a beach", "a beach", {}, "not a list of at least one text"),
@@ -626,9 +640,9 @@ def test_an_upright_box_is_the_same_as_its_four_corners():
     assert ious(*zip(*plain, strict=True)) == pytest.approx(ious(*zip(*corners, strict=True)))
 
 
-def slow_matches(said, true):
+def slow_matches(said, true, limit=None):
     """Partners by searching for the best pair again and again."""
-    said, found = said[: len(true)], {}
+    said, found = said[: len(true) if limit is None else limit], {}
     used = set()
     while True:
         free = [(i, j) for i in range(len(said)) for j in range(len(true)) if i not in used and j not in found]
@@ -698,6 +712,192 @@ def test_boxes_by_hand(said, true, overlap):
 
 def test_a_threshold_is_enough():
     assert compute("visual_grounding", [[[0, 0, 10, 5]]], [[TRUE]])["scores"] == [1.0]
+
+
+# Lists of boxes and points
+
+
+POOLED = ("precision", "recall", "f1")
+
+
+def most_pairs(fits):
+    """The size of the largest matching of a (predicted, true) table of which pairs fit, by an independent solver."""
+    solve = pytest.importorskip("scipy.optimize").linear_sum_assignment
+    fits = np.asarray(fits, dtype=float)
+    return int(fits[solve(-fits)].sum()) if fits.size else 0
+
+
+def expected_figures(matched, predicted, true):
+    """From sums over all images; F1 as the harmonic mean."""
+    precision, recall = sum(matched) / sum(predicted), sum(matched) / sum(true)
+    return {"precision": precision, "recall": recall, "f1": 2 / (1 / precision + 1 / recall)}
+
+
+def check_list(found, matched, predicted, true):
+    """All figures against those from the numbers of matched, predicted and true objects of each image."""
+    assert {name: found[name]["value"] for name in POOLED} == pytest.approx(expected_figures(matched, predicted, true))
+    assert found["scores"] == pytest.approx(
+        [2 * m / (p + t) if p + t else 1 for m, p, t in zip(matched, predicted, true, strict=True)]
+    )
+    errors = [abs(p - t) for p, t in zip(predicted, true, strict=True)]
+    assert found["count_mae"]["value"] == pytest.approx(mean(errors))
+    assert found["exact_count"]["value"] == pytest.approx(mean(error == 0 for error in errors))
+    assert 0.2 < found["f1"]["value"] < 0.9 and 0 in true and 0 in predicted  # otherwise nothing was tried
+
+
+def overlap(one, other):
+    one, other = (shapely_box(min(b[::2]), min(b[1::2]), max(b[::2]), max(b[1::2])) for b in (one, other))
+    return one.intersection(other).area / one.union(other).area
+
+
+def test_boxes_of_separate_objects_against_the_best_matching():
+    """A box fits only one of several objects that do not overlap, so that the greedy matching is the best one."""
+    rng = random.Random(20)
+    places = [(10 * column, 10 * row) for column in range(4) for row in range(3)]
+    references, predictions = [], []
+    for _ in range(400):
+        true = [[x, y, x + rng.uniform(4, 9), y + rng.uniform(4, 9)] for x, y in rng.sample(places, rng.randint(0, 5))]
+        near = [rng.choice(true) for _ in range(rng.randint(0, 6))] if true else []
+        said = [[value + rng.uniform(-1.5, 1.5) for value in box] for box in near]
+        said += [[0, 0, 40, 30]] * rng.randint(0, 1)
+        references.append(true)
+        predictions.append(rng.sample(said, len(said)))
+    found = compute("object_detection", predictions, references)
+    pairs = list(zip(predictions, references, strict=True))
+    matched = [most_pairs([[overlap(a, b) >= 0.5 for b in true] for a in said]) for said, true in pairs]
+    check_list(found, matched, list(map(len, predictions)), list(map(len, references)))
+
+
+@pytest.fixture(scope="module")
+def crowded():
+    """Boxes that overlap, some of them false, and images without any."""
+    rng = random.Random(21)
+    references = [[random_box(rng) for _ in range(rng.randint(0, 4))] for _ in range(400)]
+    predictions = [
+        [random_box(rng, rng.choice(true) if true else None) for _ in range(rng.randint(0, 6))] for true in references
+    ]
+    return predictions, references
+
+
+def test_boxes_that_overlap_against_a_search(crowded):
+    predictions, references = crowded
+    found = compute("object_detection", predictions, references)
+    pairs = list(zip(predictions, references, strict=True))
+    matched = [sum(value >= 0.5 for value in slow_matches(said, true, len(said))) for said, true in pairs]
+    check_list(found, matched, list(map(len, predictions)), list(map(len, references)))
+    best = [most_pairs([[overlap(a, b) >= 0.5 for b in true] for a in said]) for said, true in pairs]
+    assert all(greedy <= most for greedy, most in zip(matched, best, strict=True))
+
+
+def test_points_against_the_best_matching(crowded):
+    """Boxes overlap, so that a point often lies in several of them."""
+    rng = random.Random(22)
+    references = crowded[1]
+    near = [[rng.choice(true) if true else [0, 0, 100, 100] for _ in range(rng.randint(0, 6))] for true in references]
+    predictions = [[[rng.triangular(*box[::2]), rng.triangular(*box[1::2])] for box in boxes] for boxes in near]
+    found = compute("pointing", predictions, references)
+
+    def inside(point, box):
+        return min(box[0], box[2]) <= point[0] <= max(box[0], box[2]) and min(box[1::2]) <= point[1] <= max(box[1::2])
+
+    pairs = list(zip(predictions, references, strict=True))
+    matched = [most_pairs([[inside(point, box) for box in true] for point in said]) for said, true in pairs]
+    check_list(found, matched, list(map(len, predictions)), list(map(len, references)))
+
+
+def test_long_chains_of_points_are_matched():
+    """Point i lies in the boxes i and i + 1 and takes the first; the last point moves all others on."""
+    boxes = [[10 * i, 0, 10 * i + 12, 10] for i in range(1100)]
+    points = [[10 * i + 11, 5] for i in range(1099)] + [[5, 5]]
+    assert compute("pointing", [points], [boxes])["recall"]["value"] == 1
+    assert compute("pointing", [points[::-1]], [boxes])["recall"]["value"] == 1
+
+
+@pytest.mark.parametrize("name", ["object_detection", "pointing"])
+def test_properties_of_lists(name, crowded):
+    _, references = crowded
+    middle = {"object_detection": list, "pointing": lambda box: [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2]}[name]
+    far = {"object_detection": [900, 900, 910, 910], "pointing": [900, 900]}[name]
+    perfect = [[middle(box) for box in true] for true in references]
+    some = [[*said[: len(said) // 2 + 1], far] for said in perfect]
+
+    def values(predictions):
+        results = compute(name, predictions, references)
+        return {key: results[key]["value"] for key in ("precision", "recall", "f1", "exact_count")}, results["scores"]
+
+    figures, scores = values(perfect)
+    assert set(figures.values()) == set(scores) == {1.0}
+    figures, scores = values(some)
+    assert figures["precision"] < 1 and figures["recall"] < 1
+    assert values([said[::-1] for said in some]) == (figures, scores)  # in any order
+    more, _ = values([said + [far] * 2 for said in some])  # further ones cost precision only
+    assert more["recall"] == figures["recall"] and more["precision"] < figures["precision"]
+    twice, _ = values([said * 2 for said in perfect])  # also those of an object that was found already
+    assert twice["recall"] == 1 and twice["precision"] == 0.5
+
+
+def test_precision_and_recall_change_places_with_predictions_and_truth(crowded):
+    one, other = compute("object_detection", *crowded), compute("object_detection", *crowded[::-1])
+    for name, mirrored in zip(POOLED, ("recall", "precision", "f1"), strict=True):
+        assert one[name] == other[mirrored]
+    assert one["scores"] == other["scores"] and one["count_mae"] == other["count_mae"]
+
+
+BOX, POINT = [0, 0, 10, 10], [5, 5]
+
+
+@pytest.mark.parametrize(
+    ("said", "true", "score", "error"),
+    [
+        ([], [], 1, 0),
+        (None, [], 0, 1),  # as for a number that is not said
+        (None, [BOX] * 3, 0, 3),
+        ([], [BOX] * 2, 0, 2),
+        ([BOX], [], 0, 1),
+        ([BOX, BOX], [BOX], 2 / 3, 1),
+        ([BOX], [BOX, [20, 20, 30, 30]], 2 / 3, 1),
+    ],
+)
+def test_lists_by_hand(said, true, score, error):
+    for name, places in {"object_detection": said, "pointing": said and [POINT for _ in said]}.items():
+        found = compute(name, [places], [true])
+        assert found["scores"] == [pytest.approx(score)] and found["parsed"] == [places]
+        assert found["f1"]["value"] == pytest.approx(1 if not said and not true else score)
+        assert found["count_mae"]["value"] == error and found["exact_count"]["value"] == (error == 0)
+
+
+@pytest.mark.parametrize(
+    ("box", "inside", "outside"),
+    [
+        (BOX, [[0, 0], [10, 5], [5, 10]], [[10.01, 5], [-0.01, 5], [5, 11]]),
+        ([10, 10, 0, 0], [[3, 3]], [[11, 3]]),
+        ([5, 0, 10, 5, 5, 10, 0, 5], [[5, 5], [2.5, 2.5]], [[1, 1], [9, 9]]),  # on its tip
+        ([5, 5, 5, 5], [[5, 5]], [[5, 5.01]]),  # no area
+    ],
+)
+def test_points_in_boxes_by_hand(box, inside, outside):
+    points = [*inside, *outside]
+    found = compute("pointing", [[point] for point in points], [[box]] * len(points))
+    assert found["scores"] == [1.0] * len(inside) + [0.0] * len(outside)
+
+
+def test_the_threshold_of_a_box():
+    half = ([[[0, 0, 10, 5]]], [[BOX]])
+    assert compute("object_detection", *half)["scores"] == [1.0]
+    assert compute("object_detection", *half, threshold=0.51)["scores"] == [0.0]
+
+
+def test_intervals_of_lists_are_those_of_drawing_images(crowded):
+    predictions, references = (part[:40] for part in crowded)
+    found = compute("object_detection", predictions, references)
+    rng, drawn = np.random.default_rng(0), []
+    for _ in range(1000):
+        times = rng.multinomial(40, np.full(40, 1 / 40))
+        chosen = [index for index, n in enumerate(times) for _ in range(n)]
+        sizes = [len(predictions[i]) + len(references[i]) for i in chosen]
+        drawn.append(sum(found["scores"][i] * size for i, size in zip(chosen, sizes, strict=True)) / sum(sizes))
+    assert [found["f1"][name] for name in ("low", "high")] == pytest.approx(np.quantile(drawn, [0.025, 0.975]).tolist())
+    assert found["f1"]["n"] == 40
 
 
 @pytest.mark.parametrize("name", METRICS)

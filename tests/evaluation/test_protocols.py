@@ -8,6 +8,7 @@ from tiny_benchmarks import MAKERS
 
 from mfrsvlm.evaluation.answering import Answer
 from mfrsvlm.evaluation.benchmarks import BENCHMARKS, Benchmark, Sample, load_benchmark
+from mfrsvlm.evaluation.benchmarks.sample import LIST_TASKS, METRICS
 from mfrsvlm.evaluation.evaluate import score
 from mfrsvlm.evaluation.majority import majority_answers
 from mfrsvlm.evaluation.protocols import PROTOCOLS, read_angled_boxes, rotated
@@ -111,6 +112,10 @@ def test_lengths_thresholds_and_caption_metrics():
         "geochat": (128, (0.5, 0.7), "coco", "without_spaces", "without_spaces"),
         "vrsbench": (128, (0.5, 0.7), "coco", "exact", "exact"),
     }
+    for protocol in (make() for make in PROTOCOLS.values()):
+        limits = {task: protocol.max_new_tokens_of(task) for task in METRICS}
+        longer = max(protocol.max_new_tokens, 256)
+        assert limits == {task: longer if task in LIST_TASKS else protocol.max_new_tokens for task in METRICS}
     for name, info in BENCHMARKS.items():
         expected = "test_phili" if name == "rsvqa-hr" else info.default_split
         assert PROTOCOLS["geochat"]().default_split(info) == expected
@@ -146,6 +151,90 @@ def test_boxes_survive_their_wording(width, height, corners, name):
     protocol = PROTOCOLS[name]()
     [box] = protocol.read_boxes(protocol.write_box((x1, y1, x2, y2), (width, height)), (width, height))
     assert box == pytest.approx((x1, y1, x2, y2), abs=0.00051 * max(width, height))
+
+
+@settings(max_examples=100, deadline=None)
+@given(width=SIDES, height=SIDES, corners=st.tuples(*[st.floats(0, 1)] * 4), name=st.sampled_from(sorted(PROTOCOLS)))
+def test_points_survive_their_wording(width, height, corners, name):
+    box = tuple(value * side for value, side in zip(corners, (width, height) * 2, strict=True))
+    protocol, center = PROTOCOLS[name](), ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+    [point] = protocol.read_points(protocol.write_point(box, (width, height)), (width, height))
+    assert point == pytest.approx(center, abs=0.0001 * max(width, height))
+    x1, y1, x2, y2 = box
+    assert protocol.write_point((x1, y1, x2, y1, x2, y2, x1, y2), (width, height)) == protocol.write_point(
+        box, (width, height)
+    )
+
+
+def asked_for(task, boxes=()):
+    """A benchmark with one sample of a task with boxes, in an image of 200 x 100 pixels."""
+    sample = Sample("1", ("a",), task, "ship", (), boxes=boxes, image_size=(200, 100))
+    return sample, Benchmark("stand-in", "test", None, [sample])
+
+
+def test_prompts_for_lists():
+    sample, benchmark = asked_for("detection")
+    said = {name: protocol().prompt(sample, benchmark) for name, protocol in PROTOCOLS.items()}
+    box = "Give the bounding box of every ship as [x_min, y_min, x_max, y_max], each number scaled to 0-1000."
+    none = "If there is none, answer none."
+    assert said["strict"] == f"{box} {none}" and said["rsevalkit"] == f"{{VG}} {box} {none}"
+    assert said["upstream"].startswith("{VG} every ship Answer with") and said["upstream"].endswith(f"(inclusive). {none}")
+    assert said["geochat"] == said["vrsbench"] == f"[refer] Give me the location of <p> every ship </p> {none}"
+    sample, benchmark = asked_for("pointing")
+    for name, protocol in PROTOCOLS.items():
+        tag = "{VG} " if name == "rsevalkit" else ""
+        expected = f"{tag}Point to every ship as [x, y], each number scaled to 0-1000. {none}"
+        assert protocol().prompt(sample, benchmark) == expected
+
+
+BOXES = ((20.0, 10.0, 60.0, 40.0), (100.0, 50.0, 200.0, 100.0))
+WRITTEN = {"detection": "[100, 100, 300, 400], [500, 500, 1000, 1000]", "pointing": "[200, 250], [750, 750]"}
+
+
+@pytest.mark.parametrize("task", LIST_TASKS)
+@pytest.mark.parametrize(
+    ("answer", "places", "empty", "full"),
+    [
+        ("none", 0, 1, 0), ("None.", 0, 1, 0), (" NONE\n", 0, 1, 0),
+        ("", None, 0, 0), (" . ", None, 0, 0), ("There is none.", None, 0, 0), ("0", None, 0, 0), ("[]", None, 0, 0),
+        ("[100, 100, 300]", None, 0, 0), ("none [1, 2, 3, 4, 5]", None, 0, 0),
+        ("{both}", 2, 0, 1), ("The ships: [{both}]", 2, 0, 1), ("{both}, [5, 6, 7", 2, 0, 1), ("none {both}", 2, 0, 1),
+        ("{both}, {both}", 4, 0, 2 / 3), ("{both}, [1001, 1, 1001, 1]", 2, 0, 1),
+    ],
+)  # fmt: skip
+def test_answers_that_are_lists(task, answer, places, empty, full):
+    """An answer without a list is never right, also if there is nothing to list: it has to say so."""
+    protocol = PROTOCOLS["strict"]()
+    text = answer.format(both=WRITTEN[task])
+    for boxes, expected in (((), empty), (BOXES, full)):
+        sample, benchmark = asked_for(task, boxes)
+        figures, [parsed], [found] = protocol.score(benchmark, task, [sample], [text])
+        assert (None if parsed is None else len(parsed)) == places and found == pytest.approx(expected)
+        assert figures["exact_count"]["value"] == (places == len(boxes))
+
+
+@pytest.mark.parametrize("task", LIST_TASKS)
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_the_task_of_a_list_is_scored_by_every_protocol(name, task):
+    protocol = PROTOCOLS[name]()
+    for boxes in ((), BOXES, (rotated(BOXES[0], 30),) if name == "geochat" else BOXES[:1]):
+        sample, benchmark = asked_for(task, boxes)
+        assert protocol.score(benchmark, task, [sample], [protocol.ideal_answer(sample)])[2] == [1.0]
+        results, _, scores = score(protocol, benchmark, [sample], [Answer("")])
+        assert scores == [0.0] and set(results) == {task}
+
+
+def test_points_in_shares_of_the_sides_are_noticed(caplog):
+    sample, benchmark = asked_for("pointing", BOXES)
+    protocol = PROTOCOLS["geochat"]()  # whose boxes have another scale
+    protocol.score(benchmark, "pointing", [sample], ["[0.2, 0.25]"])
+    assert (
+        "No number of the 1 points in the answers is above 1. Protocol geochat asks for points scaled to 0-1000"
+        in caplog.text
+    )
+    caplog.clear()
+    protocol.score(benchmark, "pointing", [sample], [WRITTEN["pointing"]])
+    assert not caplog.text
 
 
 def test_boxes_of_rsevalkit_are_over_the_sides_of_the_image():
@@ -208,7 +297,9 @@ def test_chance_is_the_most_frequent_answer_of_each_template(load):
     said = majority_answers(benchmark, benchmark.samples, protocol)
     by_template = {}
     for sample, guess in zip(benchmark.samples, said, strict=True):
-        if sample.task not in ("grounding", "captioning"):
+        if sample.task in LIST_TASKS:
+            assert guess == "none"
+        elif sample.task not in ("grounding", "captioning"):
             by_template.setdefault((sample.task, sample.template), []).append((sample.references[0], guess))
     for pairs in by_template.values():
         answers, guessed = zip(*pairs, strict=True)

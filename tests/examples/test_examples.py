@@ -1,13 +1,19 @@
 """Every example runs as it stands; where that takes long, with smaller numbers."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hub_server import HubServer
+from PIL import Image
+
+from mfrsvlm.demo import SCENE
+from mfrsvlm.geospatial import Raster
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -27,19 +33,22 @@ def test_every_example_is_listed():
     assert all(f"({name})" in page for name in files)
 
 
-@pytest.mark.integration
-def test_quickstart_notebook(tmp_path, monkeypatch):
+def run_notebook(name: str, folder: Path, monkeypatch) -> str:
+    """Runs a notebook cell by cell in a folder, and returns what it prints."""
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    notebook = nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(folder / "modules"))
+    monkeypatch.setenv("IPYTHONDIR", str(folder / "ipython"))
+    notebook = nbformat.read(EXAMPLES / name, as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells)  # committed without: nothing can go stale
-    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    printed = "".join(
-        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []) if "text" in output
-    )
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
+    return "".join(output["text"] for cell in notebook.cells for output in cell.get("outputs", []) if "text" in output)
+
+
+@pytest.mark.integration
+def test_quickstart_notebook(tmp_path, monkeypatch):
+    printed = run_notebook("quickstart.ipynb", tmp_path, monkeypatch)
     assert "What is the class of this scene? -> harbor" in printed
     assert "How many aircraft are there? -> 9" in printed
     assert "ship -> yes" in printed and "tank -> no" in printed
@@ -47,10 +56,27 @@ def test_quickstart_notebook(tmp_path, monkeypatch):
 
 
 @pytest.mark.integration
+def test_rasters_notebook(tmp_path, monkeypatch):
+    printed = run_notebook("rasters.ipynb", tmp_path, monkeypatch)
+    assert "('red', 'green', 'blue') colour interpretation none" in printed and "EPSG:32631 (0.5, 0.5) metre" in printed
+    assert "{'How many aircraft are there?': '9', 'Is there a ship in this scene?': 'yes'}" in printed
+    assert "aircraft: {'total': " in printed and "'shifted_total': " in printed and "parcels: {'A': " in printed
+    assert "boxes: [[500191.7" in printed
+    assert (tmp_path / "buildings.gpkg").is_file() and (tmp_path / "parcels.gpkg").is_file()
+
+
+@pytest.mark.integration
 def test_finetune_lora(tmp_path):
-    shares = load_example("finetune_lora").main(tmp_path / "run", scenes=8, steps=2, new_scenes=2)
-    assert set(shares) == {"before", "after"} and all(0 <= share <= 1 for share in shares.values())
-    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    example = load_example("finetune_lora")
+    arguments = ["--output", str(tmp_path), "--train", "8", "--test", "4", "--steps", "2"]
+    figures = example.main(**example.parse(arguments))
+    assert set(figures) == {"before", "after", "gain"} and all(row["n"] == 4 for row in figures.values())
+    assert figures["gain"]["value"] == pytest.approx(figures["after"]["value"] - figures["before"]["value"])
+    assert (tmp_path / "model" / "model.safetensors").is_file()
+    rows = json.loads((tmp_path / "train.json").read_text())
+    tested = [json.loads(line) for line in (tmp_path / "after/my-images/test/predictions.jsonl").read_text().splitlines()]
+    assert not {row["images"][0] for row in rows} & {row["images"][0] for row in tested}
+    assert rows[0]["messages"][0]["content"] == tested[0]["prompt"]  # asked as it was trained
 
 
 @pytest.mark.integration
@@ -67,6 +93,30 @@ def test_ask_parcels(tmp_path, capsys):
     layer = example.main(*example.make_demo(tmp_path), "How many aircraft are there?", str(tmp_path / "answers.gpkg"))
     assert layer["parcel"].tolist() == list("ABCD") and (layer["count"] >= 0).all()
     assert (tmp_path / "answers.gpkg").is_file() and "How many aircraft are there?" in capsys.readouterr().out
+
+
+@pytest.mark.integration
+@pytest.mark.filterwarnings("ignore::mfrsvlm.geospatial.RasterWarning")
+def test_folder_to_geopackage(tmp_path):
+    example = load_example("folder_to_geopackage")
+    layer = example.main(example.make_demo(tmp_path), "building", str(tmp_path / "buildings.gpkg"))
+    assert layer["source"].tolist() == ["east.tif", "west.tif"] and layer.crs == "EPSG:32631"
+    east, west = layer.geometry.bounds.to_numpy()
+    assert east - west == pytest.approx([256, 0, 256, 0]) and len(layer.attrs["record"]["runs"]) == 2
+    assert (tmp_path / "buildings.gpkg").is_file()
+
+
+@pytest.mark.integration
+@pytest.mark.filterwarnings("ignore::mfrsvlm.geospatial.RasterWarning")
+def test_ask_stac_item(tmp_path):
+    """Stored as reflectance of 16 bits, the scene is the same within a grey level, and so is the answer."""
+    example = load_example("ask_stac_item")
+    path = example.make_demo(tmp_path)
+    answers = example.main(path, "How many aircraft are there?")
+    assert answers["answer"].tolist() == ["9"] and answers.crs == "EPSG:32631"
+    with Raster.open(example.read_item(path), stretch="physical") as raster, Image.open(SCENE) as scene:
+        shown, drawn = (np.asarray(image, dtype=int) for image in (raster.read().image, scene))
+    assert abs(shown - drawn).max() <= 1
 
 
 @pytest.mark.integration

@@ -194,7 +194,7 @@ def command_lines(path, folder):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["scenes --contact-sheet", "info", "demo", "ask"])
 def test_commands_check_their_file_first(tmp_path, monkeypatch, capsys, name, kind):
-    monkeypatch.setattr("mfrsvlm.demo.answering.load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("mfrsvlm.evaluation.answering.load", lambda *_, **__: pytest.fail("the model was loaded"))
     run, line = command_lines(make_bad_path(kind, tmp_path), tmp_path)[0][name]
     check_one_line(run, line, tmp_path, capsys)
 

@@ -1,5 +1,6 @@
 """Synthetic scenes: the same every time, true in every pixel and every answer, balanced, written and scored as promised."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -177,6 +178,13 @@ def right_answer(scene: Scene, text: str) -> str:
         return "above" if the_only(scene, match[1]).y < the_only(scene, match[2]).y else "below"
     if match := re.fullmatch(r"Give the bounding box of the (\w+)\.", text):
         return "[" + ", ".join(f"{round(v * 1000 / scene.size):03d}" for v in the_only(scene, match[1]).box) + "]"
+    if match := re.fullmatch(r"(Give the bounding box of|Point to) every (\w+)\.", text):
+        found = sorted((item for item in scene.objects if item.kind == match[2]), key=lambda item: item.box[0])
+        places = [
+            item.box if match[1].startswith("Give") else np.reshape(item.box, (2, 2)).mean(0).tolist() for item in found
+        ]
+        written = ["[" + ", ".join(f"{round(v * 1000 / scene.size):03d}" for v in place) + "]" for place in places]
+        return ", ".join(written) or "none"
     assert text == "Describe this image."
     counts = [(count_of(scene, kind), kind) for kind in ("ship", "aircraft", "car", "tank", "building")]
     listed = [f"{n} {kind}{'s' if n > 1 and kind != 'aircraft' else ''}" for n, kind in counts if n]
@@ -236,6 +244,32 @@ def test_answers_are_balanced(scenes):
     assert all(0.06 < share(answers["count"], str(number)) < 0.15 for number in range(10))
     assert all(0.04 < share(answers["classification"], name) < 0.1 for name in CLASSES)
     assert share(answers["area"], "rural") == pytest.approx(2 / 3, abs=0.05)
+
+
+@pytest.mark.parametrize("task", ["detection", "pointing"])
+def test_lists_hold_every_object_of_a_kind_from_left_to_right(scenes, task):
+    lengths, strict = Counter(), PROTOCOLS["strict"]()
+    for scene in scenes:
+        [question] = ask(scene, [task])
+        kind = re.search(r"every (\w+)\.", question.text)[1]
+        assert sorted(question.boxes) == sorted(item.box for item in scene.objects if item.kind == kind)
+        assert (question.answer == "none") == (not question.boxes)
+        read = {"detection": strict.read_boxes, "pointing": strict.read_points}[task](question.answer, (scene.size,) * 2)
+        true = question.boxes if task == "detection" else [np.reshape(box, (2, 2)).mean(0) for box in question.boxes]
+        assert np.asarray(read) == pytest.approx(np.asarray(true), abs=0.000501 * scene.size)  # but for rounding
+        lefts = [box[0] for box in question.boxes]
+        assert lefts == sorted(lefts)
+        assert kind != "ship" or scene.has_water
+        lengths[len(read)] += 1
+    assert 0.12 < lengths[0] / lengths.total() < 0.2  # fewer than a fifth, since some scenes lack no kind
+    assert 0.3 < lengths[1] / lengths.total() < 0.5 and set(lengths) == set(range(10))
+
+
+def test_questions_of_a_seed_stay_as_they_are():
+    """Those of the tasks before there were lists, so that data sets and figures of these tasks can be made again."""
+    tasks = [task for task in TASKS if task not in ("detection", "pointing")]
+    asked = [[question.text, question.answer] for index in range(50) for question in ask(small_scene(index), tasks)]
+    assert hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16] == "56dfd858f727ec1c"
 
 
 def test_change_is_the_difference_of_counts(scenes):
@@ -386,17 +420,20 @@ def test_true_answers_score_and_others_do_not():
 
     def shares(change):
         """Share of right answers by task, of answers that are made from the ideal one."""
-        figures = {}
+        figures: dict[str, float] = {}
         for task, name in FIGURES.items():
             samples = [sample for sample in benchmark.samples if sample.task == task]
             answers = [change(protocol.ideal_answer(sample)) for sample in samples]
-            figures[task] = protocol.score(benchmark, task, samples, answers)[0][name]["value"]
+            found, _, scores = protocol.score(benchmark, task, samples, answers)
+            figures[task] = found[name]["value"]
+            if task in ("detection", "pointing"):  # also of the images without an object, which F1 does not count
+                figures[f"{task} by image"] = sum(scores) / len(scores)
         return set(figures.values())
 
     assert shares(lambda answer: answer) == shares(lambda answer: f"  {answer.upper().rstrip('.')}.\n") == {1.0}
     for wrong in ("", " . ", "perhaps"):
         assert shares(lambda answer, wrong=wrong: wrong) == {0.0}
-    assert shares(lambda answer: f"not {answer[1:]}") == {0.0}
+    assert shares(lambda answer: f"not {answer.replace('[', '(')[1:]}") == {0.0}
 
 
 FIGURES = {
@@ -405,6 +442,8 @@ FIGURES = {
     "counting": "exact",
     "grounding": "accuracy_0.5",
     "captioning": "caption_exact",
+    "detection": "f1",
+    "pointing": "f1",
 }
 
 
@@ -416,3 +455,5 @@ def test_the_majority_answer_is_little_better_than_a_guess():
     assert results["counting"]["exact"]["value"] < 0.2
     classes = Counter(sample.references[0] for sample in benchmark.samples if sample.task == "classification")
     assert results["classification"]["accuracy"]["value"] == max(classes.values()) / 300
+    for task in ("detection", "pointing"):
+        assert results[task]["f1"]["value"] == 0 and 0.1 < results[task]["exact_count"]["value"] < 0.25

@@ -1,6 +1,7 @@
 """The recipe of the demo model: its pieces, its trainer, and the command."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_scenes import SCENES, Drawn, encode, make_model
 
+from mfrsvlm.demo import MODEL
 from mfrsvlm.scenes import CLASSES, KINDS, draw
 from mfrsvlm.training import train_demo_model
 from mfrsvlm.training.branches import BranchCollator
@@ -271,11 +273,37 @@ def test_command_makes_a_model_folder(tmp_path, capsys):
     assert "is not empty" in capsys.readouterr().err
 
 
+@pytest.mark.integration
+def test_training_continues_from_a_folder(tmp_path):
+    """With its encoder, which is frozen, its tokenizer and its projector."""
+    start = str(MODEL)
+    command = [CONFIG, f"--start={start}", f"--output={tmp_path / 'model'}", f"--work={tmp_path / 'work'}"]
+    settings = (
+        "--bf16=false",
+        "--muon=false",
+        "--guidance=false",
+        "--test_scenes=0",
+        "--learning_rate=1e-3",
+        "--warmup_steps=0",
+    )
+    assert train_demo_model.run([*command, *TINY, *settings]) == 0
+    before, after = (load_file(Path(folder) / "model.safetensors") for folder in (start, tmp_path / "model"))
+    assert before.keys() == after.keys()
+    for name, tensor in after.items():
+        difference = (tensor.float() - before[name].float()).abs().max()
+        assert difference == 0 if "vision_tower." in name else difference < 0.05, name
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert (tmp_path / "model/tokenizer.json").read_bytes() == (Path(start) / "tokenizer.json").read_bytes()
+    assert not list((tmp_path / "work").glob("encoder-*.pt"))
+    assert "It was trained from the weights of `model`" in (tmp_path / "model/README.md").read_text()
+
+
 def test_wrong_settings_are_named(tmp_path, capsys):
     (tmp_path / "empty.yaml").write_text("")
     for words, message in (
         ([], "output is missing"),
         (["--output=x", "--scenes=0"], "nothing to train on"),
+        (["--output=x", "--start=y", "--real_data=z", "--encoder=efficientnet"], "start cannot be combined with real_data"),
         (["--outptu=x"], "Did you mean 'output'"),
     ):
         assert train_demo_model.run([str(tmp_path / "empty.yaml"), *words]) == 1

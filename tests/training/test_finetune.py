@@ -556,3 +556,13 @@ def test_push_sends_model_processor_code_and_card(start, tmp_path):
     model = MFRSVLMForConditionalGeneration.from_pretrained(tmp_path / "run")
     processor = MFRSVLMProcessor.from_pretrained(tmp_path / "run")
     assert torch.allclose(seen, logits_of(model, processor, start[1] / "1.png"), atol=1e-5)
+
+
+@pytest.mark.parametrize(("cpu", "warned"), [("AVX2", True), ("AVX512", False)])
+def test_bfloat16_on_a_cpu_that_emulates_it_is_warned_of(tmp_path, monkeypatch, caplog, cpu, warned):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+    args = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}
+    MFRSVLMTrainer(model=tiny_model(), args=MFRSVLMTrainingArguments(bf16=False, **args))
+    assert "Pass --bf16 false" not in caplog.text
+    MFRSVLMTrainer(model=tiny_model(), args=MFRSVLMTrainingArguments(bf16=True, **args))
+    assert ("Pass --bf16 false" in caplog.text) == warned
