@@ -2,7 +2,6 @@
 
 import tempfile
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..demo.ask import open_image_or_raster
 from ..geospatial.areas import to_pixels
 from ..geospatial.assistant import GeoAssistant
 from ..geospatial.composites import COMPOSITES
-from ..geospatial.errors import RasterError, RasterWarning
+from ..geospatial.errors import RasterError, without_warnings
 from ..geospatial.raster import Raster, is_georeferenced
 from ..geospatial.sensors import SENSORS
 from ..geospatial.vectors import write_layer
@@ -45,12 +44,10 @@ def open_raster(path: str, options: dict[str, str]) -> Iterator[Raster]:
     Raises:
         RasterError: see `Raster.open`; or it is only a pointer to other files, which would be those of the server.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RasterWarning)  # shown on the page instead
-        with Raster.open(path, **options) as raster:
-            if raster.driver in POINTERS:
-                raise RasterError(f"{Path(path).name} points to other files ({raster.driver}). Upload those.")
-            yield raster
+    with without_warnings(), Raster.open(path, **options) as raster:
+        if raster.driver in POINTERS:
+            raise RasterError(f"{Path(path).name} points to other files ({raster.driver}). Upload those.")
+        yield raster
 
 
 def raster_choices(bands: str, sensor: str, composite: str, stretch: str) -> dict[str, str]:

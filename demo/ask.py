@@ -7,7 +7,6 @@ With options for maps, `geospatial` also asks and writes.
 import json
 import os
 import sys
-import warnings
 from dataclasses import asdict
 from importlib.util import find_spec
 from typing import Any
@@ -15,7 +14,7 @@ from urllib.parse import urlsplit
 
 from ..arguments import ArgumentParser, add_dtype_argument, add_loading_arguments
 from ..files.writing import WriteError, check_file, write_image
-from ..geospatial.errors import RasterError, RasterWarning
+from ..geospatial.errors import RasterError, without_warnings
 from ..geospatial.options import add_map_options, add_raster_options, map_options_given, print_notes, raster_options
 
 
@@ -107,10 +106,8 @@ def open_image_or_raster(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
         from ..geospatial.raster import Raster, is_georeferenced
 
         if options or is_georeferenced(name):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RasterWarning)  # printed instead
-                with Raster.open(name, **options) as raster:
-                    view = raster.read()
+            with without_warnings(), Raster.open(name, **options) as raster:
+                view = raster.read()
             print_notes(raster.notes)
             return view.image, view.record
     return open_image(name), None

@@ -6,13 +6,12 @@ mfrsvlm info red=B04.jp2 green=B03.jp2 blue=B02.jp2
 
 import json
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 from ..arguments import ArgumentParser
 from ..files.writing import WriteError, check_file, write_image
-from .errors import RasterWarning
+from .errors import without_warnings
 from .options import add_raster_options, print_notes, raster_options
 
 
@@ -40,10 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     from .raster import Raster
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RasterWarning)  # printed below
-            with Raster.open(source, **raster_options(args)) as raster:
-                view = raster.read()
+        with without_warnings(), Raster.open(source, **raster_options(args)) as raster:
+            view = raster.read()
         if args.preview is not None:
             write_image(args.preview, view.image)
     except (ValueError, OSError) as error:

@@ -14,6 +14,7 @@ import shapely
 from ..evaluation.answering import Answerer, fingerprint, load
 from ..evaluation.numbers import read_number
 from ..processing_mfrsvlm import check_box_format
+from ..scenes.questions import NOTHING
 from .answers import Outcome
 from .areas import read_layer
 from .errors import RasterError, RasterWarning
@@ -26,7 +27,10 @@ TILE = 512  # pixels of the image
 CAPTION = "Describe this image."
 COUNT = "How many {object} are there?"
 CHANGE = "What changed between the first and the second image?"
-BOXES = "Give the bounding box of every {object} as [x_min, y_min, x_max, y_max], each number scaled to 0-{scale}."
+BOXES = (
+    "Give the bounding box of every {object} as [x_min, y_min, x_max, y_max], each number scaled to 0-{scale}, "
+    f'or answer "{NOTHING}".'
+)
 SYNTHETIC = "synthetic"  # `training_images` in the card of a model that has seen drawings alone
 
 
@@ -239,16 +243,48 @@ class GeoAssistant:
             A row for every box: its four corners as a polygon, the column `object`, and the question, answer and tile in
             which most of it was seen. `score` is that of the tokens that write the box.
         """
-        return self._detect("detect", raster, objects, area, tile, overlap, resolution, checkpoint, prompt)
+        if self.box_format is None:
+            raise RasterError(
+                f"the processor of {self.model.get('name', 'the model')} does not say how the model writes boxes. Pass "
+                'box_format, for instance {"scale": 1000, "order": "xyxy", "padded": False}.'
+            )
+        objects = [objects] if isinstance(objects, str) else list(objects)
+        form = prompt or self.box_format.get("prompt") or BOXES
+        form = form.replace("{scale}", f"{self.box_format['scale']:g}")
+        questions = [form.replace("{object}", name) for name in objects]
+        overlap = default_overlap(tile) if overlap is None else overlap
+        run = self._run("detect", [raster], questions, area, tile, overlap, resolution, checkpoint)
+        rows = []
+        for index, name in enumerate(objects):
+            found = [
+                (box, number, outcome.replies[index])
+                for number, outcome in enumerate(run.outcomes)
+                if outcome.state == "answered"
+                for box in outcome.replies[index].boxes
+            ]
+            boxes = np.array([box[:4] for box, _, _ in found], dtype=float).reshape(-1, 4)
+            owners = [number for _, number, _ in found]
+            for group in merge_boxes(boxes, owners, [piece.window for piece in run.pieces]):
+                sides = boxes[group][:, 2:] - boxes[group][:, :2]
+                best = group[int(np.argmax(sides.prod(1)))]
+                scores = [found[member][0][4] for member in group if found[member][0][4] is not None]
+                box = at_least_a_pixel(unite(boxes[group]))
+                centre = shapely.Point((box[:2] + box[2:]) / 2)
+                if run.shape is not None and not run.shape.covers(centre):
+                    continue
+                _, number, reply = found[best]
+                rows.append(
+                    run.row(questions[index], reply, run.pieces[number], max(scores, default=None))
+                    | {"count": 1, "object": name, "geometry": shapely.box(*box)}
+                )
+        return run.frame(rows, label="object")
 
     def point(self, raster: Any, objects: str | Sequence[str], **options: Any) -> geopandas.GeoDataFrame:
         """The centres of what `detect` finds, as points; arguments as for `detect`."""
-        names = ("area", "tile", "overlap", "resolution", "checkpoint", "prompt")
-        unknown = set(options) - set(names)
-        if unknown:
-            raise TypeError(f"point takes {', '.join(names)}, not {', '.join(sorted(unknown))}.")
-        options.setdefault("tile", TILE)
-        return self._detect("point", raster, objects, *(options.get(name) for name in names))
+        frame = self.detect(raster, objects, **options)
+        frame.geometry = geopandas.GeoSeries(shapely.centroid(frame.geometry.array), index=frame.index, crs=frame.crs)
+        frame.attrs["record"]["task"] = "point"
+        return frame
 
     def compare(
         self,
@@ -277,54 +313,6 @@ class GeoAssistant:
         with opened(before) as first, opened(after, like=first) as second:
             run = self._run("compare", [first, second], questions, area, tile, None, resolution, checkpoint)
         return run.frame(run.rows())
-
-    def _detect(
-        self,
-        task: str,
-        raster: Any,
-        objects: str | Sequence[str],
-        area: Any,
-        tile: int | None,
-        overlap: int | None,
-        resolution: float | None,
-        checkpoint: str | Path | None,
-        prompt: str | None,
-    ) -> geopandas.GeoDataFrame:
-        if self.box_format is None:
-            raise RasterError(
-                f"the processor of {self.model.get('name', 'the model')} does not say how the model writes boxes. Pass "
-                'box_format, for instance {"scale": 1000, "order": "xyxy", "padded": False}.'
-            )
-        objects = [objects] if isinstance(objects, str) else list(objects)
-        form = prompt or self.box_format.get("prompt") or BOXES
-        form = form.replace("{scale}", f"{self.box_format['scale']:g}")
-        questions = [form.replace("{object}", name) for name in objects]
-        overlap = default_overlap(tile) if overlap is None else overlap
-        run = self._run(task, [raster], questions, area, tile, overlap, resolution, checkpoint)
-        rows = []
-        for index, name in enumerate(objects):
-            found = [
-                (box, number, outcome.replies[index])
-                for number, outcome in enumerate(run.outcomes)
-                if outcome.state == "answered"
-                for box in outcome.replies[index].boxes
-            ]
-            boxes = np.array([box[:4] for box, _, _ in found], dtype=float).reshape(-1, 4)
-            owners = [number for _, number, _ in found]
-            for group in merge_boxes(boxes, owners, [piece.window for piece in run.pieces]):
-                sides = boxes[group][:, 2:] - boxes[group][:, :2]
-                best = group[int(np.argmax(sides.prod(1)))]
-                scores = [found[member][0][4] for member in group if found[member][0][4] is not None]
-                box = at_least_a_pixel(unite(boxes[group]))
-                centre = shapely.Point((box[:2] + box[2:]) / 2)
-                if run.shape is not None and not run.shape.covers(centre):
-                    continue
-                _, number, reply = found[best]
-                rows.append(
-                    run.row(questions[index], reply, run.pieces[number], max(scores, default=None))
-                    | {"count": 1, "object": name, "geometry": centre if task == "point" else shapely.box(*box)}
-                )
-        return run.frame(rows, label="object")
 
     def _ask_features(
         self, raster: Any, questions: list[str], features: Any, resolution: float | None, checkpoint: Any

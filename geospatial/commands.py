@@ -89,7 +89,7 @@ def printed_notes() -> Iterator[None]:
 
 def _run(task: str, args: argparse.Namespace) -> int:
     sources = find_sources(task, args.files)
-    output = check_output_options(args, len(sources))
+    output = check_output_options(args)
     if args.preview is not None and len(sources) > 1:
         raise RasterError("--preview takes one raster.")
     if args.preview is not None:
@@ -115,7 +115,7 @@ def _run(task: str, args: argparse.Namespace) -> int:
             plans.append(describe_plan(raster, pieces))
             preview = None if args.preview is None else draw_preview(raster, pieces)
     if not usable:
-        raise RasterError("the area overlaps none of the rasters.")
+        raise RasterError("the area or the features overlap none of the rasters.")
     if args.dry_run:
         if preview is not None:
             write_image(args.preview, preview)
@@ -164,8 +164,8 @@ def answer(
             finally:
                 if later is not None:
                     later.close()
-        if getattr(args, "features", None) is None:
-            frame.insert(0, "source", " ".join(map(source_name, pair)))
+        if getattr(args, "features", None) is None or len(pairs) > 1:
+            frame.insert(0, "source_new" if "source" in frame else "source", " ".join(map(source_name, pair)))
         frames.append(frame)
     frame = combine_layers(frames)
     failed = sum(len(record["images"]["failed"]) for record in records_of(frame))
@@ -221,17 +221,14 @@ def source_name(source: Any) -> str:
     return " ".join(source.values()) if isinstance(source, dict) else str(source)
 
 
-def check_output_options(args: argparse.Namespace, count: int) -> Path | None:
+def check_output_options(args: argparse.Namespace) -> Path | None:
     """The file to write.
 
     Raises:
         RasterError: it cannot be written; there is a stopped run, and nothing says to continue it; or options contradict.
     """
-    features = getattr(args, "features", None)
-    if features is not None and (count > 1 or args.area is not None or args.tile is not None):
-        raise RasterError(
-            "--features takes one raster, and no --area and no --tile. gdalbuildvrt makes one raster of several."
-        )
+    if getattr(args, "features", None) is not None and (args.area is not None or args.tile is not None):
+        raise RasterError("--features takes no --area and no --tile.")
     if args.output is None:
         if args.resume:
             raise RasterError("--resume needs the --output of the run that was stopped.")

@@ -1,5 +1,10 @@
 """What goes wrong with rasters."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
 LONGEST_MESSAGE = 900  # characters
 
 
@@ -21,3 +26,11 @@ class NoOverlapError(RasterError):
 
 class RasterWarning(UserWarning):
     """Something about a raster that the caller should know, such as an assumption about its bands."""
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Issues no `RasterWarning`, for callers that show `Raster.notes`, which hold the same texts."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RasterWarning)
+        yield

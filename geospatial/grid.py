@@ -37,9 +37,9 @@ class Grid:
         upright = transform.b == transform.d == 0 and not transform.is_identity
         rows, columns = upright and transform.e > 0, upright and transform.a < 0
         if rows:
-            transform = transform * Affine(1, 0, 0, 0, -1, dataset.height)
+            transform = transform @ Affine(1, 0, 0, 0, -1, dataset.height)
         if columns:
-            transform = transform * Affine(-1, 0, dataset.width, 0, 1, 0)
+            transform = transform @ Affine(-1, 0, dataset.width, 0, 1, 0)
         crs = dataset.crs or points_crs
         return cls(dataset.width, dataset.height, transform, crs, tuple(points), dataset.rpcs, (rows, columns))
 
@@ -129,4 +129,4 @@ class Grid:
         if self.georeferencing != "affine":
             return None
         scale = Affine.scale(window[2] / size[0], window[3] / size[1])
-        return self.transform * Affine.translation(window[0], window[1]) * scale
+        return self.transform @ Affine.translation(window[0], window[1]) @ scale

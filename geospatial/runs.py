@@ -14,6 +14,7 @@ import shapely
 from .. import __version__
 from ..evaluation.numbers import read_number
 from ..files.reading import parse_json
+from ..scenes.questions import NOTHING
 from .answers import Outcome, Piece, Reply, RunLog, ask_pieces, show
 from .areas import read_area, to_pixels, window_of
 from .errors import NoOverlapError, RasterError, RasterWarning
@@ -73,7 +74,7 @@ class Run:
             RasterError: no piece has a valid pixel, or all of them fail.
         """
         about = {"mfrsvlm": __version__, "task": task, "model": assistant.model, "questions": questions}
-        boxes = assistant.box_format if task in ("detect", "point") else None
+        boxes = assistant.box_format if task == "detect" else None
         grid = grid | {"pixel_metres": shown_pixel(rasters[0], pieces), "fill": assistant.fill}
         about |= {"boxes": boxes, "rasters": [raster.describe() for raster in rasters], "grid": grid}
         settings = about | {"batch_size": assistant.batch_size, "images": len(pieces), "pieces": digest(pieces)}
@@ -107,7 +108,8 @@ class Run:
         images: dict[str, Any] = {"answered": states.count("answered"), "without_data": states.count("empty")}
         images["truncated"] = sum(any(reply.truncated for reply in replies) for replies in self.replies())
         if self.about["boxes"] is not None:  # many of them say that the model writes boxes in another form
-            images["answers_without_box"] = sum(not reply.boxes for replies in self.replies() for reply in replies)
+            texts = [reply.text for replies in self.replies() for reply in replies if not reply.boxes]
+            images["answers_without_box"] = sum(text.strip(" .").lower() != NOTHING for text in texts)
         images["failed"] = [{"tile": tile_name(piece.window), "reason": reason} for piece, reason in self.failed]
         made: dict[str, Any] = parse_json(json.dumps(self.about | {"images": images} | more))  # as it is read from a file
         return made

@@ -71,8 +71,9 @@ def merge_boxes(
 ) -> list[list[int]]:
     """Groups the boxes that show one object. Boxes of one tile never come into one group.
 
-    Two boxes of different tiles are compared where both tiles see, since one of them may be truncated: they belong together
-    if their intersection is at least `threshold` of the smaller one there. Pairs with the largest intersections come first.
+    Two boxes of different tiles are compared where both tiles see, and a pixel around, since one of them may be truncated:
+    they belong together if their intersection is at least `threshold` of the smaller one there. Pairs with the largest
+    intersections come first.
 
     Args:
         boxes: (N, 4), x_min, y_min, x_max, y_max in pixels of the raster.

@@ -70,6 +70,7 @@ def test_boxes_lie_where_the_objects_are(kind, tmp_path):
     same_shapes(frame.geometry, truth_on_map(transform), 0.01)
     points = perfect().point(path, "ship", tile=64, overlap=16)
     assert set(points.geom_type) == {"Point"} and points.distance(frame.centroid).max() < 1e-6
+    assert points.crs == frame.crs and points.attrs["record"] == frame.attrs["record"] | {"task": "point"}
 
 
 numbers = st.floats(-20, 20)
@@ -93,6 +94,21 @@ def test_any_affine_leads_to_the_map_and_back(a, b, d, e, data):
     stored = np.abs(points - np.array([70 * columns, 50 * rows]))  # in the file's own rows and columns
     x, y = AffineTransformer(transform).xy(stored[:, 1], stored[:, 0], offset="ul")
     np.testing.assert_allclose(grid.to_map(points), np.stack([x, y], axis=1), rtol=0, atol=1e-6)
+
+
+@given(numbers, numbers, numbers, numbers, st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_ground_control_points_lead_to_the_map_and_back(a, b, d, e, data):
+    """Half a pixel at most, on a grid of points that some affine has placed."""
+    transform = Affine(a, b, 400_000, d, e, 5_000_000)
+    if abs(transform.determinant) < 0.1:
+        return
+    places = [(row, column) for row in (0, 25, 50) for column in (0, 35, 70)]
+    points = tuple(GroundControlPoint(row, column, *(transform @ (column, row))) for row, column in places)
+    grid = Grid(70, 50, Affine.identity(), rasterio.crs.CRS.from_string(CRS), points, None, (False, False))
+    pixels = np.array([[data.draw(st.floats(0, 70)), data.draw(st.floats(0, 50))] for _ in range(3)])
+    assert np.abs(grid.to_pixels(grid.to_map(pixels)) - pixels).max() <= 0.5
+    assert np.abs(grid.to_pixels([transform @ pixel for pixel in pixels.tolist()]) - pixels).max() <= 0.5
 
 
 def test_boxes_by_ground_control_points(tmp_path):
@@ -437,6 +453,17 @@ def test_what_needs_a_place_is_rejected_without_one(tmp_path):
             perfect().query(path, "Why?", **options)
     with Raster.open(write(tmp_path / "b.tif", pixels())) as raster, pytest.raises(RasterError, match="no feature overlaps"):
         perfect().query(raster, "Why?", features=parcels)
+
+
+def test_an_answer_of_none_is_no_answer_without_a_box(tmp_path):
+    """The record counts answers that hold no box, since they say that the model writes boxes in another form."""
+    path = write(tmp_path / "scene.tif", rectangles(*SIZE, BOXES[:1]))
+    answerer = PerfectAnswerer()
+    frame = perfect(answerer=answerer).detect(path, "ship", tile=64)
+    assert len(frame) == 1 and len(answerer.images) == 12 and 'or answer "none".' in answerer.prompts[0]
+    assert frame.attrs["record"]["images"]["answers_without_box"] == 0
+    other = perfect().detect(path, "ship", tile=64, prompt="Where is the {object}?")
+    assert len(other) == 0 and other.attrs["record"]["images"]["answers_without_box"] == 12
 
 
 def test_how_boxes_are_written_is_never_guessed(tmp_path):

@@ -51,7 +51,7 @@ def test_detect_writes_a_layer(scene, answerer, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scene.tif", "ships.gpkg"]  # no log is left
     assert main(command) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + 1 + 3 and lines[0].endswith("2 answers without a box")
+    assert len(lines) == 1 + 1 + 3 and lines[0].endswith("12 images answered, 0 without data, 0 failed")
     assert main([*command, "--output", str(output)]) == 2
     assert "exists: name another file" in capsys.readouterr().err
 
@@ -104,8 +104,23 @@ def test_features_become_a_copy_of_the_layer(scene, answerer, tmp_path):
     command = [scene, "How many ships?", "--model", "m", "--features", str(tmp_path / "parcels.gpkg")]
     assert ask.main([*command, "--output", str(tmp_path / "out.gpkg")]) == 0
     read = pyogrio.read_dataframe(tmp_path / "out.gpkg", layer="answers")
-    assert read["id"].tolist() == [7] and read["answer"].tolist() == ["There are 1."]
-    assert main(["describe", scene, scene, "--model", "m", "--features", "parcels.gpkg"]) == 2
+    assert read["id"].tolist() == [7] and read["answer"].tolist() == ["There are 1."] and "source" not in read
+
+
+def test_several_rasters_answer_about_the_same_features(scene, answerer, tmp_path, capsys):
+    """Two dates and a raster that lies elsewhere: a row for each date and polygon."""
+    later = write(tmp_path / "later.tif", rectangles(90, 61, BOXES[:2]))
+    far = write(tmp_path / "far.tif", rectangles(90, 61, BOXES), transform=NORTH_UP @ Affine.translation(9000, 0))
+    left, top = NORTH_UP.c, NORTH_UP.f
+    shapes = [shapely.box(left, top - 122, left + 180, top), shapely.box(left - 9, top, left - 5, top + 9)]
+    parcels = geopandas.GeoDataFrame({"source": ["map", "map"]}, geometry=shapes, crs=CRS)
+    parcels.to_file(tmp_path / "parcels.gpkg")
+    command = [scene, later, far, "--question", "How many ships?", "--model", "m", "--features"]
+    assert ask.main([*command, str(tmp_path / "parcels.gpkg"), "--output", str(tmp_path / "out.gpkg")]) == 0
+    read = pyogrio.read_dataframe(tmp_path / "out.gpkg", layer="answers")
+    assert read["source"].tolist() == ["map"] * 4 and read["source_new"].tolist() == [scene, scene, later, later]
+    assert read["count"].fillna(-1).tolist() == [3, -1, 2, -1] and set(read["error"].dropna()) == {"outside of the raster"}
+    assert "no feature overlaps" in capsys.readouterr().err
 
 
 def test_dry_run_and_preview_load_no_model(scene, tmp_path, capsys):

@@ -42,7 +42,7 @@ def with_world_file(folder: Path, values: np.ndarray) -> str:
 
 
 def south_up(folder: Path, values: np.ndarray) -> str:
-    transform = NORTH_UP * Affine.translation(0, values.shape[1]) * Affine.scale(1, -1)
+    transform = NORTH_UP @ Affine.translation(0, values.shape[1]) @ Affine.scale(1, -1)
     return write(folder / "south.tif", values[:, ::-1], transform=transform)
 
 
@@ -61,7 +61,7 @@ def collar(folder: Path, values: np.ndarray, masked: bool = False) -> str:
     widths = ((0, 0), (COLLAR, COLLAR), (COLLAR, COLLAR))
     mask = np.pad(np.full(values.shape[1:], True), COLLAR)
     padded = np.pad(values, widths, constant_values=3 if masked else 0)
-    transform = NORTH_UP * Affine.translation(-COLLAR, -COLLAR)
+    transform = NORTH_UP @ Affine.translation(-COLLAR, -COLLAR)
     if masked:
         with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
             return write(folder / "collar.tif", padded, transform=transform, mask=mask)

@@ -36,6 +36,19 @@ def test_reduced_read_is_pillows_bicubic(tmp_path):
     assert view.record.resolution == (8.0, 8.0) and view.record.unit == "metre"
 
 
+@pytest.mark.parametrize("overviews", [[], [2, 4]])
+def test_reduced_read_of_a_window_is_rasterios_cubic(overviews, tmp_path):
+    path = write(tmp_path / "scene.tif", pixels("uint16", height=300, width=400))
+    with rasterio.open(path, "r+") as dataset:
+        dataset.build_overviews(overviews)
+    view = read(path, (40, 20, 320, 240), max_side=80, stretch="0,4000")
+    with rasterio.open(path) as dataset:
+        window = rasterio.windows.Window(40, 20, 320, 240)
+        stored = dataset.read(out_shape=(3, 60, 80), window=window, resampling=rasterio.enums.Resampling.cubic)
+    expected = 255 * np.clip(stored / 4000, 0, 1)
+    assert np.abs(np.asarray(view.image).transpose(2, 0, 1) - expected).max() <= 1
+
+
 def test_enlarged_read_is_cubic(tmp_path):
     values = pixels(height=60, width=80)
     path = write(tmp_path / "scene.tif", values)
@@ -127,12 +140,12 @@ def test_palette_is_looked_up(tmp_path):
 
 @pytest.mark.parametrize(
     "transform",
-    [Affine.translation(5e5, 4e6) * Affine.rotation(30) * Affine.scale(2, -3), Affine(2, 0.5, 5e5, 0.1, -2, 4e6)],
+    [Affine.translation(5e5, 4e6) @ Affine.rotation(30) @ Affine.scale(2, -3), Affine(2, 0.5, 5e5, 0.1, -2, 4e6)],
 )
 def test_rotated_and_sheared_rasters_keep_their_transform(transform, tmp_path):
     view = read(write(tmp_path / "scene.tif", pixels(height=60), transform=transform), (30, 20, 60, 40), max_side=30)
-    corner = transform * (60, 20 + 40 / 3)
-    assert Affine(*view.record.transform) * (15, 20 / 3) == pytest.approx(corner)
+    corner = transform @ (60, 20 + 40 / 3)
+    assert Affine(*view.record.transform) @ (15, 20 / 3) == pytest.approx(corner)
 
 
 def test_files_of_different_resolution_are_laid_over_each_other(tmp_path):
@@ -144,7 +157,7 @@ def test_files_of_different_resolution_are_laid_over_each_other(tmp_path):
 
     files = {"red": slope(2), "green": slope(4), "blue": slope(2)}
     for name, values in files.items():
-        transform = NORTH_UP * Affine.scale(80 / values.shape[1])
+        transform = NORTH_UP @ Affine.scale(80 / values.shape[1])
         files[name] = write(tmp_path / f"{name}.tif", values, colours=None, transform=transform)
     image = np.asarray(read(files, stretch="1000,3400").image).astype(int)
     assert image.shape == (80, 80, 3)
@@ -156,7 +169,7 @@ def test_band_that_covers_a_part_leaves_the_rest_out_of_its_statistics(tmp_path)
     red = pixels("uint16", bands=1, height=80, width=80) + np.uint16(100)
     files = {name: write(tmp_path / f"{name}.tif", red, colours=None) for name in ("red", "green")}
     files["blue"] = write(
-        tmp_path / "blue.tif", red[:, :, 40:], colours=None, transform=NORTH_UP * Affine.translation(40, 0)
+        tmp_path / "blue.tif", red[:, :, 40:], colours=None, transform=NORTH_UP @ Affine.translation(40, 0)
     )
     view = read(files)
     assert view.record.stretch.low[2] == pytest.approx(np.percentile(red[:, :, 40:], 2), rel=0.01)

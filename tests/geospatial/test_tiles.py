@@ -1,6 +1,7 @@
 """Grids of tiles, and the merging of boxes: properties for any size, and a detector that makes no mistakes."""
 
 import itertools
+import warnings
 
 import hypothesis.strategies as st
 import numpy as np
@@ -114,6 +115,58 @@ def test_merge_is_exact_for_a_detector_without_mistakes(size, tile, overlap, see
     # What is merged stays as it is.
     whole = merge_boxes(np.array(merged).reshape(-1, 4), range(len(merged)), [(0, 0, *size)] * len(merged))
     assert len(whole) == len(merged)
+
+
+def merged_by_hand(boxes, owners, windows):
+    """The same groups, pair by pair and with shapely's areas."""
+    shapes = [shapely.box(*box) for box in boxes]
+    tiles = [shapely.box(x - 1, y - 1, x + width + 1, y + height + 1) for x, y, width, height in windows]
+    pairs = []
+    for one, other in itertools.combinations(range(len(boxes)), 2):
+        if owners[one] != owners[other]:
+            seen = tiles[owners[one]] & tiles[owners[other]]
+            some, others = shapes[one] & seen, shapes[other] & seen
+            common = (some & others).area
+            if common > 0 and common >= 0.5 * min(some.area, others.area):
+                ends = sorted((*boxes[index][::-1], owners[index]) for index in (one, other))
+                pairs.append((-common, ends, one, other))
+    groups = [{index} for index in range(len(boxes))]
+    for _, _, one, other in sorted(pairs):
+        first, second = (next(group for group in groups if index in group) for index in (one, other))
+        if first is not second and not {owners[index] for index in first} & {owners[index] for index in second}:
+            first |= second
+            groups.remove(second)
+    return sorted(sorted(group) for group in groups)
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 40)] * 2, *[st.integers(1, 25)] * 2, st.integers(0, 3)), max_size=14))
+@settings(max_examples=200, deadline=None)
+def test_merge_is_that_of_every_pair_by_hand(found):
+    """Of any boxes, which need not show the same objects. A detector that errs never loses one of a tile's boxes."""
+    windows = overlapping((0, 0, 60, 60), (40, 40), (20, 20))
+    boxes, owners = [], []
+    for x, y, width, height, owner in found:
+        left, top = windows[owner][0] + min(x, 39), windows[owner][1] + min(y, 39)
+        boxes.append((left, top, min(left + width, windows[owner][0] + 40), min(top + height, windows[owner][1] + 40)))
+        owners.append(owner)
+    groups = merge_boxes(np.array(boxes, float).reshape(-1, 4), owners, windows)
+    assert groups == merged_by_hand(boxes, owners, windows)
+    assert all(len({owners[index] for index in group}) == len(group) for group in groups)
+
+
+def test_merge_is_supervisions_merge_by_the_smaller_box():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # it prefers OpenCV
+        supervision = pytest.importorskip("supervision", "0.31")
+    random = np.random.default_rng(0)
+    truth = scattered(random, (1500, 1000), 400, [90, 90])
+    windows = overlapping((0, 0, 1500, 1000), (512, 512), (64, 64))
+    boxes, owners = seen_by(windows, truth)
+    detections = supervision.Detections(boxes, confidence=np.ones(len(boxes)), class_id=np.zeros(len(boxes), int))
+    expected = detections.with_nmm(0.5, overlap_metric=supervision.OverlapMetric.IOS).xyxy
+    found = [unite(boxes[group]) for group in merge_boxes(boxes, owners, windows)]
+    assert len(truth) >= 100 and len(boxes) > 1.2 * len(truth)
+    assert as_set(found) == as_set(expected) == as_set(truth)
 
 
 @pytest.mark.parametrize("jitter", [0, 1, 2])

@@ -1,7 +1,10 @@
 """Layers that are written: read back with pyogrio, with their record, whole or not at all."""
 
 import json
+import re
+import shutil
 import sqlite3
+import subprocess
 import xml.etree.ElementTree as ElementTree
 
 import geopandas
@@ -15,7 +18,7 @@ from tiny_rasters import NORTH_UP, write
 
 from mfrsvlm.files.writing import WriteError
 from mfrsvlm.geospatial import RasterError, read_record, write_layer
-from mfrsvlm.geospatial.vectors import WRITERS
+from mfrsvlm.geospatial.vectors import MARKER, OUTLINE, WRITERS
 
 
 BOXES = [[5, 7, 25, 17], [40, 3, 44, 33], [60, 40, 80, 55]]
@@ -44,6 +47,27 @@ def test_every_form_is_read_back(ships, ending, tmp_path):
     assert {"question", "answer", "count", "score", "tile", "object"} <= set(read.columns)
     assert read["count"].tolist() == [1.0] * 3
     assert read.to_crs(ships.crs).geometry.hausdorff_distance(ships.geometry).max() < 0.02
+
+
+DRIVERS = {".gpkg": "GPKG", ".geojson": "GeoJSON", ".csv": "CSV", ".parquet": "Parquet"}
+
+
+@pytest.mark.parametrize("ending", WRITERS)
+def test_ogrinfo_reads_every_form(ships, ending, tmp_path):
+    """GDAL's own tool, of another build than pyogrio's."""
+    if shutil.which("ogrinfo") is None:
+        pytest.skip("ogrinfo of GDAL is not installed")
+    if f"  {DRIVERS[ending]} -" not in subprocess.run(["ogrinfo", "--formats"], capture_output=True, text=True).stdout:
+        pytest.skip(f"this GDAL was built without the driver {DRIVERS[ending]}")
+    path = tmp_path / f"ships{ending}"
+    write_layer(ships, path)
+    command = ["ogrinfo", "-ro", "-so", str(path), "ships" if ending == ".csv" else "answers"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and "Feature Count: 3" in result.stdout and "ERROR" not in result.stderr
+    assert all(re.search(rf"^{name}: ", result.stdout, re.MULTILINE) for name in ("question", "answer", "score", "object"))
+    if ending != ".csv":
+        assert "Geometry: Polygon" in result.stdout
+        assert f'ID["EPSG",{4326 if ending == ".geojson" else 32631}]]' in result.stdout
 
 
 @pytest.mark.parametrize("ending", WRITERS)
@@ -99,8 +123,66 @@ def test_geopackage_has_a_style_that_labels_it(ships, points, tmp_path):
         assert {name for (name,) in database.execute("SELECT table_name FROM gpkg_contents")} == {"answers", "layer_styles"}
     database.close()
     root = ElementTree.fromstring(style)
-    assert root.get("labelsEnabled") == "1" and root.find(".//text-style").get("fieldName") == "object"
-    assert root.find(".//symbol").get("type") == ("marker" if points else "fill")
+    assert root.tag == "qgis" and root.get("labelsEnabled") == "1"
+    assert [child.tag for child in root] == ["renderer-v2", "labeling"]
+    assert root.find("labeling/settings/text-style").get("fieldName") == "object"
+    (symbol,) = root.findall("renderer-v2/symbols/symbol")
+    assert symbol.get("type") == ("marker" if points else "fill") and symbol.get("name") == "0"
+    look = {option.get("name"): option.get("value") for option in symbol.findall("layer/Option[@type='Map']/Option")}
+    assert look == (MARKER if points else OUTLINE)
+
+
+def test_styles_lie_where_qgis_looks_for_them(ships, tmp_path):
+    """Its table, and the query by which it finds the default style of a layer."""
+    write_layer(ships, tmp_path / "a.gpkg")
+    with sqlite3.connect(tmp_path / "a.gpkg") as database:
+        columns = [(name, kind) for _, name, kind, *_ in database.execute("PRAGMA table_info(layer_styles)")]
+        query = (
+            "SELECT styleQML FROM layer_styles WHERE f_table_schema = '' AND f_table_name = 'answers' AND "
+            "f_geometry_column = 'geom' ORDER BY CASE WHEN useAsDefault THEN 1 ELSE 2 END, update_time DESC LIMIT 1"
+        )
+        assert len(database.execute(query).fetchall()) == 1
+    database.close()
+    texts = ["f_table_catalog", "f_table_schema", "f_table_name", "f_geometry_column"]
+    assert columns == [
+        ("id", "INTEGER"),
+        *[(name, "TEXT(256)") for name in texts],
+        ("styleName", "TEXT(30)"),
+        ("styleQML", "TEXT"),
+        ("styleSLD", "TEXT"),
+        ("useAsDefault", "BOOLEAN"),
+        ("description", "TEXT"),
+        ("owner", "TEXT(30)"),
+        ("ui", "TEXT(30)"),
+        ("update_time", "DATETIME"),
+    ]
+
+
+QGIS = """import sys
+from qgis.core import QgsApplication, QgsVectorLayer
+application = QgsApplication([], False)
+application.initQgis()
+layer = QgsVectorLayer(sys.argv[1] + "|layername=answers", "answers", "ogr")  # with its default style
+(symbol,) = layer.renderer().symbol().symbolLayers()
+label = layer.labeling().settings().fieldName
+print(layer.featureCount(), layer.labelsEnabled(), label, symbol.layerType(), symbol.color().name())
+"""
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("points", [False, True])
+def test_qgis_draws_and_labels_the_layer(ships, points, tmp_path):
+    python = shutil.which("python3", path="/usr/bin")  # QGIS is installed there, and not by pip
+    if python is None or subprocess.run([python, "-c", "import qgis.core"], capture_output=True).returncode:
+        pytest.skip("QGIS is not installed")
+    frame = ships.set_geometry(ships.centroid) if points else ships
+    frame.attrs = ships.attrs
+    write_layer(frame, tmp_path / "a.gpkg")
+    environment = {"QT_QPA_PLATFORM": "offscreen", "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    command = [python, "-c", QGIS, str(tmp_path / "a.gpkg")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    symbol = "SimpleMarker" if points else "SimpleLine"
+    assert result.stdout.split() == ["3", "True", "object", symbol, "#ff7f00"], result.stderr
 
 
 @pytest.mark.parametrize(
