@@ -306,6 +306,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "rsvg-hr": make_rsvg_hr,
     "detection-grounding": make_yolo,
     "detection-counting": make_yolo,
+    "detection-all": make_yolo,
     "scenes": make_scenes,
 }
 # Samples in the default split of each stand-in.
@@ -313,6 +314,6 @@ COUNTS = {
     "rsvqa-lr": 4, "rsvqa-hr": 4, "aid": 60, "nwpu-resisc45": 90, "whu-rs19": 38, "siri-whu": 24, "eurosat": 20,
     "uc-merced": 42, "meter-ml": 14, "rsicd": 2, "sydney-captions": 2, "ucm-captions": 2, "rsitmd": 2, "nwpu-captions": 2,
     "vrsbench-captions": 2, "vrsbench-vqa": 2, "vrsbench-referring": 2, "dior-rsvg": 2, "vhm-eval": 2,
-    "ucm-multilabel": 34, "rsvg-hr": 2, "detection-grounding": 1, "detection-counting": 3,
+    "ucm-multilabel": 34, "rsvg-hr": 2, "detection-grounding": 1, "detection-counting": 3, "detection-all": 3,
     **{name: 5 for name in BENCHMARKS if name.startswith("rsivqa")},
 }  # fmt: skip

@@ -115,6 +115,54 @@ def load_counting(
     return Benchmark(name, split, root, samples, left_out=left)
 
 
+def load_all(
+    name: str,
+    root: Path,
+    split: str,
+    check_counts: bool,
+    classes: Sequence[str] | None = None,
+    annotations: str | None = None,
+    allow_outside_images: bool = False,
+    max_objects: int = 10,
+) -> Benchmark:
+    """One sample for each class that is present in an image, with the boxes of all its objects. Absent classes are not asked
+    about.
+
+    Args: see `_read`; and
+        max_objects: a class with more objects in an image is not asked about there, since the answer would be cut off.
+            `left_out` counts these questions.
+
+    Raises:
+        BenchmarkError: see `_read`; or `max_objects` is below 1.
+    """
+    if max_objects < 1:
+        raise BenchmarkError(f"{name}: max_objects={max_objects} must be at least 1.")
+    samples, crowded = [], 0
+    items, chosen, left = _read(name, root, split, classes, annotations, allow_outside_images)
+    for item in items:
+        boxes: dict[str, list[tuple[float, ...]]] = {}
+        for label, box in item.objects:
+            boxes.setdefault(label, []).append(box)
+        for label in sorted(boxes.keys() & chosen):
+            if len(boxes[label]) > max_objects:
+                crowded += 1
+                continue
+            samples.append(
+                Sample(
+                    id=f"{item.image}-{label}",
+                    images=(item.image,),
+                    task="detection",
+                    question=readable(label),
+                    references=(),
+                    group=label,
+                    boxes=tuple(sorted(boxes[label])),
+                    image_size=item.size,
+                )
+            )
+    left |= {f"questions about more than {max_objects} objects": crowded} if crowded else {}
+    return Benchmark(name, split, root, samples, left_out=left)
+
+
 def _read(
     name: str, root: Path, split: str, classes: Sequence[str] | None, annotations: str | None, allow_outside: bool
 ) -> tuple[list[ImageObjects], list[str], dict[str, int]]:

@@ -50,7 +50,8 @@ def load_benchmark(
         allow_outside_images: whether images may be outside of `root`, also through symbolic links.
         check_sizes: `False` accepts images of another size than published or than annotated.
         options: options of some benchmarks: `classes`, a list of the classes to load; `broken_rows="skip"` to skip rows that
-            cannot be used; `count`, the number of `scenes`; `annotations`, the format of boxes.
+            cannot be used; `count`, the number of `scenes`; `annotations`, the format of boxes; `max_objects`, the largest
+            number of boxes that `detection-all` asks for.
 
     Raises:
         BenchmarkError: an unknown name, split or option; a missing or broken file; a row with a missing field or a field of

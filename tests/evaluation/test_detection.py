@@ -4,6 +4,9 @@ import pytest
 from tiny_benchmarks import OBJECTS, make_boxes_json, make_csv, make_voc, make_yolo, write_image
 
 from mfrsvlm.evaluation.benchmarks import BenchmarkError, load_benchmark
+from mfrsvlm.evaluation.evaluate import evaluate_majority
+from mfrsvlm.evaluation.protocols import PROTOCOLS
+from mfrsvlm.evaluation.report import parse_summary
 
 
 LAYOUTS = {"yolo": make_yolo, "voc": make_voc, "csv": make_csv, "json": make_boxes_json}
@@ -112,3 +115,49 @@ def test_an_image_that_two_folders_hold_is_not_guessed(root):
     write_image(root / "copies" / "a.jpg", (80, 40))
     with pytest.raises(BenchmarkError, match=r"boxes\.csv, row 2: there is no image 'a\.tif'"):
         facts(root)
+
+
+def test_all_boxes_of_a_class(root):
+    make_boxes_json(root)
+    benchmark = load_benchmark("detection-all", root)
+    ships, cars = [[tuple(map(float, box)) for label, box in OBJECTS["a"] if label == name] for name in ("ship", "car")]
+    asked = {sample.id: (sample.question, sample.boxes, sample.image_size) for sample in benchmark.samples}
+    assert asked == {
+        "images/a.jpg-car": ("car", tuple(cars), (80, 40)),
+        "images/a.jpg-ship": ("ship", tuple(ships), (80, 40)),
+        "images/b.jpg-car": ("car", tuple(tuple(map(float, box)) for _, box in OBJECTS["b"]), (80, 40)),
+    }
+    assert not benchmark.left_out
+    prompt = PROTOCOLS["strict"]().prompt(benchmark.samples[1], benchmark)
+    assert prompt.startswith("Give the bounding box of every ship as [x_min, ") and "none" in prompt
+
+
+@pytest.mark.parametrize(("most", "left"), [(1, {"a.jpg": ["car"]}), (2, {"a.jpg": ["car"], "b.jpg": ["car"]})])
+def test_classes_with_many_objects_are_left_out_and_counted(most, left, root):
+    make_csv(root)
+    benchmark = load_benchmark("detection-all", root, max_objects=most)
+    found = {}
+    for sample in benchmark.samples:
+        found.setdefault(sample.images[0], []).append(sample.group)
+    assert found == left
+    assert benchmark.left_out == {f"questions about more than {most} objects": 3 - sum(map(len, left.values()))}
+    chosen = load_benchmark("detection-all", root, max_objects=most, classes=["car"])
+    assert chosen.left_out["classes"] == 1 and {sample.group for sample in chosen.samples} == {"car"}
+
+
+def test_limits_that_leave_nothing(root):
+    make_csv(root)
+    with pytest.raises(BenchmarkError, match="detection-all: max_objects=0 must be at least 1"):
+        load_benchmark("detection-all", root, max_objects=0)
+    with pytest.raises(BenchmarkError, match="takes no option max_objects"):
+        load_benchmark("detection-counting", root, max_objects=5)
+    with pytest.raises(BenchmarkError, match="has no samples"):
+        load_benchmark("detection-all", root, max_objects=1, classes=["ship"])
+
+
+def test_crowded_questions_are_no_full_result(root):
+    """A report names them, since figures of other limits are not comparable."""
+    make_csv(root)
+    summaries = evaluate_majority([load_benchmark("detection-all", root, max_objects=2)])
+    summary = parse_summary(summaries["detection-all/all"], root)
+    assert "1 questions about more than 2 objects left out" in summary.mode_in_words

@@ -198,6 +198,13 @@ def test_aerial_cars(real, tmp_path):
     grounding = load_benchmark("detection-grounding", root)
     assert len(grounding.samples) > 40 and all(all_right(grounding, name) for name in PROTOCOLS)
 
+    listed = load_benchmark("detection-all", root, max_objects=10**6)
+    assert sum(len(sample.boxes) for sample in listed.samples) == 3597 and len(listed.samples) == len(counting.samples)
+    assert all(all_right(listed, name) for name in PROTOCOLS)
+    few = load_benchmark("detection-all", root)
+    assert max(len(sample.boxes) for sample in few.samples) <= 10
+    assert len(few.samples) + sum(few.left_out.values()) == len(listed.samples) and few.left_out
+
     # The same as YOLO, which the boxes were published in.
     names = sorted(counts)
     (tmp_path / "labels").mkdir()

@@ -1,5 +1,6 @@
 """Files of benchmarks that somebody made to do harm, or that lost a part: each is an error that names file and value."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -61,7 +62,7 @@ def test_images_outside_of_the_folder_are_rejected(
         load_benchmark(name, root, split, check_counts=False, check_images=check_images, check_sizes=False)
 
 
-@pytest.mark.parametrize("name", ["vrsbench-referring", "rsvg-hr", "detection-counting", "rsicd", "aid", "dior-rsvg"])
+@pytest.mark.parametrize("name", ["vrsbench-referring", "rsvg-hr", "detection-counting", "detection-all", "rsicd", "aid"])
 def test_links_that_leave_the_folder_are_rejected(name: str, root: Path, tmp_path: Path) -> None:
     MAKERS[name](root)
     options = {"check_counts": False, "check_sizes": False}
@@ -83,7 +84,7 @@ BOMB = "".join(f'<!ENTITY x{n} "{f"&x{n - 1};" * 10 if n else "boom"}">' for n i
 @pytest.mark.parametrize(
     "entities", [BOMB, '<!ENTITY x8 SYSTEM "file:///etc/hostname">', '<!ENTITY % x8 SYSTEM "http://127.0.0.1/x.dtd"> %x8;']
 )
-@pytest.mark.parametrize("name", ["dior-rsvg", "detection-counting"])
+@pytest.mark.parametrize("name", ["dior-rsvg", "detection-counting", "detection-all"])
 def test_entities_of_xml_are_rejected(name: str, entities: str, root: Path) -> None:
     MAKERS["dior-rsvg"](root)
     path = root / "Annotations" / "00001.xml"
@@ -116,6 +117,33 @@ def test_a_misspelt_task_is_rejected(root: Path) -> None:
     edit_text(root / "test.jsonl", '"task": "grounding"', '"task": "groundign"')
     with pytest.raises(BenchmarkError, match=r"test\.jsonl, row \d+: task 'groundign' is none of .*grounding.*change"):
         load_benchmark("scenes", root)
+
+
+@pytest.mark.parametrize("task", ["detection", "pointing"])
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        ([[0, 0, 1, 129.5]], "exceeds its image, 128 pixels wide"),
+        ([[200, 200, 900, 900]], "exceeds its image.*fit a scale of 0 to 1000"),
+        ([[1, 1, 9, 9], [1, 1, 9]], "is not a box: expected 4 finite numbers"),
+        ([[1, 1, 9, True]], "is not a box"),
+        ([[1, 1, 9, "1_0"]], "is not a box"),
+        ([[1, 1, 9, 10**400]], "is beyond the range of float64"),
+        ([[[1, 1, 9, 9]]], "is not a box"),
+        ([None] * 9999, "is not a box"),
+        ({"0": [1, 1, 9, 9]}, "'boxes' is .*, a dict; expected list"),
+        ([], "with 0 boxes. Without boxes, it must be 'none'"),
+    ],
+)
+def test_boxes_of_lists_that_are_none(boxes: object, message: str, task: str, root: Path) -> None:
+    MAKERS["scenes"](root)
+    rows = [json.loads(line) for line in (root / "test.jsonl").read_text().splitlines()]
+    chosen = next(row for row in rows if row["task"] == task and row["boxes"])
+    chosen["boxes"] = boxes
+    (root / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(BenchmarkError, match=rf"test\.jsonl, row {1 + rows.index(chosen)}: .*{message}") as error:
+        load_benchmark("scenes", root)
+    assert len(str(error.value)) < 1000 and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(("name", "stem"), [("rsvqa-lr", "LR_split_test"), ("rsvqa-hr", "USGS_split_test")])

@@ -34,7 +34,11 @@ LARGE = 20  # images read of one benchmark
 LAYOUTS: list[tuple[str, Callable[[Path], None]]] = [
     *MAKERS.items(),
     *((f"vrsbench-{task}", make_vrsbench_annotations) for task in ("captions", "vqa", "referring")),
-    *((f"detection-{task}", make) for task in ("grounding", "counting") for make in (make_voc, make_csv, make_boxes_json)),
+    *(
+        (f"detection-{task}", make)
+        for task in ("grounding", "counting", "all")
+        for make in (make_voc, make_csv, make_boxes_json)
+    ),
 ]
 SPLITS = {"vhm-eval": ("cls_AID", "RSVQA_LR-rural_urban_RSVQA", "VG_DOIR_RSVG_test", "counting_dota-test_open")}
 
