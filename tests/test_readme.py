@@ -1,12 +1,15 @@
 """The Python examples of the front pages run as they stand, each page from top to bottom."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
+from mfrsvlm import cli
 from mfrsvlm.configuration_mfrsvlm import packed_lengths, window_table
+from mfrsvlm.demo import MODEL
 from mfrsvlm.evaluation.benchmarks.registry import BENCHMARKS
 
 
@@ -60,6 +63,46 @@ def test_bands(monkeypatch, tmp_path, capsys):
 def test_speed(monkeypatch, tmp_path, capsys):
     assert run_page("docs/speed.md", monkeypatch, tmp_path) == 1
     assert capsys.readouterr().out.strip() == torch.backends.cpu.get_cpu_capability()
+
+
+@pytest.fixture(scope="module")
+def raster_files(tmp_path_factory):
+    """A folder with the files that the first block of docs/raster_features.md makes."""
+    pytest.importorskip("geopandas")
+    folder = tmp_path_factory.mktemp("rasters")
+    with pytest.MonkeyPatch.context() as patch:
+        assert run_page("docs/raster_features.md", patch, folder) == 1
+    return folder
+
+
+def raster_commands():
+    """Commands in the blocks of docs/rasters.md and in the table of docs/raster_features.md."""
+    page, table = ((ROOT / "docs" / name).read_text() for name in ("rasters.md", "raster_features.md"))
+    blocks = re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL)
+    return [*re.findall(r"^mfrsvlm .*$", "".join(blocks), flags=re.MULTILINE), *re.findall(r"`(mfrsvlm [^`]+)`", table)]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("command", raster_commands())
+def test_commands_about_rasters(command, raster_files, monkeypatch, tmp_path, capsys):
+    for path in raster_files.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    arguments = [MODEL if word in ("MODEL", "$MODEL") else word for word in shlex.split(command)[1:]]
+    status = cli.main(arguments)
+    captured = capsys.readouterr()
+    assert status == 0 and captured.out, captured.err
+    for option in ("--output", "--preview"):
+        if option in arguments:
+            assert (tmp_path / arguments[arguments.index(option) + 1]).stat().st_size
+
+
+def test_tests_that_the_page_of_features_names_exist():
+    named = re.findall(r"\[(test_\w+)\]\(\.\./([\w/.]+)\)", (ROOT / "docs" / "raster_features.md").read_text())
+    assert len(named) >= 20
+    for test, path in named:
+        assert re.search(rf"^def {test}\(", (ROOT / path).read_text(), flags=re.MULTILINE), f"{path}: {test}"
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/evaluation.md", "docs/benchmarks.md"])
