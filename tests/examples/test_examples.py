@@ -60,8 +60,12 @@ def test_rasters_notebook(tmp_path, monkeypatch):
     printed = run_notebook("rasters.ipynb", tmp_path, monkeypatch)
     assert "('red', 'green', 'blue') colour interpretation none" in printed and "EPSG:32631 (0.5, 0.5) metre" in printed
     assert "{'How many aircraft are there?': '9', 'Is there a ship in this scene?': 'yes'}" in printed
-    assert "aircraft: {'total': " in printed and "'shifted_total': " in printed and "parcels: {'A': " in printed
-    assert "boxes: [[500191.7" in printed
+    assert (
+        "aircraft: {'total': " in printed
+        and "'shifted_total': " in printed
+        and "parcels: {'A': 'yes', 'B': 'no', 'C': 'no', 'D': 'no'}" in printed
+    )
+    assert "boxes: [[50019" in printed
     assert (tmp_path / "buildings.gpkg").is_file() and (tmp_path / "parcels.gpkg").is_file()
 
 
