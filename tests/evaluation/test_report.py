@@ -213,9 +213,16 @@ def test_units_of_what_is_no_share(run):
         "counting": {"exact": figure(0.5), "mae": figure(1.234, 1.1, 1.4)},
         "captioning": {"bleu_4": figure(0.147), "cider": figure(3.879, 3.5, 4.2)},
         "calibration": {"ece": figure(0.0534, 0.06, 0.07)},
+        "detection": {"f1": figure(0.25, 0.2, 0.3), "count_mae": figure(2.345, 2.0, 3.0)},
     }
     markdown = as_markdown(make_tables(read_summaries([run(results=results)])))
-    for text in ("1.23 [1.10, 1.40]", "387.9 [350.0, 420.0]", "14.7 [9.7, 19.7]", "0.053 [0.060, 0.070]"):
+    for text in (
+        "1.23 [1.10, 1.40]",
+        "387.9 [350.0, 420.0]",
+        "14.7 [9.7, 19.7]",
+        "0.053 [0.060, 0.070]",
+        "25.0 [20.0, 30.0] | 2.35 [",
+    ):
         assert text in markdown
 
 

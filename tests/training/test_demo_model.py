@@ -314,3 +314,21 @@ def test_one_process_only(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(DemoModelTrainingArguments, "world_size", 2)
     with pytest.raises(SettingsError, match="not in 2"):
         make_trainer(tokenizer, tmp_path)
+
+
+def test_tables_have_lists_only_if_they_were_asked_for():
+    def cell(value):
+        return {"value": value, "low": value - 0.01, "high": value + 0.01, "n": 9}
+
+    kinds = {task: cell(0.5) for task in ("area", "presence", "comparison", "position")}
+    results = {
+        "classification": {"accuracy": cell(0.5)}, "vqa": {"per_type": kinds}, "counting": {"exact": cell(0.5)},
+        "grounding": {"accuracy_0.5": cell(0.5)}, "captioning": {"caption_exact": cell(0.5), "caption_facts": cell(0.5)},
+    }  # fmt: skip
+    lists = {"detection": {"f1": cell(0.25), "precision": cell(0.9)}, "pointing": {"f1": cell(0.75)}}
+    for found, rows in ((results, 9), (results | lists, 11)):
+        figures = train_demo_model.scene_figures(found)
+        assert len(figures) == rows
+        table = train_demo_model.scene_table(dict.fromkeys(("image", "blind", "majority"), figures))
+        assert ("| detection | 25.0 | 24.0 - 26.0 | 9 | 25.0 | 25.0 |" in table) == (rows == 11)
+        assert ("*detection* and *pointing* are the F1 scores" in table) == (rows == 11)
