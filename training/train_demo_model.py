@@ -36,7 +36,7 @@ from .branches import BranchCollator
 from .data import BadRow, ConversationDataset, to_messages
 from .demo_model.aerial_cars import count_figures, read_frames, write_car_rows
 from .demo_model.architecture import (
-    SCENE_BOXES,
+    SCENE_LISTS,
     make_config,
     make_processor,
     make_tokenizer,
@@ -50,7 +50,7 @@ from .demo_model.photograph_questions import PhotographQuestions, photograph_dia
 from .demo_model.photographs import GROUND_RESOLUTION, TRANSFORMS, read_photographs, split_photographs
 from .demo_model.pretrained_tower import find_weights, tune
 from .demo_model.scene_images import CANVAS, OBJECT_PIXELS, SCENE_SIZE, SceneImages
-from .demo_model.scene_questions import SceneQuestions, dialogues
+from .demo_model.scene_questions import MIX, MIX_WITH_LISTS, SceneQuestions, dialogues
 from .demo_model.trainer import DemoModelTrainer, DemoModelTrainingArguments
 from .finetune import ConfigParser
 from .image_features import CachedRows, cache_image_features, freeze_encoder
@@ -98,6 +98,9 @@ class DemoModelArguments:
     )
     scenes: int = field(default=24000, metadata={"help": "Synthetic scenes to train the decoder on."})
     rounds: int = field(default=3, metadata={"help": "Sets of questions about each scene."})
+    lists: bool = field(
+        default=False, metadata={"help": "Also ask scenes for all boxes and points of a kind. Rows become twice as long."}
+    )
     train_file: str | None = field(
         default=None, metadata={"help": "Further rows to train on: one image each, and independent questions."}
     )
@@ -189,7 +192,7 @@ def train_demo_model(options: DemoModelArguments, args: DemoModelTrainingArgumen
     with times.measure("decoder"):
         trainer.train(resume_from_checkpoint=checkpoint)
     settle_placeholder(model)
-    model.eval().generation_config.max_new_tokens = 64 if options.real_data else 256  # a list of boxes is long
+    model.eval().generation_config.max_new_tokens = 256 if options.lists else 64
     model.to(torch.bfloat16).save_pretrained(output)
     processor.save_pretrained(output)
     if options.real_data:
@@ -235,13 +238,14 @@ def prepare(
     set_seed(seed)
     if started:
         model, processor = started
-        processor.box_format = SCENE_BOXES
     else:
         tokenizer = make_tokenizer(texts, options.vocab_size)
         config = make_config(len(tokenizer), options.encoder, options.decoder_width, **ARCHITECTURE)
         model = MFRSVLMForConditionalGeneration(config)
         load_encoder(model.model, encoder)
         processor = make_processor(model.config, tokenizer)
+    if options.lists:
+        processor.box_format = SCENE_LISTS
     if photographs is not None:
         processor.ground_resolution = GROUND_RESOLUTION
     collator = BranchCollator(processor)
@@ -265,7 +269,8 @@ def prepare(
         path = work / f"features-{stem}-scenes-{options.scenes}.npy"
         features.append(cache_image_features(model, images.batches(model.config), len(images), path))
         cached = None if options.train_encoder else features[-1]
-        rows.append(SceneQuestions(images, collator, model.config, cached, options.rounds))
+        mix = MIX_WITH_LISTS if options.lists else MIX
+        rows.append(SceneQuestions(images, collator, model.config, cached, options.rounds, mix))
     if conversations is not None:
         cached_rows = CachedRows(conversations, collator, model, work / f"features-{shown}.npy")
         features.append(cached_rows.features)

@@ -279,6 +279,7 @@ def test_training_continues_from_a_folder(tmp_path):
     start = str(MODEL)
     command = [CONFIG, f"--start={start}", f"--output={tmp_path / 'model'}", f"--work={tmp_path / 'work'}"]
     settings = (
+        "--lists=true",
         "--bf16=false",
         "--muon=false",
         "--guidance=false",
@@ -295,6 +296,9 @@ def test_training_continues_from_a_folder(tmp_path):
     assert any(not torch.equal(before[name], after[name]) for name in before)
     assert (tmp_path / "model/tokenizer.json").read_bytes() == (Path(start) / "tokenizer.json").read_bytes()
     assert not list((tmp_path / "work").glob("encoder-*.pt"))
+    settings = json.loads((tmp_path / "model/processor_config.json").read_text())
+    assert settings["box_format"]["prompt"] == "Give the bounding box of every {object}."
+    assert json.loads((tmp_path / "model/generation_config.json").read_text())["max_new_tokens"] == 256
     assert "It was trained from the weights of `model`" in (tmp_path / "model/README.md").read_text()
 
 

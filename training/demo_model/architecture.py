@@ -25,10 +25,9 @@ PHOTOGRAPHS = {
     "window_overlap": 0.0,
     "visual_position_embeddings": True,
 }
-# How the scenes write boxes, and ask for all of a kind.
-SCENE_BOXES = {
-    "scale": BOX_SCALE, "order": "xyxy", "padded": False, "prompt": "Give the bounding box of every {object}."
-}  # fmt: skip
+# How the scenes write boxes, and ask for one, or for all of a kind.
+SCENE_BOXES = {"scale": BOX_SCALE, "order": "xyxy", "padded": False, "prompt": "Give the bounding box of the {object}."}
+SCENE_LISTS = SCENE_BOXES | {"prompt": "Give the bounding box of every {object}."}
 
 
 def efficientnet_lite0() -> EfficientNetConfig:

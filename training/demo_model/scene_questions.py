@@ -20,14 +20,14 @@ MIX = {
     "classification": 1,
     "area": 1,
     "presence": 1,
-    "count": 3,
+    "count": 4,
     "comparison": 1,
-    "position": 1,
-    "grounding": 2,
+    "position": 2,
+    "grounding": 3,
     "caption": 1,
-    "detection": 2,
-    "pointing": 1,
 }
+# The same with lists of boxes and points, which are long: a row has twice as many tokens.
+MIX_WITH_LISTS = MIX | {"count": 3, "position": 1, "grounding": 2, "detection": 2, "pointing": 1}
 # Weight of a task's answer in the loss, 1 for the others.
 ANSWER_WEIGHT = {"grounding": 4.0, "caption": 3.0, "detection": 8.0, "pointing": 3.0}
 NOUNS = {noun: number for number, kind in enumerate(KINDS) for noun in (kind, PLURALS[kind])}
