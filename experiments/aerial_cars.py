@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     check_folder(args.output)
     run(
-        GeoAssistant.from_pretrained(args.model, dtype=args.dtype, trust_remote_code=True),
+        GeoAssistant.from_pretrained(args.model, dtype=args.dtype),
         args.data,
         args.output,
         args.prompt,

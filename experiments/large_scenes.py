@@ -451,7 +451,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_folder(args.output)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RasterWarning)  # a model of synthetic scenes is what is measured
-        assistant = GeoAssistant.from_pretrained(args.model, dtype=args.dtype, trust_remote_code=True)
+        assistant = GeoAssistant.from_pretrained(args.model, dtype=args.dtype)
         run(assistant, args)
 
 
