@@ -148,11 +148,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for finished frames and for the results")
     parser.add_argument("--prompt", default=BOXES, help="request for boxes, with {object} and {scale}")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the code in the model folder")
     args = parser.parse_args(arguments)
     check_folder(args.output)
-    assistant = GeoAssistant.from_pretrained(args.model, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
-    run(assistant, args.data, args.output, args.prompt)
+    run(GeoAssistant.from_pretrained(args.model, dtype=args.dtype), args.data, args.output, args.prompt)
 
 
 def run(assistant: GeoAssistant, data: Path, output: Path, prompt: str = BOXES) -> None:

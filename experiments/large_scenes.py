@@ -447,12 +447,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--object-pixels", type=float, nargs=2, default=(16.0, 32.0), help="shortest and longest, pixels")
     parser.add_argument("--tile", type=int, default=1024, help="side of the tiles, pixels")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the code in the model folder")
     args = parser.parse_args(arguments)
     check_folder(args.output)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RasterWarning)  # a model of synthetic scenes is what is measured
-        assistant = GeoAssistant.from_pretrained(args.model, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
+        assistant = GeoAssistant.from_pretrained(args.model, dtype=args.dtype)
         run(assistant, args)
 
 
