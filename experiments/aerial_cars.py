@@ -20,14 +20,14 @@ import numpy as np
 from ..files.reading import read_json
 from ..files.writing import check_folder, write_file
 from ..geospatial import GeoAssistant
-from ..geospatial.assistant import BOXES
-from ..training.demo_model.aerial_cars import HELD_OUT, SHARE, read_frames, video_of
+from ..training.demo_model.aerial_cars import HELD_OUT, SHARE, all_boxes_prompt, read_frames, video_of
 from .detections import average_precision, center_distances, centers_inside, find_matches, pairwise_iou
 from .estimates import plain, ratio
 from .large_scenes import MERGED, ONE, SHIFTED, TILES, UNMERGED, count_objects, find_boxes, interval, markdown, percent
 
 
 KIND, PLURAL = "car", "cars"
+PROMPT = all_boxes_prompt("{object}")  # of the crops that were trained on
 
 
 def tile_of(frame: dict[str, Any]) -> int:
@@ -146,14 +146,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="folder or Hub id of a model of photographs")
     parser.add_argument("--data", type=Path, required=True, help="folder with aerial_cars/boxes.json")
     parser.add_argument("--output", type=Path, required=True, help="folder for finished frames and for the results")
-    parser.add_argument("--prompt", default=BOXES, help="request for boxes, with {object} and {scale}")
+    parser.add_argument("--prompt", default=PROMPT, help="request for boxes, with {object}")
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args(arguments)
     check_folder(args.output)
     run(GeoAssistant.from_pretrained(args.model, dtype=args.dtype), args.data, args.output, args.prompt)
 
 
-def run(assistant: GeoAssistant, data: Path, output: Path, prompt: str = BOXES) -> None:
+def run(assistant: GeoAssistant, data: Path, output: Path, prompt: str = PROMPT) -> None:
     """Measures the frames that are not finished, and writes the results of all."""
     (output / "frames").mkdir(parents=True, exist_ok=True)
     summary = summarize(measure_frames(assistant, data, output, prompt))

@@ -14,7 +14,6 @@ from mfrsvlm.evaluation.metrics.visual_grounding import iou
 from mfrsvlm.experiments import aerial_cars, detections, large_scenes
 from mfrsvlm.experiments.large_scenes import ALL, BOTH, MERGED, ONE, OVERLAPPING, SHIFTED, TILES, UNMERGED
 from mfrsvlm.geospatial import Raster
-from mfrsvlm.geospatial.assistant import BOXES as BOXES_PROMPT
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -189,7 +188,7 @@ def test_cars_of_a_model_without_mistakes(frames, tmp_path):
     assert made["counts"][ONE]["error"]["mean"] == made["counts"][f"boxes of {MERGED}"]["error"]["mean"] == 0
     assert (output / "table.md").read_text().count(f"| {MERGED} | 100.0 [100.0, 100.0] |") == 2
     answerer = PerfectAnswerer()
-    aerial_cars.measure_frames(perfect(answerer=answerer), frames, output, BOXES_PROMPT)
+    aerial_cars.measure_frames(perfect(answerer=answerer), frames, output, aerial_cars.PROMPT)
     assert answerer.prompts == []
     with pytest.raises(ValueError, match="was made with prompt="):
         aerial_cars.measure_frames(perfect(), frames, output, "Where is every {object}?")

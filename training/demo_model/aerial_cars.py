@@ -50,7 +50,6 @@ def count_prompt(kind: str) -> str:
 
 
 def all_boxes_prompt(kind: str) -> str:
-    """As `geospatial.GeoAssistant` asks for them."""
     return f"Give the bounding box of every {kind} as [x_min, y_min, x_max, y_max], each number scaled to 0-1000."
 
 
