@@ -34,8 +34,9 @@ from ..model_card.card import write_model_card
 from ..modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from .branches import BranchCollator
 from .data import BadRow, ConversationDataset, to_messages
-from .demo_model.aerial_cars import count_figures, read_frames, write_car_rows
+from .demo_model.aerial_cars import all_boxes_prompt, count_figures, read_frames, write_car_rows
 from .demo_model.architecture import (
+    SCENE_BOXES,
     SCENE_LISTS,
     make_config,
     make_processor,
@@ -246,6 +247,8 @@ def prepare(
         processor = make_processor(model.config, tokenizer)
     if options.lists:
         processor.box_format = SCENE_LISTS
+    elif cars is not None:
+        processor.box_format = SCENE_BOXES | {"prompt": all_boxes_prompt("{object}")}
     if photographs is not None:
         processor.ground_resolution = GROUND_RESOLUTION
     collator = BranchCollator(processor)

@@ -17,6 +17,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from mfrsvlm import demo
 from mfrsvlm.evaluation import evaluate, load_benchmark
 from mfrsvlm.processing_mfrsvlm import make_chat_template
+from mfrsvlm.scenes import ask, plan_scene, scene_seed
+from mfrsvlm.training.demo_model.aerial_cars import all_boxes_prompt
 from mfrsvlm.training.train_demo_model import PROTOCOL, scene_figures
 
 
@@ -123,6 +125,15 @@ def test_card_of_the_photographs_names_parts_and_splits():
     for row in ("class, accuracy", "caption, CIDEr", "17 labels, macro F1", "RSIVQA, count"):
         assert 0 < float(figures[row]) < 500
     assert "Apache-2.0" in card and "no license stated" in card and "near-duplicates" in card.replace("_", "-")
+
+
+def test_boxes_are_asked_for_as_they_were_in_training():
+    prompts = {
+        MODEL: ask(plan_scene(scene_seed("train", 2)), ["grounding"])[0].text.replace("car", "{object}"),
+        PHOTO_MODEL: all_boxes_prompt("{object}"),
+    }
+    for folder, prompt in prompts.items():
+        assert json.loads((folder / "processor_config.json").read_text())["box_format"]["prompt"] == prompt
 
 
 @pytest.mark.integration
