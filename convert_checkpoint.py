@@ -499,7 +499,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: this command converts. {ASSEMBLE}", file=sys.stderr)
         return 2
     options = vars(converter_parser().parse_args(argv))
-    return run({"released": convert_released, "widen": widen}[options.pop("command")], options)
+    commands: dict[str, Callable[..., None]] = {"released": convert_released, "widen": widen}
+    return run(commands[options.pop("command")], options)
 
 
 def run(command: Callable[..., None], options: dict[str, Any]) -> int:
