@@ -88,7 +88,7 @@ def test_figures_are_logged_and_choose_the_best_model(start, scenes, tmp_path, m
     trainer.add_callback(EvaluationCallback(trainer, [scenes], PROTOCOL, SETTINGS))
     boxes = {2: "[0, 0, 1000, 1000]", 4: "[0, 0, 500, 500]"}
     monkeypatch.setattr(
-        Answerer, "answer", lambda self, batch, encoded: [Answer(boxes[trainer.state.global_step]) for _ in batch]
+        Answerer, "answer", lambda self, batch, *_: [Answer(boxes[trainer.state.global_step]) for _ in batch]
     )
     trainer.train()
     assert [step for step, _ in logged(trainer, "eval_loss")] == [2, 4]
