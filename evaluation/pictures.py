@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..files.reading import parse_json
+from ..files.reading import read_rows
 from ..files.writing import write_image
 from .benchmarks import Benchmark, load_benchmark
 from .report import ReportError, Summary
@@ -42,7 +42,11 @@ def write_pictures(summaries: Sequence[Summary], output: Path, count: int, root:
 
 def file_name(summary: Summary) -> str:
     """The part of a file name that belongs to one run."""
-    parts = (summary.benchmark, summary.split, summary.protocol, summary.model)
+    return safe_name(summary.benchmark, summary.split, summary.protocol, summary.model)
+
+
+def safe_name(*parts: str) -> str:
+    """The parts as one name that every file system takes."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join(parts))
 
 
@@ -54,7 +58,7 @@ def read_predictions(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / "predictions.jsonl"
     try:
-        return [dict(parse_json(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [dict(row) for _, row in read_rows(path)]
     except (OSError, TypeError, ValueError) as error:
         raise ReportError(f"{path} cannot be read: {error}. Repeat the run.") from error
 

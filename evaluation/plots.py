@@ -1,12 +1,11 @@
 """Plots of the tables of a report."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..files.writing import write_figure
-from .pictures import file_name, read_predictions
+from .pictures import file_name, read_predictions, safe_name
 from .report import ReportError, Summary, Table
 
 
@@ -143,5 +142,4 @@ def write_plots(tables: Sequence[Table], output: Path) -> None:
         if table.shares:
             plots.setdefault(f"{table.benchmark}-{table.split}-{table.protocol}", []).append(table)
     for name, members in plots.items():
-        path = output / f"plot-{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}.png"
-        write_figure(path, plot_shares(members), dpi=110)
+        write_figure(output / f"plot-{safe_name(name)}.png", plot_shares(members), dpi=110)

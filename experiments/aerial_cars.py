@@ -17,13 +17,24 @@ from typing import Any
 
 import numpy as np
 
-from ..files.reading import read_json
 from ..files.writing import check_folder, write_file
 from ..geospatial import GeoAssistant
 from ..training.demo_model.aerial_cars import HELD_OUT, SHARE, all_boxes_prompt, read_frames, video_of
 from .detections import average_precision, center_distances, centers_inside, find_matches, pairwise_iou
 from .estimates import plain, ratio
-from .large_scenes import MERGED, ONE, SHIFTED, TILES, UNMERGED, count_objects, find_boxes, interval, markdown, percent
+from .large_scenes import (
+    MERGED,
+    ONE,
+    SHIFTED,
+    TILES,
+    UNMERGED,
+    count_objects,
+    find_boxes,
+    finished_row,
+    interval,
+    markdown,
+    percent,
+)
 
 
 KIND, PLURAL = "car", "cars"
@@ -50,12 +61,8 @@ def measure_frames(assistant: GeoAssistant, data: Path, output: Path, prompt: st
         tile = tile_of(frame)
         settings = {"image": frame["image"], "tile": tile, "prompt": prompt, "weights": assistant.model.get("weights")}
         path = output / "frames" / f"{Path(frame['image']).stem}.json"
-        if path.exists():
-            row = read_json(path)
-            for name, value in settings.items():
-                if row[name] != value:
-                    raise ValueError(f"{path} was made with {name}={row[name]}, not {value}: name another folder.")
-        else:
+        row = finished_row(path, settings)
+        if row is None:
             image = data / "aerial_cars" / frame["image"]
             row = settings | {"true": [one["box"] for one in frame["objects"] if one["class"] == KIND]}
             row |= count_objects(assistant, image, {KIND: PLURAL}, tile)

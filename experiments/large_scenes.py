@@ -137,6 +137,21 @@ def rounded(box: Sequence[float | None]) -> list[float]:
 MEASURES = ("counts", "boxes")
 
 
+def finished_row(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The row in a file of an earlier run; `None` if there is none.
+
+    Raises:
+        ValueError: it was made with other settings.
+    """
+    if not path.exists():
+        return None
+    row = read_json(path)
+    for name, value in settings.items():
+        if row[name] != value:
+            raise ValueError(f"{path} was made with {name}={row[name]}, not {value}: name another folder.")
+    return row
+
+
 def measure_scenes(assistant: GeoAssistant, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of all scenes, one for every scene and measure. Those of finished scenes are read from their files.
 
@@ -151,12 +166,8 @@ def measure_scenes(assistant: GeoAssistant, args: argparse.Namespace) -> list[di
             settings |= {"tile": args.tile, "weights": model["weights"]}
             for measure in args.measures:
                 path = args.output / "scenes" / f"{measure}-{density}-{index}.json"
-                if path.exists():
-                    row = read_json(path)
-                    for name, value in settings.items():
-                        if row[name] != value:
-                            raise ValueError(f"{path} was made with {name}={row[name]}, not {value}: name another folder.")
-                else:
+                row = finished_row(path, settings)
+                if row is None:
                     start = time.perf_counter()
                     row = settings | measure_scene(assistant, args, measure, density, index)
                     row["seconds"] = round(time.perf_counter() - start, 1)
