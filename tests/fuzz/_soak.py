@@ -15,7 +15,7 @@ import torch
 from fuzz.harness import PACKAGE, outcome
 from PIL import Image
 
-from mfrsvlm.files.model_folder import load_model
+from mfrsvlm.evaluation.answering import load
 
 
 MODEL = PACKAGE / "demo" / "model"
@@ -106,7 +106,7 @@ class Soak:
 
 @functools.cache
 def soak() -> Soak:
-    return Soak(*load_model(str(MODEL)))
+    return Soak(*load(str(MODEL), device="cpu"))
 
 
 def draw(random: Random) -> str:

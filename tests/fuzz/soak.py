@@ -26,6 +26,7 @@ def cases(seed: int, count: int, folder: Path) -> Iterator[Case]:
         assert found <= first[0] + ALLOWED, f"{found:.0f} MB, and {first[0]:.0f} MB after the first calls"
         return RIGHT
 
+    assert soak().answers  # computed before the time of a case is taken
     for number in range(count):
         if number % EVERY == EVERY - 1:
             yield Case(f"{number}: memory", check_memory)

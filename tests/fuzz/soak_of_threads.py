@@ -14,12 +14,12 @@ THREADS = 4
 
 
 def cases(seed: int, count: int, folder: Path) -> Iterator[Case]:
+    assert soak().answers  # of one thread, computed before the time of a case is taken
     names = [draw(random_of(seed, number)) for number in range(count)]
     started: list[Future[str]] = []
 
     def wait(number: int) -> str:
         if not started:  # all calls are queued, and each case waits for one
-            assert soak().answers  # of one thread
             started.extend(threads.submit(soak().call, name) for name in names)
         return started[number].result()
 
