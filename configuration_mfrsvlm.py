@@ -161,7 +161,10 @@ class MFRSVLMConfig(PreTrainedConfig):
     Args:
         vision_config: vision encoder: a ViT with `num_hidden_layers` (`clip_vision_model`, `siglip_vision_model`,
             `dinov2`, `dinov3_vit`, ...), a hierarchical backbone with `depths` (`resnet`, `convnext`, `swin`, ...), or a
-            convolutional model whose hidden states are feature maps (`efficientnet`, `mobilenet_v2`, ...).
+            convolutional model whose hidden states are feature maps (`efficientnet`, `mobilenet_v2`, ...). Its
+            `num_channels` is the number of bands of an image.
+        stem_channels: of an encoder that was widened: places, among the bands of an image, of those that it had before, in
+            the order of its weights. A layer of its own reads the other bands. `None`: the first layer reads all bands.
         text_config: decoder: any model type of `AutoModel` whose model has a list of `layers`.
         image_token_id: id of the `<image>` placeholder, one row of the decoder's embedding. Defaults to the last row.
         image_size: side of the global view, pixels. Defaults to a ViT's own, to 336 for a hierarchical backbone.
@@ -220,6 +223,7 @@ class MFRSVLMConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     # Visual tokens
+    stem_channels: list[int] | tuple[int, ...] | None = None
     image_size: Derived = None
     patch_size: Derived = None
     vision_feature_layer: int = -1
@@ -287,6 +291,8 @@ class MFRSVLMConfig(PreTrainedConfig):
             # A backbone returns only the stages it is asked for.
             stages = {*self.detail_feature_layers, self.vision_feature_layer % (self.num_vision_layers + 1)}
             vision_config.out_indices = sorted(stage for stage in stages if stage <= self.num_vision_layers)
+        if self.stem_channels is not None:
+            self.stem_channels = list(self.stem_channels)
         self.window_sizes = list(self.window_sizes)
         self.detail_feature_layers = list(self.detail_feature_layers)
         self.injection_layers = list(self.injection_layers)
@@ -320,6 +326,13 @@ class MFRSVLMConfig(PreTrainedConfig):
     def num_channels(self) -> int:
         """Bands of an image."""
         return int(getattr(self.vision_config, "num_channels", 3))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in `transformers`. Models without further bands are saved as if there were no `stem_channels`."""
+        fields: dict[str, Any] = super().to_dict()
+        if fields.get("stem_channels") is None:
+            fields.pop("stem_channels", None)
+        return fields
 
     @property
     def tokens_per_side(self) -> int:
@@ -371,6 +384,12 @@ class MFRSVLMConfig(PreTrainedConfig):
                     f"vision_feature_size={self.vision_feature_size} differs from "
                     f"vision_config.hidden_size={encoder.hidden_size}."
                 )
+        stem = self.stem_channels
+        if stem is not None and not (0 < len(stem) == len(set(stem) & set(range(self.num_channels))) < self.num_channels):
+            raise ValueError(
+                f"stem_channels={stem} must be different places among the vision_config.num_channels={self.num_channels} "
+                "bands, and not all of them."
+            )
         windows = self.windows  # validates sizes, overlap and canvas
         depth = self.num_vision_layers
         if depth is None:  # the model compares with what the encoder returns

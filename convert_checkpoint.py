@@ -420,7 +420,8 @@ def widen(
 ) -> None:
     """Gives a model an encoder of more bands. The weights of new bands are zero, so that answers about RGB stay the same.
 
-    Images of three channels still work: their new bands are zero after normalization.
+    New bands have a layer of their own, see `MFRSVLMConfig.stem_channels`. Images of three channels still work: their new
+    bands are zero after normalization.
 
     Args:
         source: model folder or Hub id.
@@ -442,19 +443,24 @@ def widen(
         model, processor = load_folder(source, dtype=getattr(torch, dtype) if dtype else "auto")
         image_processor = processor.image_processor
     old = list(image_processor.image_bands or RGB)
-    missing = sorted(set(old) - set(bands))
-    if model.config.num_channels != len(old) or missing or len(set(bands)) != len(bands) or not all(bands):
+    is_wider = len(bands) == len(set(bands)) and set(bands) > set(old) and all(bands)
+    if not is_wider or model.config.num_channels != len(old):
         raise ConversionError(
-            f"bands={bands} must be different names, with the bands {old} of {source} among them, which has "
+            f"bands={bands} must be different names, with the bands {old} of {source} and more among them; the source has "
             f"{model.config.num_channels} channels."
         )
     config = copy.deepcopy(model.config)
     config.dtype = model.dtype
     config.vision_config.num_channels = len(bands)
-    places = [bands.index(name) for name in old]
-    with torch.device("meta"):
+    stem = [old[place] for place in model.config.stem_channels or range(len(old))]
+    config.stem_channels = [bands.index(name) for name in stem]
+    extra = [name for name in bands if name not in stem]
+    with explained(f"The encoder of {source} cannot be widened"), torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in type(model)(config).state_dict().items()}
-    state = {name: widen_weight(name, tensor, shapes[name], places) for name, tensor in model.state_dict().items()}
+    state = dict(model.state_dict())
+    (name,) = (name for name in shapes if name.endswith(".extra_bands.weight"))
+    state[name] = widen_weight(state.get(name), shapes[name], model.dtype, [extra.index(b) for b in old if b not in stem])
+    places = [bands.index(name) for name in old]
     settings = image_processor.to_dict() | {
         "num_channels": len(bands),
         "image_bands": list(bands),
@@ -477,19 +483,14 @@ def of_all_bands(values: Any, new: float | None, places: list[int], count: int) 
     return every.tolist()
 
 
-def widen_weight(name: str, tensor: torch.Tensor, shape: torch.Size, places: list[int]) -> torch.Tensor:
-    """The tensor itself, or for a layer that reads pixels, one of `shape` that is zero but for the columns at `places`."""
-    if tensor.shape == shape:
-        return tensor
-    old = len(places)
-    wide = torch.zeros(shape, dtype=tensor.dtype)
-    if tensor.ndim == 4 and tensor.shape[1] == old:  # a convolution: (out, channels, height, width)
+def widen_weight(tensor: torch.Tensor | None, shape: torch.Size, dtype: torch.dtype, places: list[int]) -> torch.Tensor:
+    """Weights of `shape` for all new bands. They are zero but for the columns at `places`, which are those of the tensor."""
+    wide = torch.zeros(shape, dtype=dtype)
+    if tensor is not None and tensor.ndim == 4:  # a convolution: (out, channels, height, width)
         wide[:, places] = tensor
-    elif tensor.ndim == 2 and tensor.shape[1] % old == 0:  # patches as rows: (out, height * width * channels)
-        new = shape[1] // (tensor.shape[1] // old)
-        wide.view(shape[0], -1, new)[..., places] = tensor.view(tensor.shape[0], -1, old)
-    else:
-        raise ConversionError(f"{name} has shape {tuple(tensor.shape)} and would have {tuple(shape)}: it cannot be widened.")
+    elif tensor is not None:  # patches as rows: (out, height * width * channels)
+        old = tensor.unflatten(1, (-1, len(places)))
+        wide.view(shape[0], old.shape[1], -1)[..., places] = old
     return wide
 
 

@@ -32,7 +32,11 @@ PIXEL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16":
 
 
 def cut_windows(
-    canvas: np.ndarray, windows: Sequence[WindowScale], packing: str = "windows_first", out: np.ndarray | None = None
+    canvas: np.ndarray,
+    windows: Sequence[WindowScale],
+    packing: str = "windows_first",
+    out: np.ndarray | None = None,
+    stem: Sequence[int] | None = None,
 ) -> np.ndarray:
     """Cuts a canvas (C, side, side) into the windows of all scales, packed scale by scale, windows in row-major order.
 
@@ -43,6 +47,7 @@ def cut_windows(
             although the model reads it as (n, C, size, size). A window then consists of channel planes of other windows. The
             published weights were trained like this and need it.
         out: 1-D array to write into.
+        stem: places of the channels that are packed channels first; the others are packed windows first. `None`: all.
 
     Returns:
         1-D array, as long as `packed_lengths` says.
@@ -51,7 +56,12 @@ def cut_windows(
     for window in windows:
         tiles = np.lib.stride_tricks.sliding_window_view(canvas, (window.size, window.size), axis=(1, 2))
         tiles = tiles[:, :: window.stride, :: window.stride]  # (C, rows, columns, size, size)
-        parts.append(tiles if packing == "channels_first" else tiles.transpose(1, 2, 0, 3, 4))
+        if packing == "channels_first" and stem is not None:
+            mixed = tiles.transpose(1, 2, 0, 3, 4).copy()
+            mixed[:, :, stem] = tiles[stem].reshape(*tiles.shape[1:3], len(stem), window.size, window.size)
+            parts.append(mixed)
+        else:
+            parts.append(tiles if packing == "channels_first" else tiles.transpose(1, 2, 0, 3, 4))
     out = np.empty(sum(tiles.size for tiles in parts), canvas.dtype) if out is None else out
     start = 0
     for tiles in parts:
@@ -82,7 +92,7 @@ class MFRSVLMImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[ca
     """
     num_channels: channels of an image. 3 channels are red, green and blue; other numbers need arrays with as many bands.
     image_bands: names of the channels, for example `["red", "green", "blue", "nir"]`. With red, green and blue among them,
-        images of three channels are taken too: their other bands are zero after normalization.
+        images of three channels are taken too. Bands that an image lacks are zero after normalization.
     value_range: values of black and white, if the dtype does not determine them. Samples are scaled to 8 bits between the
         two values and clipped.
     pixel_dtype: type of the output, `"float32"`, `"bfloat16"` or `"float16"`.
@@ -119,7 +129,8 @@ class MFRSVLMImageProcessor(PilBackend):
     crop), then scale by scale the windows (n, C, size, size), flattened, see `packed_lengths` and `cut_windows`. With the
     default geometry it takes 30 MB in float32.
 
-    Images may have any type that `open_image` takes. Lists may be nested; a 4-D array is a list of images. Arrays and
+    Images may have any type that `open_image` takes. Lists may be nested; a 4-D array is a list of images. Images of more
+    bands are arrays with all bands, or `{band: array}` with arrays (height, width) of some of `image_bands`. Arrays and
     tensors, channels first or last, must be uint8, 64-bit integers from 0 to 255, or floats in [0, 1]. All others need
     `value_range`, since their dtype does not determine the value of white.
 
@@ -302,20 +313,24 @@ class MFRSVLMImageProcessor(PilBackend):
     def process_image(self, image: Any, **kwargs: Any) -> np.ndarray:
         """Checks one image and converts it to (num_channels, height, width), before it is resized.
 
+        An image that lacks bands has as many channels as it has bands.
+
         Returns:
             uint8; float32 in [0, 1] for a float image with `do_rescale=False`.
         """
         settings = {name: getattr(self, name) for name in self._valid_kwargs_names}
         given = SimpleNamespace(**{**settings, **kwargs})
-        planes = read_planes(open_source(image), given)
+        planes = [plane for plane in read_planes(open_source(image), given) if plane is not None]
         planes = [plane.convert(working_mode(planes, given.num_channels)) for plane in planes]
         return np.concatenate([np.atleast_3d(plane) for plane in planes], axis=2).transpose(2, 0, 1)
 
-    def _preprocess(self, images: list[list[Image.Image]], return_tensors: Any = None, **kwargs: Any) -> BatchFeature:
+    def _preprocess(self, images: list[list[Image.Image | None]], return_tensors: Any = None, **kwargs: Any) -> BatchFeature:
         given = SimpleNamespace(**kwargs)
         side, channels = given.crop_size.height, given.num_channels
         windows = window_table(side, given.patch_size, given.canvas_scale, given.window_sizes, given.window_overlap)
         length, *packed = packed_lengths(side, windows, channels)
+        names = list(given.image_bands or ())
+        stem = [names.index(name) for name in RGB] if channels > 3 and set(RGB) <= set(names) else None
         rows = torch.empty(len(images), length + sum(packed), dtype=PIXEL_DTYPES[given.pixel_dtype])
 
         def normalized(values: np.ndarray) -> np.ndarray:
@@ -328,11 +343,12 @@ class MFRSVLMImageProcessor(PilBackend):
         # Lookup table of the 256 normalized values of each channel, which is faster than arithmetic per pixel.
         table = normalized(np.broadcast_to(np.arange(256, dtype=np.uint8), (channels, 1, 256)))[:, 0]
 
-        def view(planes: list[Image.Image], scale: int) -> np.ndarray:
+        def view(every: list[Image.Image | None], scale: int) -> np.ndarray:
             """The normalized image at `scale` times the size of the global view, (C, height, width)."""
-            present = list(range(channels))
-            if channels > 3 and len(planes) != channels:  # of red, green and blue alone
-                present = [given.image_bands.index(name) for name in RGB]
+            planes = [plane for plane in every if plane is not None]
+            present = [place for place, plane in enumerate(every) if plane is not None]
+            if len(every) != channels:  # one image in color, or red, green and blue apart
+                present = stem or list(range(channels))
             mode, colors = working_mode(planes, len(present)), [None] * len(planes)
             mean = np.broadcast_to(np.asarray(given.image_mean, dtype=np.float64), (channels,))[present]
             if given.do_pad:
@@ -370,7 +386,7 @@ class MFRSVLMImageProcessor(PilBackend):
             elif windows:
                 upsampling = {"scale_factor": given.canvas_scale, "mode": "bilinear", "align_corners": False}
                 canvas = torch.nn.functional.interpolate(canvas[None], **upsampling)[0]
-            cut_windows(as_numpy(canvas.to(rows.dtype)), windows, given.window_packing, out=row[length:])
+            cut_windows(as_numpy(canvas.to(rows.dtype)), windows, given.window_packing, row[length:], stem)
         if return_tensors is None:
             return BatchFeature({"pixel_values": list(rows if given.pixel_dtype == "bfloat16" else rows.numpy())})
         return BatchFeature({"pixel_values": rows.numpy() if return_tensors == "np" else rows}, tensor_type=return_tensors)

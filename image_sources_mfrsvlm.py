@@ -13,6 +13,7 @@ import os
 import socket
 import threading
 import time
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +42,7 @@ COLORS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}  # bands that a photometric interp
 GRAY, RGB = 1, 2  # photometric interpretations; 0 is gray from white to black
 DEPENDENT_PAGE = 0b101  # bits of the subfile type: a smaller copy, or a mask, of another page (GeoTIFFs hold both)
 SOURCE_KEYS = ("bytes", "image", "base64", "image_url", "url", "path")  # of `datasets` images and parts of a chat
+BANDS_BYTES = 2**31  # of an `.npz` file, decompressed
 FETCH_BYTES, FETCH_SECONDS, FETCH_REDIRECTS = 256 * 2**20, 30, 5
 ADVICE = "Read it with rasterio, choose its bands, and pass an array: uint8, or any other with value_range=(black, white)."
 
@@ -51,13 +53,13 @@ def open_image(source: Any, folder: str | os.PathLike[str] | None = None, allow_
     Args:
         source: a path, `file://` or http(s) URL, data URI, base64 text, bytes, PIL image, `{"bytes", "path"}` of a
             `datasets` image, or content part of a chat message (`{"type": "image", ...}`, `{"type": "image_url", ...}`).
-            Arrays and tensors are returned unchanged.
+            Arrays and tensors are returned unchanged, alone or as `{band: array}`, which an `.npz` file also holds.
         folder: folder of the images. Paths are relative to it. Paths that leave it, and URLs, are rejected. `None`: no
             restriction.
         allow_outside: accept URLs and paths that leave the folder.
 
     Returns:
-        A PIL image with its final width and height, or the array.
+        A PIL image with its final width and height, or the array, or arrays by band.
 
     Raises:
         ValueError: the image cannot be opened or decoded, is outside of the folder, has several frames, more than 8 bits per
@@ -79,6 +81,9 @@ def image_size(image: Any, input_data_format: str | None = None, num_channels: i
     if isinstance(image, Image.Image):
         width, height = upright(image).size
         return height, width
+    if isinstance(image, Mapping):
+        height, width = next(iter(image.values())).shape
+        return height, width
     height, width = to_array(image, input_data_format, num_channels).shape[1:]
     return height, width
 
@@ -95,18 +100,31 @@ def open_source(source: Any, folder: str | os.PathLike[str] | None = None, allow
         for key in (key for key in SOURCE_KEYS if source.get(key) is not None):
             inner = f"data:;base64,{source[key]}" if key == "base64" else source[key]
             return open_source(inner, folder, allow_outside)
+        if source and all(isinstance(band, (np.ndarray, torch.Tensor)) for band in source.values()):
+            return dict(source)
         raise ValueError(f"{shown(dict(source))} holds no image: it has none of the keys {', '.join(SOURCE_KEYS)}.")
     if not isinstance(source, (str, bytes, bytearray, os.PathLike)):
         raise TypeError(
             f"expected a PIL image, an array, a tensor, a path, an address or bytes, got {type(source).__name__}."
         )
     try:
-        return Image.open(locate(source, folder, allow_outside))
+        found = locate(source, folder, allow_outside)
+        return load_bands(found) if isinstance(found, str) and found.lower().endswith(".npz") else Image.open(found)
     except Exception as error:  # decoders and networks raise many types
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             reason = f"cannot identify its format, its depth or its bands. If it is a raster: {ADVICE}"
         raise ValueError(f"cannot open image {shown(source)}: {reason}") from error
+
+
+def load_bands(path: str) -> dict[str, np.ndarray]:
+    """Arrays by band, of a file that `numpy.savez` wrote."""
+    with zipfile.ZipFile(path) as file:
+        size = sum(part.file_size for part in file.infolist())
+    if size > BANDS_BYTES:
+        raise ValueError(f"its bands take {size} bytes, more than {BANDS_BYTES}")
+    with np.load(path, allow_pickle=False) as file:
+        return {str(name): file[name] for name in file.files}
 
 
 def locate(source: Any, folder: str | os.PathLike[str] | None, allow_outside: bool = False) -> str | io.BytesIO:
@@ -325,13 +343,16 @@ def damage(what: str) -> Iterator[None]:
         raise ValueError(f"{what} cannot be read (the file may be damaged): {reason}") from error
 
 
-def read_planes(image: Any, given: SimpleNamespace) -> list[Image.Image]:
+def read_planes(image: Any, given: SimpleNamespace) -> list[Image.Image | None]:
     """Checks one image and decodes it.
 
     Returns:
-        One image of three channels, or one in gray for every channel (8 bits, or floats in [0, 1]). An image of three
-        channels may still have another mode, such as RGBA or P: converted at once, it would need its memory twice.
+        One image of three channels, or one in gray for every channel (8 bits, or floats in [0, 1]), `None` for a band that
+        bands by name lack. An image of three channels may still have another mode, such as RGBA or P: converted at once, it
+        would need its memory twice.
     """
+    if isinstance(image, Mapping):
+        return read_bands(image, given)
     channels = given.num_channels
     takes_rgb = channels == 3 or {"red", "green", "blue"} <= set(given.image_bands or ())
     if takes_rgb and isinstance(image, Image.Image):
@@ -374,6 +395,30 @@ def read_planes(image: Any, given: SimpleNamespace) -> list[Image.Image]:
         return [Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0)))]
     # Apart, because Pillow takes the fourth of four channels for alpha and weighs the others with it.
     return [Image.fromarray(np.ascontiguousarray(channel)) for channel in array]
+
+
+def read_bands(bands: Mapping[str, Any], given: SimpleNamespace) -> list[Image.Image | None]:
+    """The planes of `read_planes` for arrays (H, W) by band, in the order of `image_bands`."""
+    names = list(given.image_bands or (("red", "green", "blue") if given.num_channels == 3 else ()))
+    unknown = sorted(map(str, set(bands) - set(names)))
+    if unknown:
+        raise ValueError(f"it has the bands {', '.join(unknown)}, but image_bands={names}: leave them out, or rename them.")
+    shapes = {name: tuple(band.shape) for name, band in bands.items()}
+    if len(set(shapes.values())) > 1 or any(len(shape) != 2 for shape in shapes.values()):
+        raise ValueError(f"its bands have the shapes {shown(shapes)}: resample them to one height and width.")
+    planes: dict[str, Image.Image] = {}
+    for name, band in bands.items():
+        array = to_array(band, None, 1)
+        height, width = array.shape[1:]
+        check_extent(height, width, given.do_pad, given.max_aspect_ratio, given.max_image_pixels)
+        try:
+            array = to_eight_bits(array, given.value_range, quantize=bool(given.do_rescale))
+        except ValueError as error:
+            raise ValueError(f"band {name}: {error}") from error
+        planes[name] = Image.fromarray(np.ascontiguousarray(array[0]))
+    if given.num_channels == 3 and len(planes) == 3 and all(plane.mode == "L" for plane in planes.values()):
+        return [Image.merge("RGB", [planes[name] for name in names])]
+    return [planes.get(name) for name in names]
 
 
 def check_extent(height: int, width: int, do_pad: bool | None, max_aspect_ratio: float, max_image_pixels: int) -> None:

@@ -118,6 +118,79 @@ class MFRSVLMMultiModalProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(image_features)))
 
 
+class MFRSVLMBandConv2d(nn.Conv2d):
+    """First layer of an encoder that was widened. `extra_bands` reads the bands that the encoder did not have before.
+
+    The weights for the bands that it had keep their names, and are applied to these bands alone. The sum does not change if
+    the others are zero, or their weights, as they are at the start: such images have the features of before, bit for bit.
+
+    Args:
+        layer: layer of the same shape for all bands, which it replaces.
+        channels: places of the bands that the encoder had, in the order of its weights.
+    """
+
+    def __init__(self, layer: nn.Conv2d, channels: Sequence[int]) -> None:
+        options: dict[str, Any] = {name: getattr(layer, name) for name in ("kernel_size", "stride", "padding", "dilation")}
+        options |= {"padding_mode": layer.padding_mode, "device": layer.weight.device, "dtype": layer.weight.dtype}
+        super().__init__(len(channels), layer.out_channels, bias=layer.bias is not None, **options)
+        self.channels = list(channels)
+        self.others = [place for place in range(layer.in_channels) if place not in self.channels]
+        self.extra_bands = nn.Conv2d(len(self.others), layer.out_channels, bias=False, **options)
+        with torch.no_grad():
+            self.weight.copy_(layer.weight[:, self.channels])
+            if self.bias is not None and layer.bias is not None:
+                self.bias.copy_(layer.bias)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(n, channels, h, w) to (n, C, h', w')."""
+        return super().forward(pixels[:, self.channels]) + self.extra_bands(pixels[:, self.others])
+
+
+class MFRSVLMBandLinear(nn.Module):
+    """As `MFRSVLMBandConv2d`, of an encoder that takes patches as rows, whose channels come last.
+
+    No `nn.Linear`, which quantization would replace.
+    """
+
+    def __init__(self, layer: nn.Linear, channels: Sequence[int], num_channels: int) -> None:
+        super().__init__()
+        self.channels, self.num_channels = list(channels), num_channels
+        self.others = [place for place in range(num_channels) if place not in self.channels]
+        weight = layer.weight.detach().unflatten(1, (-1, num_channels))  # (C, pixels, channels)
+        self.weight = nn.Parameter(weight[..., self.channels].flatten(1))
+        self.bias = layer.bias
+        self.extra_bands = nn.Linear(weight.shape[1] * len(self.others), len(weight), bias=False, dtype=weight.dtype)
+        self.extra_bands.to(weight.device)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """(n, h * w, pixels * channels) to (n, h * w, C)."""
+        pixels = patches.unflatten(-1, (-1, self.num_channels))
+        own, others = (pixels[..., places].flatten(-2) for places in (self.channels, self.others))
+        return nn.functional.linear(own, self.weight, self.bias) + self.extra_bands(others)
+
+
+def widen_stem(tower: nn.Module, config: MFRSVLMConfig) -> None:
+    """Replaces the first layer of an encoder of `config.num_channels` bands.
+
+    Raises:
+        ValueError: its first layer does not read that many bands.
+    """
+    name, layer = next((name, m) for name, m in tower.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
+    channels: Any = config.stem_channels
+    stem: nn.Module
+    if isinstance(layer, nn.Conv2d) and layer.in_channels == config.num_channels:
+        stem = MFRSVLMBandConv2d(layer, channels)
+    elif isinstance(layer, nn.Linear) and layer.in_features == config.num_channels * config.patch_size**2:
+        stem = MFRSVLMBandLinear(layer, channels, config.num_channels)
+    else:
+        raise ValueError(
+            f"stem_channels={channels}: {name}, the first layer of an encoder of type "
+            f"{config.vision_config.model_type!r}, does not read {config.num_channels} bands."
+        )
+    parent, _, child = name.rpartition(".")
+    setattr(tower.get_submodule(parent), child, stem)
+
+
 def feature_maps(outputs: Any) -> list[torch.Tensor]:
     """All outputs of a convolutional model: its hidden states and, if it is not among them, its last hidden state."""
     maps = list(outputs.hidden_states)
@@ -209,6 +282,12 @@ class MFRSVLMPreTrainedModel(PreTrainedModel):
         update_checksums(working_dir, MODEL_FILES)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
+    def initialize_weights(self) -> None:
+        super().initialize_weights()
+        for module in self.modules():  # here, since `_init_weights` of the encoder is asked for its layers
+            if isinstance(module, (MFRSVLMBandConv2d, MFRSVLMBandLinear)):
+                init.zeros_(module.extra_bands.weight)  # but for weights that were loaded
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -236,6 +315,8 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             self.vision_tower = kind.from_config(vision_config)
         else:
             self.vision_tower = AutoModel.from_config(vision_config)
+        if config.stem_channels is not None:
+            widen_stem(self.vision_tower, config)
         self.tower_interpolates = "interpolate_pos_encoding" in inspect.signature(self.vision_tower.forward).parameters
         self._check_window_sizes()
         if config.is_hierarchical:

@@ -7,18 +7,21 @@ import pytest
 import torch
 from PIL import Image
 from test_families import ENCODERS, encoder_model
-from tiny_models import tiny_config
+from tiny_models import VIT_SIZES, tiny_config
 from tiny_parts import refused, weights
 from tiny_training import tiny_folder
+from transformers import AutoModelForImageTextToText, CLIPVisionConfig
 
-from mfrsvlm import MFRSVLMForConditionalGeneration, MFRSVLMImageProcessor
-from mfrsvlm.convert_checkpoint import main, widen, widen_weight
+from mfrsvlm import MFRSVLMConfig, MFRSVLMForConditionalGeneration, MFRSVLMImageProcessor
+from mfrsvlm.convert_checkpoint import main, widen
 from mfrsvlm.files.model_folder import load_model
+from mfrsvlm.image_sources_mfrsvlm import image_size, open_image
 from mfrsvlm.processing_mfrsvlm import cut_windows
 
 
 BANDS = ["nir", "red", "green", "blue", "vv"]
 PLACES = [1, 2, 3]
+EXTRA = "model.vision_tower.embeddings.patch_embedding.extra_bands.weight"
 
 
 def processor_of(bands, **settings):
@@ -93,6 +96,66 @@ def test_images_without_names_or_of_other_sizes_are_rejected():
         processor_of(BANDS)(np.zeros((7, 40, 40), np.uint8))
 
 
+@pytest.mark.parametrize("form", ["mapping", "tensors", "file"])
+def test_bands_by_name_are_put_in_order_and_those_that_lack_are_zero(form, tmp_path):
+    wide = processor_of(BANDS)
+    array = np.random.default_rng(0).integers(0, 256, (5, 40, 31), dtype=np.uint8)
+    (whole,) = wide(array, return_tensors="pt")["pixel_values"]
+    bands = dict(zip(BANDS, array, strict=True))
+    shuffled = {name: bands[name] for name in ("vv", "blue", "red", "nir")}
+    source = {name: torch.from_numpy(band) for name, band in shuffled.items()} if form == "tensors" else shuffled
+    if form == "file":
+        np.savez(tmp_path / "scene.npz", **shuffled)
+        source = open_image("scene.npz", tmp_path)
+        assert image_size(source) == (40, 31)
+    (row,) = wide(source, return_tensors="pt")["pixel_values"]
+    for some, every in zip(planes(row, tiny_config(), 5), planes(whole, tiny_config(), 5), strict=True):
+        assert torch.equal(some[:, [0, 1, 3, 4]], every[:, [0, 1, 3, 4]]) and (some[:, 2] == 0).all()
+
+
+def test_red_green_and_blue_by_name_are_an_image_of_three_channels():
+    for kind in ("array", "float"):
+        array = picture(kind)
+        bands = dict(zip(("blue", "green", "red"), array.transpose(2, 0, 1)[::-1], strict=True))
+        for processor in (processor_of(BANDS), MFRSVLMImageProcessor.for_model(tiny_config())):
+            rows = [processor(source, return_tensors="pt")["pixel_values"] for source in (array, bands)]
+            assert torch.equal(*rows)
+
+
+@pytest.mark.parametrize(
+    ("bands", "message"),
+    [
+        ({"red": (4, 4), "swir": (4, 4)}, r"it has the bands swir, but image_bands=\['nir', 'red'"),
+        ({"red": (4, 4), "nir": (2, 2)}, r"'red': \(4, 4\), 'nir': \(2, 2\)\}: resample them to one height and width"),
+        ({"red": (1, 4, 4)}, "resample them"),
+    ],
+)
+def test_bands_that_do_not_fit_are_named(bands, message):
+    with pytest.raises(ValueError, match=message):
+        processor_of(BANDS)({name: np.zeros(shape, np.uint8) for name, shape in bands.items()})
+
+
+def test_a_band_of_other_samples_is_named():
+    red = np.zeros((4, 4), np.uint8)
+    for nir, reason in (
+        (np.full((4, 4), np.nan, np.float32), "band nir: 16 values are NaN or infinite: fill them first"),
+        (np.zeros((4, 4), np.complex64), "band nir: an array must hold integers or floats, got dtype complex64"),
+        (np.zeros((4, 4), np.uint16), r"band nir: samples of uint16 do not say what is white: pass value_range"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            processor_of(BANDS)({"red": red, "nir": nir})
+
+
+def test_files_of_bands_that_are_damaged_or_too_large_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "a.npz").write_bytes(b"no zip")
+    np.savez(tmp_path / "b.npz", red=np.array([{}], dtype=object))
+    np.savez(tmp_path / "c.npz", red=np.zeros((100, 100)))
+    monkeypatch.setattr("mfrsvlm.image_sources_mfrsvlm.BANDS_BYTES", 10_000)
+    for name, reason in (("a", "not a zip file"), ("b", "allow_pickle=False"), ("c", "more than 10000")):
+        with pytest.raises(ValueError, match=rf"cannot open image '{name}.npz': .*{reason}"):
+            open_image(f"{name}.npz", tmp_path)
+
+
 def test_settings_of_three_bands_are_saved_as_before(tmp_path):
     MFRSVLMImageProcessor.for_model(tiny_config()).save_pretrained(tmp_path)
     assert "image_bands" not in (tmp_path / "preprocessor_config.json").read_text()
@@ -100,34 +163,112 @@ def test_settings_of_three_bands_are_saved_as_before(tmp_path):
     assert list(MFRSVLMImageProcessor.from_pretrained(tmp_path).image_bands) == BANDS
 
 
-def widened(config, channels):
+def aligned(model):
+    """The model with weights at the addresses of new tensors. Those of files lie anywhere, and last digits depend on it."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
+
+
+def wide_config(config, channels=5, stem=PLACES):
     config = copy.deepcopy(config)
-    config.vision_config.num_channels = channels
+    config.vision_config.num_channels, config.stem_channels = channels, stem
     return config
 
 
-@pytest.mark.parametrize("family", ENCODERS)
-def test_every_encoder_sees_rgb_as_before_and_nothing_else(family):
-    model = encoder_model(family)
-    wide = MFRSVLMForConditionalGeneration(widened(model.config, 5)).eval()
-    shapes = {name: tensor.shape for name, tensor in wide.state_dict().items()}
-    state = model.state_dict()
-    wide.load_state_dict({name: widen_weight(name, tensor, shapes[name], PLACES) for name, tensor in state.items()})
-    assert sum(shapes[name] != tensor.shape for name, tensor in state.items()) == 1  # nothing but the first layer
-    rng, side = np.random.default_rng(0), model.config.image_size
+def wide_state(model, wide):
+    """State of a widened model: the tensors of the first one, and zeros for its new bands."""
+    (name,) = set(wide.state_dict()) - set(model.state_dict())
+    assert name.endswith(".extra_bands.weight")
+    return model.state_dict() | {name: torch.zeros_like(wide.state_dict()[name])}
+
+
+def rows_of(config, bands, packing="windows_first", stem=None, seed=0):
+    """(1, L): bands of a random image of five."""
+    rng, side = np.random.default_rng(seed), config.image_size
     canvas = rng.normal(size=(5, 2 * side, 2 * side)).astype(np.float32)
     view = rng.normal(size=(5, side, side)).astype(np.float32)
+    for plane in range(5):
+        if plane not in bands:
+            canvas[plane] = view[plane] = 0
+    present = slice(None) if len(bands) == 5 or stem is not None else bands
+    windows = cut_windows(canvas[present], config.windows, packing, stem=stem)
+    return torch.from_numpy(np.concatenate([view[present].ravel(), windows.ravel()]))[None]
 
-    def features(model, bands):
-        windows = cut_windows(canvas[bands], model.config.windows)
-        row = torch.from_numpy(np.concatenate([view[bands].ravel(), windows.ravel()]))[None]
-        with torch.no_grad():
-            made = model.get_image_features(row, return_dict=True)
-        return [made.pooler_output[0], *(stack[0] for stack in made.deepstack_features)]
 
-    for three, five in zip(features(model, PLACES), features(wide, list(range(5))), strict=True):
-        scale = three.abs().max()
-        assert torch.isfinite(scale) and (three - five).abs().max() <= 1e-4 * scale  # sums have another order
+def features(model, row):
+    with torch.no_grad():
+        made = model.get_image_features(row, return_dict=True)
+    return torch.stack([made.pooler_output[0], *(stack[0] for stack in made.deepstack_features)])
+
+
+@pytest.mark.parametrize("encoding", ["native", "resize"])
+@pytest.mark.parametrize("family", ENCODERS)
+def test_every_encoder_sees_rgb_as_before_bit_for_bit(family, encoding):
+    model = encoder_model(family, window_encoding=encoding)
+    wide = MFRSVLMForConditionalGeneration(wide_config(model.config)).eval()
+    wide.load_state_dict(wide_state(model, wide))
+    before = features(model, rows_of(model.config, PLACES))
+    everything, alone = rows_of(model.config, range(5)), rows_of(model.config, PLACES, stem=PLACES)
+    assert torch.equal(features(wide, everything), before)  # before the new bands are trained, their pixels mean nothing
+    assert torch.equal(features(wide, alone), before)
+    with torch.no_grad():
+        for module in wide.modules():
+            if hasattr(module, "extra_bands"):
+                module.extra_bands.weight.normal_()
+    assert torch.equal(features(wide, alone), before)  # and afterwards, images without them stay as they were
+    assert (features(wide, everything) - before).abs().max() > 1e-4 * before.abs().max()
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_three_bands_load_into_more(family, dtype, tmp_path):
+    model = encoder_model(family).to(dtype)
+    model.save_pretrained(tmp_path / "model")
+    model = aligned(MFRSVLMForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=dtype))
+    config = wide_config(model.config)
+    row = rows_of(config, PLACES, stem=PLACES)
+    before = features(model, rows_of(model.config, PLACES))
+    wide = MFRSVLMForConditionalGeneration.from_pretrained(tmp_path / "model", config=config, dtype=dtype)
+    assert torch.equal(features(aligned(wide), row), before)
+    wide.save_pretrained(tmp_path / "wide")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "wide", trust_remote_code=True)
+    assert type(again).__module__.startswith("transformers_modules.") and again.config.stem_channels == PLACES
+    assert torch.equal(features(aligned(again), row), before)
+    # A config of more bands on weights of three, through the code in the folder.
+    (tmp_path / "model" / "model.safetensors").replace(tmp_path / "wide" / "model.safetensors")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "wide", trust_remote_code=True)
+    assert torch.equal(features(aligned(again), row), before)
+
+
+def test_published_packing_keeps_rgb_bit_for_bit():
+    """Windows packed channels first are mixed up among red, green and blue, as before."""
+    model = encoder_model("clip_vision_model")
+    wide = MFRSVLMForConditionalGeneration(wide_config(model.config)).eval()
+    wide.load_state_dict(wide_state(model, wide))
+    packing = {"packing": "channels_first"}
+    row = rows_of(model.config, PLACES, stem=PLACES, **packing)
+    before = features(model, rows_of(model.config, PLACES, **packing))
+    assert torch.equal(features(wide, row), before)
+    assert not torch.equal(features(wide, rows_of(model.config, PLACES, stem=PLACES)), before)
+    narrow, processor = (processor_of(b, window_packing="channels_first") for b in (["red", "green", "blue"], BANDS))
+    narrow.image_mean, narrow.image_std = processor.image_mean[1:4], processor.image_std[1:4]
+    rows = [each(picture("image"), return_tensors="pt")["pixel_values"] for each in (narrow, processor)]
+    assert torch.equal(features(model, rows[0]), features(wide, rows[1]))
+
+
+@pytest.mark.parametrize(
+    ("stem", "channels"), [([0, 1, 2], 3), ([0, 0, 1], 4), ([0, 1, 4], 4), ([], 4), ([0, -1], 4)], ids=str
+)
+def test_wrong_stems_are_named(stem, channels):
+    vision_config = CLIPVisionConfig(**VIT_SIZES, num_channels=channels)
+    with pytest.raises(Exception, match="must be different places among the vision_config"):
+        tiny_config(vision_config=vision_config, stem_channels=stem)
+
+
+def test_config_of_three_bands_is_saved_as_before():
+    assert "stem_channels" not in tiny_config().to_json_string()
+    assert MFRSVLMConfig.from_dict(wide_config(tiny_config()).to_dict()).stem_channels == PLACES
 
 
 @pytest.mark.parametrize("family", ENCODERS)
@@ -152,17 +293,30 @@ def test_the_command_keeps_answers_about_rgb(tmp_path):
     for each, prepare in ((model, processor), (wide, wide_processor)):
         inputs = prepare(images=picture("image"), text=text, return_tensors="pt")
         with torch.no_grad():
-            logits.append(each(**inputs).logits)
-    assert (logits[0] - logits[1]).abs().max() <= 1e-4
+            logits.append(aligned(each)(**inputs).logits)
+    assert torch.equal(*logits)
     before, after = weights(folder), weights(output)
-    changed = [name for name in before if before[name].shape != after[name].shape]
-    assert changed == ["model.vision_tower.embeddings.patch_embedding.weight"]
-    assert all(torch.equal(before[name], after[name]) for name in before if name not in changed)
-    assert torch.equal(after[changed[0]][:, PLACES], before[changed[0]]) and not after[changed[0]][:, [0, 4]].any()
-    # Again, from five bands to six.
-    more = [*BANDS, "vh"]
-    widen(str(output), more, tmp_path / "wider")
-    assert list(load_model(tmp_path / "wider")[1].image_processor.image_bands) == more
+    assert set(after) - set(before) == {EXTRA} and not after[EXTRA].any() and after[EXTRA].shape[1] == 2
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("family", ["clip_vision_model", "siglip2_vision_model"])
+def test_a_widened_model_is_widened_again(family, tmp_path):
+    vision_config = encoder_model(family).config.vision_config
+    folder = tiny_folder(tmp_path / "model", vision_config=vision_config)
+    widen(str(folder), BANDS, tmp_path / "wide")
+    wide, _ = load_model(tmp_path / "wide")
+    with torch.no_grad():
+        (layer,) = (module.extra_bands for module in wide.modules() if hasattr(module, "extra_bands"))
+        layer.weight.normal_()
+    wide.save_pretrained(tmp_path / "wide")
+    widen(str(tmp_path / "wide"), ["vh", *BANDS], tmp_path / "wider")
+    wider, processor = load_model(tmp_path / "wider")
+    assert list(processor.image_processor.image_bands) == ["vh", *BANDS] and wider.config.stem_channels == [2, 3, 4]
+    planes = torch.from_numpy(np.random.default_rng(0).normal(size=(6, 28, 28)).astype(np.float32))
+    with torch.no_grad():
+        five, six = (model.model._encode(pixels[None], [0])[1][0] for model, pixels in ((wide, planes[1:]), (wider, planes)))
+    torch.testing.assert_close(five, six)  # sums of three bands may have another order than sums of two
 
 
 @pytest.mark.parametrize(
@@ -171,6 +325,7 @@ def test_the_command_keeps_answers_about_rgb(tmp_path):
         ("red,green,nir", "['red', 'green', 'blue']"),
         ("red,green,blue,blue", "different names"),
         ("red,green,blue,", "different names"),
+        ("red,green,blue", "and more among them"),
     ],
 )
 def test_wrong_bands_are_one_line(tmp_path, capsys, bands, needle):

@@ -52,7 +52,7 @@ INSTRUCTION_FIELDS = frozenset({"system", "system_prompt", "instruction", "instr
 MEDIA_TAG = re.compile(
     r"(?i)<\|?(?:images?|img|video|audio|vision|picture)(?:here|[ _-]?(?:[0-9]+|pad|start|begin|placeholder|token))?\|?>"
 )
-MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, ".gif", ".npy", ".mp4", ".avi", ".mov", ".mkv", ".webm", ".wav", ".mp3")
+MEDIA_SUFFIXES = (*IMAGE_SUFFIXES, ".gif", ".npy", ".npz", ".mp4", ".avi", ".mov", ".mkv", ".webm", ".wav", ".mp3")
 LONGEST_PATH = 1024  # characters
 NUMBER = r"\s*(-?[0-9]+(?:\.[0-9]+)?)\s*"
 BOX = re.compile(rf"\[{NUMBER},{NUMBER},{NUMBER},{NUMBER}\]")

@@ -47,6 +47,7 @@ FULLY_TRAINED = {
     "multi_modal_projector": "projector",
     "visual_position_embedding": "projector",
     r"stage_projections\.\d+": "projector",
+    r"vision_tower\..*\.extra_bands": "vision_tower",
 }
 
 
@@ -78,7 +79,7 @@ class ModelArguments:
     )
     lora_modules_to_save: list[str] | None = field(
         default=None,
-        metadata={"help": "Modules that are fully trained. Default: injectors and projector, unless frozen."},
+        metadata={"help": "Modules that are fully trained. Default: injectors, projector and new bands, unless frozen."},
     )
     lora_merge: bool = field(default=False, metadata={"help": "Save the merged model instead of the adapter."})
 
@@ -281,8 +282,9 @@ def prepare_model(options: ModelArguments, args: MFRSVLMTrainingArguments) -> An
         model.config.window_chunk_size = None
     if options.lora:
         model = add_lora(model, options, args.frozen_parts)
-    if args.frozen_parts:
-        freeze_parts(model, args.frozen_parts)
+    only_new_bands = args.train_only_new_bands and model.config.stem_channels is not None
+    if args.frozen_parts or only_new_bands:
+        freeze_parts(model, args.frozen_parts, only_new_bands)
     return model
 
 

@@ -54,22 +54,47 @@ def part_of(name: str) -> str:
     return parts[0]
 
 
-def freeze_parts(model: nn.Module, parts: Sequence[str]) -> None:
-    """Freezes the parameters of the named parts.
+def freeze_parts(model: nn.Module, parts: Sequence[str], only_new_bands: bool = False) -> None:
+    """Freezes the parameters of the named parts and, with `only_new_bands`, of the tower all but the layer of new bands.
 
     Raises:
         SettingsError: nothing is left to train, or an adapter or a copy of PEFT would train in a frozen part.
     """
     for name, parameter in model.named_parameters():
-        if part_of(name) in parts:
+        part = part_of(name)
+        if part in parts or (only_new_bands and part == "vision_tower" and ".extra_bands." not in name):
             if parameter.requires_grad and re.search(r"\.(lora_|modules_to_save\.)", name):
                 raise SettingsError(
-                    f"The part {part_of(name)} is to be frozen, but the adapter would train {name}. Change one of "
-                    "freeze_*, lora_target_modules and lora_modules_to_save."
+                    f"The part {part} is to be frozen, but the adapter would train {name}. Change one of freeze_*, "
+                    "train_only_new_bands, lora_target_modules and lora_modules_to_save."
                 )
             parameter.requires_grad = False
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise SettingsError(f"Nothing is left to train: {', '.join(parts)} are frozen.")
+
+
+def drop_bands(pixel_values: torch.Tensor, config: Any, probability: float) -> torch.Tensor:
+    """Sets bands that the encoder did not have before it was widened to zero at random, each in all views of an image.
+
+    Args:
+        pixel_values: (N, L), as the processor packs them.
+        config: of the model.
+        probability: for each band of each image. The random numbers are those of `torch.manual_seed`.
+
+    Returns:
+        (N, L); the same tensor for a model that was not widened.
+    """
+    if config.stem_channels is None:
+        return pixel_values
+    sizes = [config.image_size, *(window.size for window in (config.windows if config.has_details else ()))]
+    kept = torch.rand(len(pixel_values), config.num_channels) >= probability
+    kept[:, config.stem_channels] = True
+    kept = kept.to(pixel_values.device, pixel_values.dtype)[:, None, :, None]
+    views = []
+    for part, size in zip(pixel_values.split(config.packed_lengths, dim=1), sizes, strict=True):
+        pixels = part.unflatten(1, (-1, config.num_channels, size**2))  # (N, windows, channels, pixels)
+        views.append((pixels * kept).flatten(1))
+    return torch.cat(views, dim=1)
 
 
 class ModalityLengthSampler(Sampler[int]):
@@ -132,6 +157,13 @@ class MFRSVLMTrainingArguments(TrainingArguments):
     projector_learning_rate: float | None = field(default=None, metadata={"help": "Default: learning_rate."})
     injectors_learning_rate: float | None = field(default=None, metadata={"help": "Default: learning_rate."})
     decoder_learning_rate: float | None = field(default=None, metadata={"help": "Default: learning_rate."})
+    train_only_new_bands: bool = field(
+        default=True,
+        metadata={"help": "Of a tower that was widened, train only the layer of the new bands: RGB keeps its features."},
+    )
+    band_dropout: float = field(
+        default=0.1, metadata={"help": "Share of the new bands of a widened tower that are set to zero at random."}
+    )
     muon: bool = field(default=False, metadata={"help": "Train matrices between hidden states by Muon, the rest by AdamW."})
     muon_factor: float = field(default=3.0, metadata={"help": "Learning rate of Muon divided by that of AdamW."})
     group_by_modality_length: bool = field(
@@ -140,6 +172,11 @@ class MFRSVLMTrainingArguments(TrainingArguments):
     # The default of transformers is False, which would be written to the saved config. The loss never uses a cache.
     use_cache: bool = field(default=True, metadata={"help": "Value of use_cache in the saved config."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be false: the collator needs all columns."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.band_dropout <= 1:
+            raise ValueError(f"band_dropout={self.band_dropout} must be a share, 0 to 1.")
 
     @property
     def frozen_parts(self) -> list[str]:
@@ -227,6 +264,9 @@ class MFRSVLMTrainer(Trainer):
         return ModalityLengthSampler(lengths, group_size, seed)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if model.training and self.args.band_dropout and inputs.get("pixel_values") is not None:
+            pixel_values = drop_bands(inputs["pixel_values"], self.model.config, self.args.band_dropout)
+            inputs = {**inputs, "pixel_values": pixel_values}
         # The Trainer disables the cache in the outer config only, but the decoder reads its own config.
         result = super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
         loss = result[0] if isinstance(result, tuple) else result
