@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
+
+from ..image_sources_mfrsvlm import image_size
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,13 @@ class Answer:
     boxes: list[list[float]]
 
 
-def answer(model: Any, processor: Any, image: Image.Image, questions: list[str], max_new_tokens: int = 64) -> list[Answer]:
+def answer(model: Any, processor: Any, image: Any, questions: list[str], max_new_tokens: int = 64) -> list[Answer]:
     """Answers to all questions in one batch, by greedy decoding.
 
     Args:
         model: an image-text-to-text model.
         processor: its processor, with a chat template.
-        image: the image that all questions are about.
+        image: the image that all questions are about, as `open_image` returns it.
         questions: the questions.
         max_new_tokens: maximum length of an answer.
     """
@@ -50,6 +51,6 @@ def answer(model: Any, processor: Any, image: Image.Image, questions: list[str],
     texts = [text.strip() for text in texts]
     boxes: list[Any] = [[] for _ in texts]
     if hasattr(processor, "post_process_boxes"):  # other models write boxes on scales of their own
-        found = processor.post_process_boxes(texts, [(image.height, image.width)] * len(texts))
+        found = processor.post_process_boxes(texts, [image_size(image)] * len(texts))
         boxes = [rows.tolist() for rows in found]
     return [Answer(*row) for row in zip(questions, texts, boxes, strict=True)]

@@ -35,7 +35,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=8, help="answers at a time, for maps (default: %(default)s)")
     add_loading_arguments(parser)
     add_map_options(parser, "ask")
-    add_raster_options(parser)
+    add_raster_options(parser, for_model=True)
     return parser
 
 
@@ -46,12 +46,17 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("a question is missing")
     if args.model is None and not args.dry_run:
         parser.error("the following arguments are required: --model")
-    if map_options_given(args):
-        return ask_on_map(args)
+    try:
+        if map_options_given(args) or shows_all_bands(args):
+            return ask_on_map(args)
+    except ValueError as error:  # of the model folder
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     # Imported here: `--help` and wrong options need none of it.
     from transformers.utils import logging
 
     from ..evaluation.answering import load
+    from ..image_sources_mfrsvlm import image_size
     from .answering import answer
     from .picture import draw_answers
 
@@ -60,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
         if args.picture is not None:
             check_file(args.picture, is_image=True)
         image, record = open_image_or_raster(args.image, raster_options(args))
+        if args.picture is not None and isinstance(image, dict):
+            raise ValueError(f"--picture needs an image in color, and {args.image} holds bands by name.")
         model, processor = load(args.model, None, args.dtype, args.device, args.trust_remote_code, args.allow_incomplete)
         answers = answer(model, processor, image, args.questions, args.max_new_tokens)
         if args.picture is not None:
@@ -70,7 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, (RasterError, WriteError)) else 1
     if args.json:
-        sizes = {"width": image.width, "height": image.height}
+        height, width = image_size(image)
+        sizes = {"width": width, "height": height}
         rows = [asdict(reply) for reply in answers]
         raster = {"raster": record.as_dict()} if record else {}
         print(json.dumps({"model": args.model, "image": args.image, **sizes, **raster, "answers": rows}))
@@ -80,6 +88,16 @@ def main(arguments: list[str] | None = None) -> int:
         for box in reply.boxes:
             print("   box in pixels: " + ", ".join(f"{value:.0f}" for value in box))
     return 0
+
+
+def shows_all_bands(args: Any) -> bool:
+    """Whether it is a raster, and the model takes more bands of it than three."""
+    if args.bands is not None or args.composite is not None or find_spec("rasterio") is None:
+        return False
+    from ..files.model_folder import read_image_bands
+
+    is_raster = args.image.startswith("/vsi") or urlsplit(args.image).path.lower().endswith(RASTER_ENDINGS)
+    return is_raster and read_image_bands(args.model) is not None
 
 
 def ask_on_map(args: Any) -> int:

@@ -242,6 +242,21 @@ def _load_processor(
     return processor, problems
 
 
+def read_image_bands(source: str | Path, revision: str | None = None) -> list[str] | None:
+    """Names of the bands of a model's images, from its processor's file; `None` if they are red, green and blue at most.
+
+    Raises:
+        ModelFolderError: the file is damaged.
+    """
+    for name in PROCESSOR_CONFIGS:
+        settings = _read_config(str(source), name, revision) or {}
+        settings = settings.get("image_processor", settings)
+        names = settings.get("image_bands") if isinstance(settings, dict) else None
+        if isinstance(names, list) and not {"red", "green", "blue"}.issuperset(map(str, names)):
+            return [str(name) for name in names]
+    return None
+
+
 def _find(source: str, name: str, revision: str | None) -> str | None:
     """Path of a file of a folder or Hub id, `None` if there is none. A file of the Hub is downloaded."""
     if Path(source).is_dir():

@@ -21,7 +21,8 @@ from ..lazy_exports import lazy_exports
 
 
 if TYPE_CHECKING:
-    from .assistant import GeoAssistant
+    from .assistant import GeoAssistant, open_views
+    from .composites import compose
     from .errors import RasterError, RasterWarning
     from .raster import Raster
     from .vectors import combine_layers, read_record, write_layer
@@ -35,6 +36,8 @@ __all__ = [
     "ReadRecord",
     "View",
     "combine_layers",
+    "compose",
+    "open_views",
     "read_record",
     "write_layer",
 ]
@@ -50,6 +53,8 @@ __getattr__, __dir__ = lazy_exports(
         "ReadRecord": "view",
         "View": "view",
         "combine_layers": "vectors",
+        "compose": "composites",
+        "open_views": "assistant",
         "read_record": "vectors",
         "write_layer": "vectors",
     },

@@ -4,11 +4,12 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
@@ -17,7 +18,7 @@ from ..files.reading import parse_json, shorten
 from ..processing_mfrsvlm import WRITTEN_BOX, locate_boxes
 from .areas import inside
 from .errors import NoValidPixelError, RasterError
-from .raster import Raster
+from .raster import Fill, Raster, colour_of
 from .tiles import Window
 
 
@@ -67,37 +68,48 @@ class Outcome:
     reason: str = ""
 
 
-def show(rasters: Sequence[Raster], piece: Piece, fill: tuple[int, int, int]) -> list[Image.Image]:
-    """The images of a piece, one a raster.
+def show(rasters: Sequence[Raster], piece: Piece, fill: Fill) -> list[Any]:
+    """The images of a piece, one a raster: RGB, or arrays by band of a raster that was opened with `image_bands`.
 
     Args:
         rasters: what is shown.
         piece: which part of it.
-        fill: colour of what is not shown: pixels without data or outside of the shape, and the rest of the canvas. Models
-            take black for something; the colour with which their images are padded says nothing to them.
+        fill: colour, or values by band, of what is not shown: pixels without data or outside of the shape, and the rest of
+            the canvas. Models take black for something; the colour with which their images are padded says nothing to them.
 
     Raises:
         NoValidPixelError: a raster has no valid pixel there.
         RasterError: it cannot be read.
     """
-    images = []
+    images: list[Any] = []
     for raster in rasters:
         view = raster.read(piece.window, size=piece.size, fill=fill)
-        image = Image.new("RGB", piece.canvas or piece.size, fill)
-        if piece.shape is None:
-            image.paste(view.image)
-        else:
+        mask = None
+        if piece.shape is not None:
             shown = inside(piece.shape, piece.window, piece.size)
             if not (view.valid & shown).any():
                 raise NoValidPixelError(f"{raster.name} has no valid pixel in the area.")
-            image.paste(view.image, mask=Image.fromarray(shown))
-        images.append(image)
+            mask = Image.fromarray(shown)
+        size = piece.canvas or piece.size
+        if view.bands is None:
+            images.append(paste(view.image, size, colour_of(fill), mask))
+            continue
+        values = fill if isinstance(fill, Mapping) else dict.fromkeys(view.bands, fill[0])
+        planes = {name: Image.fromarray(plane) for name, plane in view.bands.items()}
+        images.append({name: np.asarray(paste(plane, size, values[name], mask)) for name, plane in planes.items()})
     return images
+
+
+def paste(image: Image.Image, size: tuple[int, int], fill: Any, mask: Image.Image | None) -> Image.Image:
+    """An image of `size` (width, height) in one colour, with another at its upper left, where the mask is true."""
+    canvas = Image.new(image.mode, size, fill)
+    canvas.paste(image, mask=mask)
+    return canvas
 
 
 def ask_pieces(
     answerer: Any,
-    show_piece: Callable[[Piece], list[Image.Image]],
+    show_piece: Callable[[Piece], list[Any]],
     pieces: Sequence[Piece],
     questions: Sequence[str],
     batch_size: int,
@@ -146,14 +158,14 @@ def ask_pieces(
 
 def _ask_chunk(
     answerer: Any,
-    show_piece: Callable[[Piece], list[Image.Image]],
+    show_piece: Callable[[Piece], list[Any]],
     chunk: Sequence[Piece],
     questions: Sequence[str],
     batch_size: int,
     box_format: dict[str, Any] | None,
 ) -> list[Outcome]:
     outcomes: list[Outcome | None] = [None] * len(chunk)
-    shown: dict[int, list[Image.Image]] = {}
+    shown: dict[int, list[Any]] = {}
     for index, piece in enumerate(chunk):
         try:
             shown[index] = show_piece(piece)
@@ -181,7 +193,7 @@ def _ask_chunk(
 
 
 def _answer(
-    answerer: Any, shown: dict[int, list[Image.Image]], questions: Sequence[str], batch_size: int
+    answerer: Any, shown: dict[int, list[Any]], questions: Sequence[str], batch_size: int
 ) -> dict[int, list[Answer]]:
     if not shown:
         return {}

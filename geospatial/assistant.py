@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from ..processing_mfrsvlm import check_box_format
 from ..scenes.questions import NOTHING
 from .answers import Outcome
 from .areas import read_layer
+from .bands import COLOURS
+from .composites import find_composite
 from .errors import RasterError, RasterWarning
-from .raster import FILL, Raster
+from .raster import FILL, Fill, Raster
 from .runs import MISSING, Run, find_scale, plan_features, plan_tiles, reply_columns
 from .tiles import at_least_a_pixel, default_overlap, merge_boxes, unite
 
@@ -37,7 +39,8 @@ SYNTHETIC = "synthetic"  # `training_images` in the card of a model that has see
 class GeoAssistant:
     """A model that answers about rasters. Made by `GeoAssistant.from_pretrained`.
 
-    Every verb takes a `Raster`, or what `Raster.open` takes, and returns a GeoDataFrame in the CRS of the raster. Without a
+    Every verb takes a `Raster`, or what `Raster.open` takes, or a list of `Raster` that show one place (`open_views`) and
+    become several images of every question. It returns a GeoDataFrame in the CRS of the raster. Without a
     CRS, places are in pixels, from the upper left corner. `frame.attrs["record"]` says how the answers were made.
 
     Arguments that the verbs share:
@@ -59,8 +62,11 @@ class GeoAssistant:
         ground_resolution: finest and coarsest pixel of its training images, in metres; `None`: not known.
         batch_size: answers that are generated together.
         progress: show a bar with the time left, if there is a terminal.
-        fill: colour of what is not shown: pixels without data, and all outside of an area or a polygon. With the colour that
-            images are padded with, the demo model counts right; in black, it sees objects.
+        fill: colour, or values by band, of what is not shown: pixels without data, and all outside of an area or a polygon.
+            With the colour that images are padded with, the demo model counts right; in black, it sees objects.
+        image_bands: bands of the model, if they are more than red, green and blue: rasters are read with all of these bands,
+            unless they were opened as something else.
+        missing_bands: "fill" or "refuse" rasters that lack one of them, see `Raster.open`.
     """
 
     def __init__(
@@ -71,11 +77,16 @@ class GeoAssistant:
         ground_resolution: Any = None,
         batch_size: int = 8,
         progress: bool = False,
-        fill: tuple[int, int, int] = FILL,
+        fill: Fill = FILL,
+        image_bands: Sequence[str] | None = None,
+        missing_bands: str = "fill",
     ) -> None:
         self.answerer, self.model = answerer, dict(model or {})
         self.box_format = None if box_format is None else check_box_format(box_format)
         self.ground_resolution, self.batch_size, self.progress, self.fill = ground_resolution, batch_size, progress, fill
+        self.opening: dict[str, Any] = {}  # how rasters are opened
+        if image_bands is not None:
+            self.opening = {"image_bands": list(image_bands), "missing_bands": missing_bands}
 
     @classmethod
     def from_pretrained(
@@ -135,7 +146,7 @@ class GeoAssistant:
             about,
             getattr(processor, "box_format", None) if box_format is None else box_format,
             getattr(processor, "ground_resolution", None),
-            **{"fill": padding_colour(processor), **options},
+            **{"fill": padding_colour(processor), "image_bands": bands_of_processor(processor), **options},
         )
 
     def query(
@@ -310,7 +321,7 @@ class GeoAssistant:
             As for `query`.
         """
         questions = [questions] if isinstance(questions, str) else list(questions)
-        with opened(before) as first, opened(after, like=first) as second:
+        with opened(before, **self.opening) as (first, *_), opened(after, like=first, **self.opening) as (second, *_):
             run = self._run("compare", [first, second], questions, area, tile, None, resolution, checkpoint)
         return run.frame(run.rows())
 
@@ -318,11 +329,12 @@ class GeoAssistant:
         self, raster: Any, questions: list[str], features: Any, resolution: float | None, checkpoint: Any
     ) -> geopandas.GeoDataFrame:
         layer = read_layer(features, "features").copy()
-        with opened(raster) as source:
+        with opened(raster, **self.opening) as views:
+            source = views[0]
             scale = find_scale(source, resolution)
             places, pieces = plan_features(source, layer, scale)
             grid = {"kind": "features", "resolution": resolution, "features": len(layer)}
-            run = Run.start(self, "query", [source], questions, pieces, grid, None, checkpoint)
+            run = Run.start(self, "query", views, questions, pieces, grid, None, checkpoint)
         several = len(questions) > 1
         columns: dict[str, list[Any]] = {}
         for index, question in enumerate(questions):
@@ -359,8 +371,8 @@ class GeoAssistant:
         shifted: bool = False,
     ) -> "Run":
         """Asks the questions on a partition or, with an overlap, on overlapping tiles."""
-        with opened(rasters[0]) as source:
-            rasters = [source, *rasters[1:]]
+        with opened(rasters[0], **self.opening) as views:
+            source, rasters = views[0], [*views, *rasters[1:]]
             scale = find_scale(source, resolution)
             shape, pieces = plan_tiles(source, area, scale, tile, overlap, shifted)
             grid: dict[str, Any] = {"kind": "whole" if tile is None else "partition" if overlap is None else "overlapping"}
@@ -369,13 +381,23 @@ class GeoAssistant:
             return Run.start(self, task, rasters, questions, pieces, grid, shape, checkpoint)
 
 
-def padding_colour(processor: Any) -> tuple[int, int, int]:
-    """The colour that becomes zero when images are normalised, with which many models pad them."""
+def padding_colour(processor: Any) -> Fill:
+    """What becomes zero when images are normalised, with which many models pad them: a colour, or values by band."""
     mean = getattr(getattr(processor, "image_processor", None), "image_mean", None)
-    if not isinstance(mean, (list, tuple)) or len(mean) != 3:
+    bands = bands_of_processor(processor)
+    if not isinstance(mean, (list, tuple)) or len(mean) != len(bands or COLOURS):
         return FILL
-    red, green, blue = (min(255, max(0, int(255 * value))) for value in mean)
+    values = [min(255, max(0, int(255 * value))) for value in mean]
+    if bands is not None:
+        return dict(zip(bands, values, strict=True))
+    red, green, blue = values
     return red, green, blue
+
+
+def bands_of_processor(processor: Any) -> list[str] | None:
+    """Names of the bands of a model, if they are more than red, green and blue."""
+    names = getattr(getattr(processor, "image_processor", None), "image_bands", None)
+    return None if names is None or set(names) <= set(COLOURS) else list(names)
 
 
 def training_images(name: str, revision: str | None = None) -> str | None:
@@ -394,10 +416,42 @@ def training_images(name: str, revision: str | None = None) -> str | None:
 
 
 @contextmanager
-def opened(source: Any, like: Raster | None = None) -> Iterator[Raster]:
-    """A `Raster` as it is; what `Raster.open` takes is opened, and closed at the end."""
+def opened(source: Any, **options: Any) -> Iterator[list[Raster]]:
+    """A `Raster`, or several of one place, as they are; what `Raster.open` takes is opened, and closed at the end."""
     if isinstance(source, Raster):
-        yield source
+        yield [source]
+    elif isinstance(options.get("composite"), list):
+        names = options.pop("composite")
+        with open_views(source, names, **options) as views:
+            yield views
+    elif isinstance(source, (list, tuple)):
+        if not source or not all(isinstance(view, Raster) for view in source):
+            raise RasterError("several views of one place must be opened rasters: open_views(path, composites).")
+        sizes = {(view.width, view.height) for view in source}
+        if len(sizes) > 1:
+            raise RasterError(f"views of one place have {len(sizes)} sizes: open each with like= the first.")
+        yield list(source)
     else:
-        with Raster.open(source, like=like) as raster:
-            yield raster
+        with Raster.open(source, **options) as raster:
+            yield [raster]
+
+
+@contextmanager
+def open_views(source: Any, composites: Sequence[str], **options: Any) -> Iterator[list[Raster]]:
+    """Opens one raster several times, as one image for each composite, closed at the end.
+
+    Args:
+        source: see `Raster.open`.
+        composites: keys in `composites.COMPOSITES`, such as `["true_color", "ndvi"]`.
+        **options: further arguments of `Raster.open`.
+
+    Raises:
+        RasterError: see `Raster.open`; or a composite comes twice.
+    """
+    names = [find_composite(name) for name in composites]
+    if not names or len(set(names)) < len(names):
+        raise RasterError(f"composites {', '.join(names) or '(none)'}: give different ones.")
+    with ExitStack() as stack:
+        first = stack.enter_context(Raster.open(source, composite=names[0], **options))
+        others = {"stretch": "auto", **options, "like": first}
+        yield [first, *(stack.enter_context(Raster.open(source, composite=name, **others)) for name in names[1:])]

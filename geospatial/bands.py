@@ -14,6 +14,7 @@ from .sensors import SENSORS, Sensor, common_name
 
 COLOURS = ("red", "green", "blue")
 NAMED_INTERPRETATIONS = frozenset({*COLOURS, "nir", "coastal", "pan", "yellow"})
+SERVING = {"nir": ("nir08",), "nir08": ("nir",)}  # what stands for a band that a raster lacks
 ADVICE = f"Name them: --bands 3,2,1 (bands=), counted from one, or --sensor (sensor=) {', '.join(SENSORS)}."
 
 
@@ -135,6 +136,38 @@ def select_bands(naming: Naming, bands: str | int | Sequence[int | str] | None, 
         f"{shown} has {len(places)} bands ({_summary(known)}), and nothing says which is {', '.join(missing)}."
         f"{naming.hint} {ADVICE}"
     )
+
+
+def select_image_bands(naming: Naming, image_bands: Sequence[str], missing: str, shown: str) -> Selection | None:
+    """The bands of a model that a raster has, in the order of the model.
+
+    Args:
+        naming: the bands' names.
+        image_bands: names of the bands of the model.
+        missing: "fill": bands that the raster lacks are noted; "refuse": they are an error.
+        shown: the raster in a message.
+
+    Returns:
+        The bands under the names of the model; `None` if no band of the raster is named as one of them.
+
+    Raises:
+        RasterError: a band is missing, and `missing` is "refuse".
+    """
+    if missing not in ("fill", "refuse"):
+        raise RasterError(f"missing_bands={missing!r} must be 'fill' or 'refuse'.")
+    found = {}
+    for name in image_bands:
+        served = next((other for other in (name, *SERVING.get(name, ())) if other in naming.names), None)
+        if served is not None:
+            found[name] = naming.names.index(served)
+    lacking = [name for name in image_bands if name not in found]
+    text = f"{shown} lacks {', '.join(lacking)} of the bands of the model ({', '.join(image_bands)})"
+    if lacking and missing == "refuse":
+        raise RasterError(f"{text}. Name its bands with --sensor (sensor=), or permit it: --missing-bands fill.")
+    note = f"{text}: they are zero, as if unknown." if lacking else None
+    if not found:
+        return None
+    return Selection(tuple(found.values()), tuple(found), naming.origin or "names", "bands", note)
 
 
 def _summary(names: list[str]) -> str:

@@ -49,7 +49,7 @@ def make_parser(task: str) -> ArgumentParser:
     parser.add_argument("--device", help="cpu, cuda, ... (default: an accelerator if there is one)")
     add_loading_arguments(parser)
     add_map_options(parser, task)
-    add_raster_options(parser)
+    add_raster_options(parser, for_model=True)
     return parser
 
 
@@ -96,16 +96,21 @@ def _run(task: str, args: argparse.Namespace) -> int:
         check_file(args.preview, is_image=True)
     if args.model is None and not args.dry_run:
         raise RasterError("--model is missing: name a model folder or a Hub id.")
+    if task == "compare" and len(args.composite or ()) > 1:
+        raise RasterError("compare takes one --composite.")
     # Here, since `--help` and wrong options need none of it.
-    from .raster import Raster
+    from .assistant import opened
 
     opening = raster_options(args)
+    if args.model is not None and args.bands is None and args.composite is None:
+        opening |= all_bands(args)
     usable, plans, preview = [], [], None
     for source in sources:
-        with Raster.open(source, **opening) as raster:
+        with opened(source, **opening) as views:
+            raster = views[0]
             try:
                 pieces = plan(task, args, raster)
-                _ = raster.stretch  # rejects rasters without a valid pixel
+                _ = [view.stretch for view in views]  # rejects rasters without a valid pixel
             except NoOverlapError as error:
                 if len(sources) == 1:
                     raise
@@ -124,6 +129,14 @@ def _run(task: str, args: argparse.Namespace) -> int:
     return answer(task, args, usable, opening, output, preview)
 
 
+def all_bands(args: argparse.Namespace) -> dict[str, Any]:
+    """How to open rasters for a model with more than three bands."""
+    from ..files.model_folder import read_image_bands
+
+    names = read_image_bands(args.model)
+    return {} if names is None else {"image_bands": names, "missing_bands": args.missing_bands}
+
+
 def answer(
     task: str,
     args: argparse.Namespace,
@@ -134,7 +147,7 @@ def answer(
 ) -> int:
     from transformers.utils import logging
 
-    from .assistant import GeoAssistant
+    from .assistant import GeoAssistant, opened
     from .raster import Raster
     from .vectors import combine_layers, write_layer
 
@@ -154,13 +167,13 @@ def answer(
     pairs = [sources] if task == "compare" else [[source] for source in sources]
     for number, pair in enumerate(pairs):
         checkpoint = None if output is None else f"{output}.unfinished.{number}"
-        with Raster.open(pair[0], **opening) as raster:
+        with opened(pair[0], **opening) as views:
             later = None
             if task == "compare":
                 stretch = {name: value for name, value in opening.items() if name != "stretch"}
-                later = Raster.open(pair[1], like=raster, **stretch)
+                later = Raster.open(pair[1], like=views[0], **stretch)
             try:
-                frame = ask(task, args, assistant, raster, later, checkpoint)
+                frame = ask(task, args, assistant, views, later, checkpoint)
             finally:
                 if later is not None:
                     later.close()
@@ -192,7 +205,7 @@ def ask(task: str, args: argparse.Namespace, assistant: Any, raster: Any, later:
     if task == "count":
         return assistant.count(raster, args.object, tile=tile, spread=not args.no_spread, **shared)
     if task == "compare":
-        return assistant.compare(raster, later, args.question or CHANGE, tile=args.tile, **shared)
+        return assistant.compare(raster[0], later, args.question or CHANGE, tile=args.tile, **shared)
     questions = args.question or CAPTION
     return assistant.query(raster, questions, features=args.features, tile=args.tile, **shared)
 

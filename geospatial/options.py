@@ -8,11 +8,26 @@ from .composites import COMPOSITES
 from .sensors import SENSORS
 
 
-def add_raster_options(parser: argparse.ArgumentParser) -> None:
+def add_raster_options(parser: argparse.ArgumentParser, for_model: bool = False) -> None:
+    """The options of `Raster.open`. `for_model`: several composites are several images of a question."""
     group = parser.add_argument_group("rasters")
     group.add_argument("--bands", metavar="R,G,B", help="numbers, from one, or names of three bands, or of one for grey")
     group.add_argument("--sensor", metavar="NAME", help=f"whose bands they are: {', '.join(SENSORS)}")
-    group.add_argument("--composite", metavar="NAME", help=f"what to show (default: true_color): {', '.join(COMPOSITES)}")
+    about = "what to show; repeated, each is an image of the question" if for_model else "what to show"
+    group.add_argument(
+        "--composite",
+        metavar="NAME",
+        action="append" if for_model else None,
+        help=f"{about} (default: true_color{', or all bands of a model with more' if for_model else ''}): "
+        f"{', '.join(COMPOSITES)}",
+    )
+    if for_model:
+        group.add_argument(
+            "--missing-bands",
+            choices=("fill", "refuse"),
+            default="fill",
+            help="a raster that lacks a band of the model: zero for the model, with a note, or an error (default: fill)",
+        )
     group.add_argument(
         "--stretch",
         metavar="KIND",
@@ -47,12 +62,14 @@ def add_map_options(parser: argparse.ArgumentParser, task: str) -> None:
 
 def map_options_given(args: argparse.Namespace) -> bool:
     names = ("question", "features", "area", "tile", "resolution", "output", "preview", "dry_run", "resume")
-    return any(getattr(args, name, None) for name in names)
+    return any(getattr(args, name, None) for name in names) or len(args.composite or ()) > 1
 
 
 def raster_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of `Raster.open` that were given."""
+    """The keyword arguments of `Raster.open` that were given. `composite` is a list if there are several."""
     given = {name: getattr(args, name) for name in ("bands", "sensor", "composite", "stretch", "nodata")}
+    if isinstance(args.composite, list) and len(args.composite) == 1:
+        (given["composite"],) = args.composite
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -16,8 +16,8 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
 from rasterio.vrt import WarpedVRT
 
-from .bands import name_bands, select_bands
-from .composites import COMPOSITES, find_composite
+from .bands import COLOURS, name_bands, select_bands, select_image_bands
+from .composites import ALL_BANDS, COMPOSITES, find_composite
 from .errors import NoValidPixelError, RasterError, RasterWarning
 from .grid import Grid
 from .sensors import find_sensor, reflectance_of
@@ -36,6 +36,9 @@ GDAL_OPTIONS = {
     "GDAL_HTTP_CONNECTTIMEOUT": 10,  # s
     "GDAL_HTTP_TIMEOUT": 60,
 }
+
+
+Fill = tuple[int, int, int] | Mapping[str, int]
 
 
 class Raster:
@@ -62,6 +65,8 @@ class Raster:
         stretch: str | Sequence[float] | Stretch | None = None,
         nodata: float | None = None,
         like: "Raster | None" = None,
+        image_bands: Sequence[str] | None = None,
+        missing_bands: str = "fill",
     ) -> "Raster":
         """Opens a raster and decides which bands are shown.
 
@@ -79,11 +84,17 @@ class Raster:
             nodata: value that stands for no data, against what the file says.
             like: another raster, over whose pixels this one is laid with cubic resampling, such as an earlier date. Its
                 stretch is used unless another one is given.
+            image_bands: names of the bands of a model with more than three, see `image_bands` of its image processor. All
+                of them that the raster has are read, each with a stretch of its own, and `View.bands` holds them.
+            missing_bands: "fill": a model's band that the raster lacks is noted, and is zero for the model; "refuse": it is
+                an error.
 
         Raises:
             RasterError: it cannot be opened, or shown, or nothing says which bands are which. The message is one line.
             TypeError: the source is none of the above.
         """
+        if image_bands is not None and not (bands is None and composite is None):
+            raise RasterError("image_bands shows all bands of a model: give no bands and no composite with it.")
         composite = find_composite(composite)
         if like is not None and stretch is None:
             stretch = like.stretch
@@ -91,7 +102,7 @@ class Raster:
         stack = ExitStack()
         try:
             with gdal():
-                return cls(source, bands, sensor, composite, request, nodata, like, stack)
+                return cls(source, bands, sensor, composite, request, nodata, like, stack, image_bands, missing_bands)
         except BaseException:
             stack.close()
             raise
@@ -106,6 +117,8 @@ class Raster:
         nodata: float | None,
         like: "Raster | None",
         stack: ExitStack,
+        image_bands: Sequence[str] | None = None,
+        missing_bands: str = "fill",
     ) -> None:
         self._stack, self._request = stack, request
         self.notes: list[str] = []
@@ -114,7 +127,11 @@ class Raster:
         preset = find_sensor(sensor, found.file_name)
         self.sensor = preset.name if preset else None
         self.naming = name_bands([band.label for band in found.bands], preset, sensor is not None)
-        self.selection = select_bands(self.naming, bands, composite, self.name)
+        selection = None
+        if image_bands is not None:
+            selection = select_image_bands(self.naming, image_bands, missing_bands, self.name)
+        self.selection = selection or select_bands(self.naming, bands, composite, self.name)
+        self._composite = ALL_BANDS if selection else COMPOSITES[composite]
         if self.selection.note:
             self.note(self.selection.note)
         chosen = [found.bands[position] for position in self.selection.positions]
@@ -147,7 +164,7 @@ class Raster:
             for band in chosen
         ]
         self._unit = self._find_unit()
-        if COMPOSITES[composite].scaled and preset and preset.scale and None in self._scales:
+        if self._composite.scaled and preset and preset.scale and None in self._scales:
             self.note(f"{self.name} does not say how its numbers become reflectance; {composite} is made of them as stored.")
 
     def _aligned(self, dataset: DatasetReader, target: DatasetReader) -> DatasetReader | WarpedVRT:
@@ -185,10 +202,10 @@ class Raster:
         Raises:
             RasterError: it has no valid pixel.
         """
-        request, composite = self._request, COMPOSITES[self.selection.composite]
+        request, composite = self._request, self._composite
         if isinstance(request, Stretch):
             return request
-        channels = 1 if composite.formula or len(self._bands) == 1 else 3
+        channels = self._num_channels
         limits: tuple[float, float] | None = request.values
         if request.kind == "none" or (request.kind == "auto" and self._unit == "stored" and set(self.dtypes) == {"uint8"}):
             kind, limits = "none", (0.0, 255.0)
@@ -202,13 +219,24 @@ class Raster:
             percentiles = limits or PERCENTILES
             with gdal():
                 values, valid = self._sample()
-            low, high = limits_of(values, valid, percentiles, self.name)
+            names = None if composite.formula else self.selection.names
+            low, high = limits_of(values, valid, percentiles, self.name, names)
             return Stretch("percentile:{:g},{:g}".format(*percentiles), low, high, self._unit)
         return Stretch(kind, (limits[0],) * channels, (limits[1],) * channels, self._unit)
 
+    @property
+    def title(self) -> str:
+        """What the picture is called in a prompt."""
+        return self._composite.title
+
+    @property
+    def _num_channels(self) -> int:
+        """Channels that are stretched."""
+        return self._composite.channels if self._composite.formula else len(self._bands)
+
     def _find_unit(self) -> str:
         """Unit of the numbers that are stretched. Rejects what the bands do not allow."""
-        request, composite = self._request, COMPOSITES[self.selection.composite]
+        request, composite = self._request, self._composite
         kind = request.kind
         if kind == "none" and (composite.formula or set(self.dtypes) != {"uint8"}):
             held = self.selection.composite if composite.formula else ", ".join(sorted(set(self.dtypes)))
@@ -225,7 +253,7 @@ class Raster:
                 f"{self.name}: nothing says how its numbers become reflectance. Give --sensor (sensor=) or limits such as "
                 "--stretch 0,3000; Sentinel-2 from processing baseline 04.00 on needs 1000,4000."
             )
-        channels = 1 if composite.formula or len(self._bands) == 1 else 3
+        channels = self._num_channels
         if isinstance(request, Stretch) and (len(request.low), request.unit) != (channels, unit):
             raise RasterError(
                 f"{self.name}: the stretch is for {len(request.low)} channels in {request.unit}, the picture has {channels} "
@@ -238,7 +266,7 @@ class Raster:
         window: tuple[int, int, int, int] | None = None,
         max_side: int = MAX_SIDE,
         size: tuple[int, int] | None = None,
-        fill: tuple[int, int, int] = FILL,
+        fill: Fill = FILL,
     ) -> View:
         """Reads a window as an image, by the overview that fits, with cubic resampling.
 
@@ -246,7 +274,7 @@ class Raster:
             window: column, row, width, height in pixels of the raster, north up; `None` is all of it.
             max_side: longest side of the image, pixels. A larger window is reduced to it; nothing is enlarged.
             size: width and height of the image, against `max_side`. Larger than the window, it is enlarged.
-            fill: colour of pixels without data. A model takes black for something.
+            fill: colour of pixels without data, or values by band. A model takes black for something.
 
         Raises:
             RasterError: the window lies outside, cannot be read, or holds no valid pixel.
@@ -273,10 +301,26 @@ class Raster:
             raise NoValidPixelError(
                 f"{self.name} has no valid pixel in window {window}: all are nodata, masked or not finite."
             )
-        pixels = stretch.apply(values)
+        planes = pixels = stretch.apply(values)
+        bands: dict[str, np.ndarray] | None = None
+        if self._composite is ALL_BANDS:
+            bands = self._filled(planes, valid, fill)
+            colours = [bands[name] for name in COLOURS if name in bands]
+            pixels = np.stack(colours) if len(colours) == 3 else planes[:1]
         pixels = np.ascontiguousarray(np.broadcast_to(pixels, (3, *shown.shape)).transpose(1, 2, 0))  # (H, W, 3)
-        pixels[~shown] = fill
-        return View(Image.fromarray(pixels), shown, self._record(window, size, stretch, 1 - float(shown.mean())))
+        pixels[~shown] = colour_of(fill)
+        return View(Image.fromarray(pixels), shown, self._record(window, size, stretch, 1 - float(shown.mean())), bands)
+
+    def _filled(self, planes: np.ndarray, valid: np.ndarray, fill: Fill) -> dict[str, np.ndarray]:
+        """Planes by name. A band without data, where others have some, gets its own value."""
+        bands = {}
+        some = valid.any(axis=0)
+        for name, plane, mask in zip(self.selection.names, planes, valid, strict=True):
+            value = fill.get(name, FILL[0]) if isinstance(fill, Mapping) else FILL[0]
+            bands[str(name)] = np.where(mask, plane, np.uint8(value))
+            if not mask.any() and some.any():
+                self.note(f"{self.name} has places where band {name} holds no data and others do: it is {value} there.")
+        return bands
 
     def describe(self) -> dict[str, Any]:
         """What every image of this raster has in common, for the record of a run.
@@ -338,13 +382,14 @@ class Raster:
         self, window: tuple[int, int, int, int], size: tuple[int, int], resampling: Resampling
     ) -> tuple[np.ndarray, np.ndarray]:
         """What the composite shows of a window: values, float32, and validity, both (channels, height, width)."""
-        composite = COMPOSITES[self.selection.composite]
+        composite = self._composite
         values, valid = self._read(window, size, resampling)
         if (composite.scaled or self._unit == "reflectance") and None not in self._scales:
             for channel, (scale, offset) in enumerate(self._scales):
                 values[channel] = values[channel] * scale + offset
         if composite.formula:
-            values, valid = composite.formula(*values)[None], valid.all(axis=0)[None]
+            made = composite.formula(*values).reshape(composite.channels, *valid.shape[1:])
+            values, valid = made, np.broadcast_to(valid.all(axis=0), made.shape).copy()
         valid &= ~np.isnan(values)
         return values, valid
 
@@ -384,6 +429,14 @@ class Raster:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def colour_of(fill: Fill) -> tuple[int, int, int]:
+    """The colour, of values by band."""
+    if not isinstance(fill, Mapping):
+        return fill
+    red, green, blue = (fill.get(name, FILL[0]) for name in COLOURS)
+    return red, green, blue
 
 
 def validity(dataset: DatasetReader, index: int, stored: np.ndarray, window: Any) -> np.ndarray:

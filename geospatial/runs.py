@@ -17,6 +17,7 @@ from ..files.reading import parse_json
 from ..scenes.questions import NOTHING
 from .answers import Outcome, Piece, Reply, RunLog, ask_pieces, show
 from .areas import read_area, to_pixels, window_of
+from .composites import ALL_BANDS, COMPOSITES
 from .errors import NoOverlapError, RasterError, RasterWarning
 from .raster import MAX_SIDE, Raster
 from .tiles import Window, overlapping, partition
@@ -75,6 +76,9 @@ class Run:
         """
         about = {"mfrsvlm": __version__, "task": task, "model": assistant.model, "questions": questions}
         boxes = assistant.box_format if task == "detect" else None
+        titles = titles_of(rasters)
+        if titles:
+            about["prompt_begins"] = titles
         grid = grid | {"pixel_metres": shown_pixel(rasters[0], pieces), "fill": assistant.fill}
         about |= {"boxes": boxes, "rasters": [raster.describe() for raster in rasters], "grid": grid}
         settings = about | {"batch_size": assistant.batch_size, "images": len(pieces), "pieces": digest(pieces)}
@@ -84,7 +88,7 @@ class Run:
             assistant.answerer,
             lambda piece: show(rasters, piece, assistant.fill),
             pieces,
-            questions,
+            [titles + question for question in questions],
             assistant.batch_size,
             boxes,
             log,
@@ -147,6 +151,18 @@ class Run:
         frame = frame.astype({"count": float, "score": float, "truncated": "boolean"})
         frame.attrs = {"record": self.record(**more), "label": label}
         return frame
+
+
+def titles_of(rasters: Sequence[Raster]) -> str:
+    """What a prompt says of its images before the question: nothing, if all of them show true colours or all bands."""
+    names = [raster.title for raster in rasters]
+    if set(names) <= {ALL_BANDS.title, COMPOSITES["true_color"].title}:
+        return ""
+    if len(names) == 1:
+        return f"The image shows {names[0]}. "
+    parts = [f"image {number} shows {name}" for number, name in enumerate(names, start=1)]
+    text = f"{', '.join(parts)}. "
+    return text[0].upper() + text[1:]
 
 
 def reply_columns(reply: Reply | None) -> dict[str, Any]:

@@ -165,7 +165,10 @@ def check_dataset(dataset: DatasetReader, name: str) -> None:
         holds = f"{len(inner)} subdatasets and no bands of its own. Open one of them: {listed}" if inner else "no bands"
         raise RasterError(f"{shown} holds {holds}.")
     if COMPLEX & set(dataset.dtypes):
-        raise RasterError(f"{shown} holds complex samples. Open their magnitude: DERIVED_SUBDATASET:AMPLITUDE:{name}.")
+        raise RasterError(
+            f"{shown} holds complex samples. Open their amplitude as DERIVED_SUBDATASET:AMPLITUDE:{name}, or its logarithm, "
+            f"a twentieth of its dB, as DERIVED_SUBDATASET:LOGAMPLITUDE:{name}."
+        )
     points, crs = dataset.gcps
     if points and crs is None and dataset.crs is None:
         raise RasterError(

@@ -76,22 +76,30 @@ def parse_stretch(stretch: str | Sequence[float] | None) -> Request:
     return Request(kind, (low, high))
 
 
-def limits_of(values: np.ndarray, valid: np.ndarray, percentiles: tuple[float, float], shown: str) -> tuple[tuple, tuple]:
+def limits_of(
+    values: np.ndarray,
+    valid: np.ndarray,
+    percentiles: tuple[float, float],
+    shown: str,
+    names: Sequence[str | None] | None = None,
+) -> tuple[tuple, tuple]:
     """Percentiles of each channel over its valid, finite values.
 
     Args:
         values, valid: (channels, ...).
         percentiles: lower and upper, 0 to 100.
         shown: the raster in a message.
+        names: of the channels, if they are bands.
 
     Raises:
         NoValidPixelError: a channel has no valid value.
     """
     low, high = [], []
-    for channel, mask in zip(values, valid, strict=True):
+    for index, (channel, mask) in enumerate(zip(values, valid, strict=True)):
         sample = channel[mask & np.isfinite(channel)]
         if not sample.size:
-            raise NoValidPixelError(f"{shown} has no valid pixel: all of them are nodata, masked or not finite.")
+            band = f" in band {names[index]}" if names and mask.any(axis=None) != valid.any(axis=None) else ""
+            raise NoValidPixelError(f"{shown} has no valid pixel{band}: all of them are nodata, masked or not finite.")
         bottom, top = (float(value) for value in np.percentile(sample.astype(np.float64), percentiles))
         if bottom == top:  # a constant channel is shown in middle grey
             margin = abs(bottom) * 1e-3 or 0.5

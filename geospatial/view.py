@@ -60,8 +60,10 @@ class View:
         image: RGB.
         valid: (height, width), bool; False where the raster holds no data, and the image is grey.
         record: how it was made.
+        bands: with `image_bands`: 8 bits, (height, width), by band, as the processor of the model takes them.
     """
 
     image: Image.Image
     valid: np.ndarray
     record: ReadRecord
+    bands: dict[str, np.ndarray] | None = None

@@ -59,7 +59,7 @@ BAD = {
     ),
     "complex": (
         lambda folder: write(folder / "c.tif", pixels("uint16", bands=1).astype("complex64"), colours=None),
-        "complex samples. Open their magnitude: DERIVED_SUBDATASET:AMPLITUDE:",
+        "complex samples. Open their amplitude as DERIVED_SUBDATASET:AMPLITUDE:",
     ),
     "all nodata": (lambda folder: write(folder / "n.tif", np.zeros((3, 9, 9), "uint16"), nodata=0), "has no valid pixel"),
     "four unnamed bands": (lambda folder: unnamed(folder / "four.tif", pixels(bands=4)), "--bands"),

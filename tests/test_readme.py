@@ -54,10 +54,13 @@ def test_rasters(monkeypatch, tmp_path, capsys):
     assert lines[3:] == ["colour interpretation none 0.0", "9"]
 
 
+@pytest.mark.integration
+@pytest.mark.filterwarnings("ignore::mfrsvlm.geospatial.RasterWarning")
 def test_bands(monkeypatch, tmp_path, capsys):
-    assert run_page("docs/bands.md", monkeypatch, tmp_path) == 1
+    assert run_page("docs/bands.md", monkeypatch, tmp_path) == 2
     length = 4 * sum(packed_lengths(336, window_table(336, 14, 2, [336, 168], 0.5), 1))
-    assert capsys.readouterr().out.splitlines() == [f"torch.Size([1, {length}])"] * 2
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines == ["Image 1 shows true color, image 2 shows NDVI.", *[f"torch.Size([1, {length}])"] * 3]
 
 
 def test_speed(monkeypatch, tmp_path, capsys):
