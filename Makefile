@@ -1,10 +1,11 @@
-# Sets itself up: needs Python >= 3.11, pip and make. Everything lands in .venv (and .venv-oldest, .venv-newest, .venv-app).
+# Sets itself up: needs Python >= 3.11, pip and make. Everything lands in .venv (and .venv-oldest, -newest, -app, -vllm).
 PYTHON ?= python3
 VENV := .venv
 OLDEST := .venv-oldest
 OLDEST_TRANSFORMERS := 5.16.1
 NEWEST := .venv-newest
 APP := .venv-app
+VLLM := .venv-vllm
 ARGS ?=
 N ?= 1000
 SEED ?= 0
@@ -12,7 +13,7 @@ SEED ?= 0
 CORE := $(addprefix tests/,$(addsuffix .py,$(addprefix test_,configuration modeling numbers families processing hub \
 	convert_checkpoint parity)) files training)
 
-.PHONY: demo test test-all test-slow test-oldest test-newest fuzz lint parity clean
+.PHONY: demo test test-all test-slow test-oldest test-newest test-app test-vllm fuzz lint parity clean
 
 # A stamp newer than what it was made from: set-up runs once, and again when the project's needs change.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -45,6 +46,14 @@ $(APP)/.ready: pyproject.toml constraints.txt
 	$(APP)/bin/pip install --quiet --disable-pip-version-check -c $(APP)/constraints.txt -e '.[app]' pytest playwright
 	touch $@
 
+# Apart, because vLLM pins most of its libraries, and wants none of the newest transformers.
+$(VLLM)/.ready: pyproject.toml constraints.txt tests/serving/vllm_requirements.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -r tests/serving/vllm_requirements.txt
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
 # The main job: an image and a question in, an answer out. make demo ARGS="scene.tif --question 'What is this?'"
 demo: $(VENV)/.ready
 	$(VENV)/bin/python -m mfrsvlm.demo $(ARGS)
@@ -74,6 +83,10 @@ test-newest: $(NEWEST)/.ready
 test-app: $(APP)/.ready
 	OMP_NUM_THREADS=1 $(APP)/bin/python -m pytest tests/app -m "not gpu" $(ARGS)
 
+# The plugin of vLLM, on CPUs with AVX2 or more. Takes minutes: vLLM starts six times.
+test-vllm: $(VLLM)/.ready
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/serving/test_vllm.py -m "not gpu" $(ARGS)
+
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -93,4 +106,4 @@ parity: $(VENV)/.ready
 	$(VENV)/bin/python tests/measure_parity.py tests/reference $(VENV)/parity
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(APP) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(APP) $(VLLM) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -240,7 +240,7 @@ class MFRSVLMInjectors(nn.ModuleList):
         if engine.startswith(FOREIGN_ENGINES):
             raise NotImplementedError(
                 f"The decoder runs under {engine!r}, which does not pass detail stacks: answers would be wrong without a "
-                "warning. Use generate(), or an engine with a plugin for MF-RSVLM."
+                'warning. Use generate(), `mfrsvlm serve`, or vLLM with its plugin: pip install "mfrsvlm[vllm]".'
             )
         return args, kwargs
 
