@@ -187,8 +187,9 @@ class MFRSVLMConfig(PreTrainedConfig):
         window_weighting: how overlapping windows are blended: `"hann"` is the symmetric Hann window of the published
             model, whose edge weights are zero, so that the features of the outermost ring of the canvas are zero;
             `"hann_nonzero"` is the same curve shifted by half a token, positive everywhere.
-        window_chunk_size: windows encoded in one pass of the encoder, which bounds peak memory. `None`: all at once
-            (under ZeRO-3 or FSDP every rank must make the same number of passes).
+        window_chunk_size: windows encoded in one pass of the encoder, which bounds peak memory. `"auto"`: as many as are
+            fast on the device, by the tokens of a window, see `MFRSVLMModel.windows_per_pass`. `None`: all at once (under
+            ZeRO-3 or FSDP every rank must make the same number of passes).
         detail_feature_layers: the depths: encoder outputs that the windows are read at, numbered as
             `vision_feature_layer`, in ascending order.
         injection_layers: 0-based indices of the decoder layers that details are injected before.
@@ -238,7 +239,7 @@ class MFRSVLMConfig(PreTrainedConfig):
     window_overlap: float | int = 0.5
     window_encoding: Literal["native", "resize"] = "native"
     window_weighting: Literal["hann", "hann_nonzero"] = "hann_nonzero"
-    window_chunk_size: int | None = 16
+    window_chunk_size: int | Literal["auto"] | None = "auto"
     detail_feature_layers: list[int] | tuple[int, ...] = (8, 16, 24)
 
     # Injection
@@ -426,8 +427,10 @@ class MFRSVLMConfig(PreTrainedConfig):
                     f'stride {window.token_stride} leave gaps. Use "hann_nonzero", or a larger window_overlap than '
                     f"{self.window_overlap}."
                 )
-        if self.window_chunk_size is not None and self.window_chunk_size < 1:
-            raise ValueError(f"window_chunk_size={self.window_chunk_size} must be at least 1, or None for no chunks.")
+        if isinstance(self.window_chunk_size, int) and self.window_chunk_size < 1:
+            raise ValueError(
+                f'window_chunk_size={self.window_chunk_size} must be at least 1, "auto", or None for no chunks.'
+            )
         for name in ("vision_feature_size", "routing_size", "cross_attention_size", "cross_attention_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")

@@ -96,10 +96,15 @@ def gated_injection(details: torch.Tensor, layout: VisualLayout, routing: str) -
     """The input of gated injectors from the stacks (K, N, T, d), computed once for all of them."""
     if routing == "token":
         # One stack at a time: a copy of all in float32 would be twice their size.
-        summary = torch.stack([stack.float().var(dim=-1, correction=0) for stack in details])
+        summary = torch.stack([variance(stack.float()) for stack in details])
     else:
         summary = details.mean(dim=2).transpose(0, 1)
     return Injection(details, summary, layout, None)
+
+
+def variance(values: torch.Tensor) -> torch.Tensor:
+    """The variance over the last dimension. On CPUs, `Tensor.var` takes nine times as long."""
+    return (values - values.mean(dim=-1, keepdim=True)).square().mean(dim=-1)
 
 
 def cross_attention_injection(

@@ -66,6 +66,10 @@ from .injection_mfrsvlm import (
 
 logger = logging.get_logger(__name__)
 
+# Tokens of the windows in one pass of the encoder if `window_chunk_size="auto"`. On CPUs the activations of more would leave
+# the cache, in each type of numbers and from 256 to 1,024 channels; accelerators need more to be busy.
+TOKENS_PER_PASS_ON_CPU, TOKENS_PER_PASS = 1200, 16384
+
 
 @dataclass
 class MFRSVLMImageFeatures(BaseModelOutputWithPooling):
@@ -503,11 +507,20 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
         parts = pixel_values.to(self.vision_tower.dtype).split(lengths, dim=1)
         return [part.reshape(-1, config.num_channels, s, s) for part, s in zip(parts, sizes, strict=False)]
 
+    def windows_per_pass(self, window: WindowScale, device: torch.device) -> int | None:
+        """How many windows the encoder takes at once, as `config.window_chunk_size` says; `None`: all."""
+        chunk_size = self.config.window_chunk_size
+        if chunk_size != "auto":
+            return chunk_size
+        side = window.size if self.config.window_encoding == "native" else self.config.image_size
+        tokens = TOKENS_PER_PASS_ON_CPU if device.type == "cpu" else TOKENS_PER_PASS
+        return max(1, tokens // (side // self.config.patch_size) ** 2)
+
     def _encode_windows(self, pixels: torch.Tensor, window: WindowScale, chunk_size: int | None) -> list[torch.Tensor]:
         """Encodes (N * n, channels, size, size); one (N * n, C, t, t) per depth."""
         config = self.config
         chunks = []
-        for chunk in pixels.split(chunk_size or config.window_chunk_size or len(pixels)):
+        for chunk in pixels.split(chunk_size or self.windows_per_pass(window, pixels.device) or len(pixels)):
             if config.window_encoding == "resize" and window.size != config.image_size:
                 chunk = nn.functional.interpolate(
                     chunk, size=(config.image_size, config.image_size), mode="bilinear", align_corners=False
@@ -521,7 +534,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
 
         Args:
             pixel_values: (N, L), as the processor returns them.
-            window_chunk_size: windows an encoder pass; defaults to the config's.
+            window_chunk_size: windows an encoder pass; defaults to what the config says.
 
         Returns:
             (K, N, T, C), ordered by scale, depth, row phase, column phase.
@@ -546,7 +559,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
         Args:
             pixel_values: (N, L), one row an image: the normalized global view and the windows of every scale, as the
                 processor packs them.
-            window_chunk_size: windows an encoder pass; defaults to the config's.
+            window_chunk_size: windows an encoder pass; defaults to what the config says.
 
         Raises:
             ValueError: the rows do not have the length that the config asks for.

@@ -26,7 +26,12 @@ from mfrsvlm.configuration_mfrsvlm import CACHE
 
 # Modes of this model, as changes of a config with the given parts. The first is that of converted checkpoints.
 MODES: dict[str, dict[str, Any]] = {
-    "as published": {"window_encoding": "resize", "routing": "stack"},
+    "as published": {
+        "window_encoding": "resize",
+        "window_weighting": "hann",
+        "routing": "stack",
+        "routing_scope": "sample",
+    },
     "defaults": {},
     "no overlap": {"window_overlap": 0.0},
     "smallest windows, no overlap": {"window_overlap": 0.0, "window_sizes": "smallest"},

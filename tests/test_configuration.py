@@ -150,6 +150,7 @@ WRONG = {
     "window_weighting": ({"window_weighting": "nope"}, ["window_weighting", "nope"]),
     "window_weighting_gap": ({"window_weighting": "hann", "window_overlap": 0.0}, ["24", "hann_nonzero", "0.0"]),
     "window_chunk_size": ({"window_chunk_size": 0}, ["window_chunk_size=0"]),
+    "window_chunk_size_word": ({"window_chunk_size": "all"}, ["window_chunk_size", "all"]),
     "detail_layers_high": ({"detail_feature_layers": [8, 25]}, ["25", "24"]),
     "detail_layers_low": ({"detail_feature_layers": [-1, 8]}, ["-1", "24"]),
     "detail_layers_order": ({"detail_feature_layers": [16, 8]}, ["[16, 8]", "ascending"]),
@@ -210,6 +211,7 @@ def test_config_refuses_an_unknown_decoder():
         {"window_sizes": (336,), "detail_feature_layers": (24,), "injection_layers": (0,)},
         {"window_sizes": [], "injection_layers": []},
         {"window_encoding": "resize", "window_weighting": "hann", "window_chunk_size": None},
+        {"window_chunk_size": 16},  # the value of folders that were saved before "auto"
         {"injection_type": "cross_attention", "cross_attention_size": 64, "cross_attention_heads": 4},
         {"routing": "token", "routing_scope": "sample", "image_token_id": 7},
     ],

@@ -7,7 +7,7 @@ import torch
 from tiny_models import tiny_config, tiny_inputs, tiny_model
 from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from mfrsvlm import MFRSVLMForConditionalGeneration
+from mfrsvlm import MFRSVLMConfig, MFRSVLMForConditionalGeneration, MFRSVLMModel
 from mfrsvlm.configuration_mfrsvlm import CHUNKS_CARRY_IMAGES, GENERATE_ENCODES_IMAGES, window_table
 from mfrsvlm.image_processing_mfrsvlm import cut_windows
 from mfrsvlm.injection_mfrsvlm import DetailMemory, Injection, visual_layout
@@ -417,10 +417,28 @@ def test_window_chunks_do_not_change_the_features(model):
     pixels = {name: inputs[name] for name in inputs if name.startswith("pixel")}
     with torch.no_grad():
         whole = model.get_image_features(**pixels, window_chunk_size=1000)
-        for chunk in (1, 3):
+        for chunk in (1, 3, None):  # None: what the config says, "auto"
             pieces = model.get_image_features(**pixels, window_chunk_size=chunk)
             for a, b in zip(whole.deepstack_features or [], pieces.deepstack_features or [], strict=True):
                 assert torch.allclose(torch.stack(a), torch.stack(b), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "fields, device, expected",
+    [
+        ({}, "cpu", [2, 8]),  # 576 and 144 tokens
+        ({}, "cuda", [28, 113]),
+        ({"window_encoding": "resize"}, "cpu", [2, 2]),  # all are encoded at 336 pixels
+        ({"window_chunk_size": 5}, "cpu", [5, 5]),
+        ({"window_chunk_size": None}, "cuda", [None, None]),
+        ({"image_size": 672, "window_sizes": [672]}, "cpu", [1]),
+    ],
+)
+def test_windows_of_a_pass_are_bounded_by_their_tokens(fields, device, expected):
+    config = MFRSVLMConfig(text_config={"hidden_size": 64, "intermediate_size": 64, "vocab_size": 9}, **fields)
+    with torch.device("meta"):
+        model = MFRSVLMModel(config)
+    assert [model.windows_per_pass(window, torch.device(device)) for window in config.windows] == expected
 
 
 def test_logits_to_keep_and_loss(model):
