@@ -76,7 +76,7 @@ class Run:
         """
         about = {"mfrsvlm": __version__, "task": task, "model": assistant.model, "questions": questions}
         boxes = assistant.box_format if task == "detect" else None
-        titles = titles_of(rasters)
+        titles = describe_views([raster.title for raster in rasters])
         if titles:
             about["prompt_begins"] = titles
         grid = grid | {"pixel_metres": shown_pixel(rasters[0], pieces), "fill": assistant.fill}
@@ -153,14 +153,13 @@ class Run:
         return frame
 
 
-def titles_of(rasters: Sequence[Raster]) -> str:
-    """What a prompt says of its images before the question: nothing, if all of them show true colours or all bands."""
-    names = [raster.title for raster in rasters]
-    if set(names) <= {ALL_BANDS.title, COMPOSITES["true_color"].title}:
+def describe_views(titles: Sequence[str]) -> str:
+    """What a prompt says of its images before the question: nothing, if all of them show true colors or all bands."""
+    if set(titles) <= {ALL_BANDS.title, COMPOSITES["true_color"].title}:
         return ""
-    if len(names) == 1:
-        return f"The image shows {names[0]}. "
-    parts = [f"image {number} shows {name}" for number, name in enumerate(names, start=1)]
+    if len(titles) == 1:
+        return f"The image shows {titles[0]}. "
+    parts = [f"image {number} shows {title}" for number, title in enumerate(titles, start=1)]
     text = f"{', '.join(parts)}. "
     return text[0].upper() + text[1:]
 

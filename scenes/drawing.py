@@ -233,14 +233,7 @@ def draw(scene: Scene, look: int = 0) -> Image.Image:
     """
     rng = np.random.default_rng([scene.seed, 2])
     size = scene.size
-    land = _land(rng, scene)
-    shore = _shore(scene.seed, size, scene.scene_class)
-    if shore is not None:
-        ripple = _noise(rng, size, 64)[..., None]
-        if scene.scene_class in ("beach", "harbor"):
-            bank = (SAND if scene.scene_class == "beach" else CONCRETE) + 5 * ripple
-            land = np.where((shore < rng.uniform(0.05, 0.09) * size)[..., None], bank, land)
-        land = np.where((shore < 0)[..., None], WATER + rng.uniform(-14, 14, 3) + 6 * ripple, land)
+    land, shore, _ = _ground(rng, scene)
     picture = Image.fromarray(np.clip(land, 0, 255).astype(np.uint8))
     _draw_roads(rng, picture, scene, shore)
     _draw_clutter(rng, picture, shore)
@@ -256,6 +249,19 @@ def draw(scene: Scene, look: int = 0) -> Image.Image:
     grain = rng.standard_normal((size, size, 1), dtype=np.float32) * np.float32(rng.uniform(1, 4))
     pixels = pixels * gain * (1 - haze) + 205 * haze + grain
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def _ground(rng: np.random.Generator, scene: Scene) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Land cover, bank and water, (size, size, 3); the distance from the shore; and the bank, (size, size) bool."""
+    land, bank = _land(rng, scene), None
+    shore = _shore(scene.seed, scene.size, scene.scene_class)
+    if shore is not None:
+        ripple = _noise(rng, scene.size, 64)[..., None]
+        if scene.scene_class in ("beach", "harbor"):
+            bank = shore < rng.uniform(0.05, 0.09) * scene.size
+            land = np.where(bank[..., None], (SAND if scene.scene_class == "beach" else CONCRETE) + 5 * ripple, land)
+        land = np.where((shore < 0)[..., None], WATER + rng.uniform(-14, 14, 3) + 6 * ripple, land)
+    return land, shore, bank
 
 
 def _noise(rng: np.random.Generator, size: int, *cells: int) -> np.ndarray:

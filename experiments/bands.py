@@ -1,0 +1,312 @@
+"""Compares ways to show a model more than red, green and blue, on scenes whose twins look the same in RGB.
+
+    python -m mfrsvlm.experiments.bands --work DIR --table docs/bands/table.md
+
+All arms start from the small model, with a frozen vision encoder, and train an adapter (LoRA) of the decoder with the same
+questions: two that RGB cannot answer, about vegetation (near infrared) and moisture (radar), and ordinary ones about the
+objects. `bands` also trains the layer of the new bands. Two controls answer with its model: `shuffled` shows the new bands of
+another scene, and `missing` none. Answers are generated, and must be right to the letter.
+
+A finished run is a line in DIR/runs.jsonl: started again, the command continues where it stopped.
+"""
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy import stats
+from torch.optim.lr_scheduler import LambdaLR
+
+from ..convert_checkpoint import widen
+from ..demo import MODEL
+from ..evaluation.answering import Answerer, Prompt
+from ..files.model_folder import load_model
+from ..files.reading import read_rows
+from ..files.writing import check_file, write_file
+from ..geospatial.composites import COMPOSITES
+from ..geospatial.runs import describe_views
+from ..scenes import Scene, ask, ask_sensors, plan_scene, scene_seed, sense
+from ..scenes.questions import Question
+from ..scenes.sensors import RGB, narrow_bands
+from ..training import ConversationCollator
+from ..training.finetune import ModelArguments, add_lora
+from ..training.trainer import drop_bands, freeze_parts
+
+
+SCENE_SIZE, CANVAS, OBJECT_PIXELS = 512, 256, (8.0, 16.0)  # as the small model was trained
+TWINS, ORDINARY = ("vegetation", "moisture"), ("presence", "count", "classification", "area")
+QUESTIONS = 4  # a scene, in training
+BROAD = [*RGB, "nir", "vv"]
+VIEWS = {"rgb": ["true_color"], "composite": ["false_color"], "views": ["true_color", "false_color", "sar"]}
+SPECTRA = {"10 bands": 7, "30 bands": 27}  # narrow bands beside red, green and blue
+ARMS = (*VIEWS, "bands", *SPECTRA)
+CONTROLS = ("shuffled", "missing")
+RATES = {"lora": 1e-3, "extra_bands": 1e-2}
+SCENES_A_STEP, BAND_DROPOUT = 2, 0.1
+
+
+def bands_of(arm: str) -> list[str]:
+    """The bands that an arm needs of a scene."""
+    return [*RGB, *narrow_bands(SPECTRA[arm])] if arm in SPECTRA else BROAD
+
+
+class Scenes:
+    """Scenes of a split with their bands, drawn once and kept in a folder.
+
+    Args:
+        folder: where they are kept.
+        split: see `scene_seed`.
+        start, count: which scenes of the split.
+    """
+
+    def __init__(self, folder: Path, split: str, start: int, count: int) -> None:
+        self.folder = folder
+        self.plans = [plan_scene(scene_seed(split, start + index), SCENE_SIZE, OBJECT_PIXELS) for index in range(count)]
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+    def bands(self, index: int, arm: str) -> dict[str, np.ndarray]:
+        """(CANVAS, CANVAS) uint8 by band."""
+        scene, names = self.plans[index], bands_of(arm)
+        path = self.folder / f"{scene.seed}-{len(names)}.npz"
+        if not path.exists():
+            factor = SCENE_SIZE // CANVAS
+            planes = {name: Image.fromarray(plane).reduce(factor) for name, plane in sense(scene, names).items()}
+            part = path.with_suffix(".part.npz")
+            np.savez(part, **{name: np.asarray(plane) for name, plane in planes.items()})
+            part.replace(path)
+        with np.load(path) as file:
+            return {name: file[name] for name in names}
+
+
+def images_of(bands: dict[str, np.ndarray], arm: str) -> list[Any]:
+    """What an arm shows of a scene: pictures, or bands by name."""
+    if arm not in VIEWS:
+        return [bands]
+    shown = {"true_color": RGB, "false_color": ("nir", "red", "green"), "sar": ("vv", "vv", "vv")}
+    return [Image.fromarray(np.stack([bands[name] for name in shown[view]], axis=2)) for view in VIEWS[arm]]
+
+
+def prompt_begins(arm: str) -> str:
+    return describe_views([COMPOSITES[view].title for view in VIEWS[arm]]) if arm in VIEWS else ""
+
+
+def questions_of(scene: Scene, arm: str, ordinary: Sequence[str] = ORDINARY) -> list[Question]:
+    """Those that RGB does not answer, then ordinary ones. Narrow bands hold no radar, so nothing tells moisture."""
+    twins = TWINS if arm not in SPECTRA else TWINS[:1]
+    return [*ask_sensors(scene, twins), *ask(scene, ordinary)]
+
+
+def load(arm: str, work: Path) -> tuple[Any, Any]:
+    """The model that an arm starts from, and its processor."""
+    if arm in VIEWS:
+        return load_model(MODEL, dtype=torch.float32)
+    folder = work / f"wide-{len(bands_of(arm))}"
+    if not folder.exists():
+        widen(MODEL, bands_of(arm), folder, dtype="float32")
+    return load_model(folder, dtype=torch.float32)
+
+
+def adapt(model: Any, processor: Any, scenes: Scenes, arm: str, epochs: int) -> Any:
+    """Trains an adapter and, for an arm with bands, the layer of new bands."""
+    frozen = ["projector", "injectors", *(["vision_tower"] if arm in VIEWS else [])]
+    options = ModelArguments(lora=True, lora_r=16, lora_alpha=32, lora_dropout=0.0)
+    model = add_lora(model, options, frozen)
+    freeze_parts(model, frozen, only_new_bands=True)
+    groups: dict[str, list[Any]] = {name: [] for name in RATES}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups["extra_bands" if "extra_bands" in name else "lora"].append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": parameters, "lr": RATES[name]} for name, parameters in groups.items() if parameters], weight_decay=0.0
+    )
+    steps = epochs * (len(scenes) // SCENES_A_STEP)
+    schedule = LambdaLR(optimizer, lambda step: min((step + 1) / 5, (steps - step) / steps))
+    collator, begin = ConversationCollator(processor), prompt_begins(arm)
+    blank = [Image.new("RGB", (8, 8))] * len(VIEWS.get(arm, [""]))
+    model.train()
+    for epoch in range(epochs):
+        order = torch.randperm(len(scenes)).tolist()
+        for step in range(len(scenes) // SCENES_A_STEP):
+            rows, images = [], []
+            for index in order[step * SCENES_A_STEP : (step + 1) * SCENES_A_STEP]:
+                asked = questions_of(scenes.plans[index], arm)
+                for number in range(QUESTIONS):  # a scene with fewer repeats some
+                    question = asked[(number + epoch * QUESTIONS) % len(asked)] if number >= 2 else asked[number]
+                    rows.append(collator.encode(conversation(begin + question.text, question.answer, blank)))
+                images += images_of(scenes.bands(index, arm), arm)
+            batch = collator(rows)
+            pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+            batch["pixel_values"] = drop_bands(pixel_values, model.config, BAND_DROPOUT)
+            loss = model(**batch, image_repeats=QUESTIONS, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_([p for group in groups.values() for p in group], 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if step % 10 == 0:
+                print(f"{arm}: epoch {epoch}, step {step} of {len(scenes) // SCENES_A_STEP}, loss {loss:.3f}", flush=True)
+    return model.eval()
+
+
+def conversation(question: str, answer: str, images: Sequence[Any]) -> list[dict[str, Any]]:
+    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
+    return [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
+
+
+def score(model: Any, processor: Any, scenes: Scenes, arm: str, control: str | None = None) -> dict[str, list[float]]:
+    """1 for every right answer and 0 for every wrong one, by task."""
+    answerer, begin = Answerer(model, processor, max_new_tokens=12), prompt_begins(arm)
+    scores: dict[str, list[float]] = {}
+    size = 8
+    for start in range(0, len(scenes), size):
+        indices = range(start, min(start + size, len(scenes)))
+        groups, prompts, asked = [], [], []
+        for group, index in enumerate(indices):
+            bands = scenes.bands(index, arm)
+            if control == "missing":
+                bands = {name: bands[name] for name in RGB}
+            elif control == "shuffled":
+                other = scenes.bands((index + len(scenes) // 2) % len(scenes), arm)
+                bands = {name: (bands if name in RGB else other)[name] for name in bands}
+            groups.append(images_of(bands, arm))
+            questions = questions_of(scenes.plans[index], arm)
+            asked += questions
+            prompts += [Prompt(begin + question.text, group) for question in questions]
+        encoded = answerer.encode_images(groups, prompts)
+        answers = [
+            answer
+            for first in range(0, len(prompts), 16)
+            for answer in answerer.answer(prompts[first : first + 16], encoded)
+        ]
+        for question, answer in zip(asked, answers, strict=True):
+            scores.setdefault(question.task, []).append(float(answer.text.strip().lower() == question.answer.lower()))
+    return scores
+
+
+@torch.no_grad()
+def drift_of(model: Any, start: Any, processor: Any, scenes: Scenes) -> float:
+    """Largest change of the visual tokens and detail stacks of RGB images since the start."""
+    images = [images_of(scenes.bands(index, "rgb"), "rgb")[0] for index in range(min(4, len(scenes)))]
+    pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    features = [each.get_image_features(pixel_values, return_dict=True) for each in (model, start)]
+    pairs = zip(*([*made.pooler_output, *sum(made.deepstack_features, [])] for made in features), strict=True)
+    return max(float((a - b).abs().max()) for a, b in pairs)
+
+
+def run(arm: str, seed: int, work: Path, counts: dict[str, int], epochs: int) -> list[dict[str, Any]]:
+    """Trains and measures an arm with one seed, and controls of it."""
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    train = Scenes(work / "scenes", "train", seed * counts["train"], counts["train"])
+    test = Scenes(work / "scenes", "test", 0, counts["test"])
+    for scenes in (train, test):  # drawn before the clock starts
+        for index in range(len(scenes)):
+            scenes.bands(index, arm)
+    model, processor = load(arm, work)
+    start = time.perf_counter()
+    model = adapt(model, processor, train, arm, epochs)
+    seconds = time.perf_counter() - start
+    drift = None
+    if arm not in VIEWS:
+        drift = drift_of(model.get_base_model(), load(arm, work)[0], processor, test)
+    rows = []
+    for control in (None, *(CONTROLS if arm == "bands" else ())):
+        rows.append(
+            {
+                "arm": control or arm,
+                "seed": seed,
+                "settings": [counts, epochs],
+                "scores": score(model, processor, test, arm, control),
+                "drift": drift,
+                "bands": len(bands_of(arm)) if arm not in VIEWS else 3,
+                "images": len(VIEWS.get(arm, [""])),
+                "seconds": round(seconds, 1),
+                "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+            }
+        )
+    return rows
+
+
+def before(work: Path, counts: dict[str, int]) -> dict[str, Any]:
+    """The scores of the small model as it is, without training."""
+    torch.set_num_threads(1)
+    test = Scenes(work / "scenes", "test", 0, counts["test"])
+    model, processor = load("rgb", work)
+    return {"arm": "before training", "seed": 0, "settings": [counts, 0], "scores": score(model, processor, test, "rgb")}
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean and half width of the 95 % interval of the mean over seeds (Student's t), in per cent."""
+    mean = 100 * np.mean(values)
+    if len(values) < 2:
+        return f"{mean:.1f}"
+    half = 100 * stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)
+    return f"{mean:.1f} ± {half:.1f}"
+
+
+def tables(rows: Sequence[dict[str, Any]]) -> str:
+    """The figures in Markdown."""
+    head = ["arm", "bands", "images", "seeds", *TWINS, "ordinary", "drift of RGB", "train s", "peak GB"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        runs = [row for row in rows if row["arm"] == arm]
+        cells = [arm, str(runs[0].get("bands", 3)), str(runs[0].get("images", 1)), str(len(runs))]
+        for task in TWINS:
+            found = [np.mean(row["scores"][task]) for row in runs if task in row["scores"]]
+            cells.append(interval(found) if found else "-")
+        cells.append(interval([np.mean([s for task in ORDINARY for s in row["scores"][task]]) for row in runs]))
+        drifts = [row["drift"] for row in runs if row.get("drift") is not None]
+        cells.append(f"{max(drifts):g}" if drifts else "-")
+        cells += [
+            f"{np.mean([row[name] for row in runs]):.3g}" if name in runs[0] else "-"
+            for name in ("seconds", "peak_memory_gb")
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m mfrsvlm.experiments.bands", description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder for scenes, widened models and finished runs")
+    parser.add_argument("--table", type=Path, required=True, help="Markdown file to write")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="run only these arms")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--train-scenes", type=int, default=160)
+    parser.add_argument("--test-scenes", type=int, default=100)
+    args = parser.parse_args(arguments)
+    check_file(args.table)
+    args.work.mkdir(parents=True, exist_ok=True)
+    counts, log = {"train": args.train_scenes, "test": args.test_scenes}, args.work / "runs.jsonl"
+    rows = [row for _, row in read_rows(log)] if log.exists() else []
+    rows = [row for row in rows if row["settings"] in ([counts, args.epochs], [counts, 0])]
+    finished = {(row["arm"], row["seed"]) for row in rows}
+    for arm, seed in [("before training", 0), *((arm, seed) for seed in range(args.seeds) for arm in args.arms)]:
+        if (arm, seed) in finished:
+            continue
+        made = [before(args.work, counts)] if arm == "before training" else run(arm, seed, args.work, counts, args.epochs)
+        with log.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in made)
+        rows += made
+        write_file(args.table, tables(rows))
+    order = ("before training", "rgb", "composite", "views", "bands", *CONTROLS, *SPECTRA)
+    rows.sort(key=lambda row: (order.index(row["arm"]), row["seed"]))
+    write_file(args.table, tables(rows))
+    print(tables(rows))
+
+
+if __name__ == "__main__":
+    main()
