@@ -28,7 +28,7 @@ METADATA = {"auto_map", "feature_extractor_type", "image_processor_type", "proce
 SAVED = ("size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std")
 RGB = ("red", "green", "blue")
 LARGEST_SIDE, MOST_VALUES = 2**14, 2**28  # pixels of a view, values of a row (1 GiB in float32)
-PIXEL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PIXEL_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "uint8": torch.uint8}
 
 
 def cut_windows(
@@ -95,7 +95,8 @@ class MFRSVLMImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[ca
         images of three channels are taken too. Bands that an image lacks are zero after normalization.
     value_range: values of black and white, if the dtype does not determine them. Samples are scaled to 8 bits between the
         two values and clipped.
-    pixel_dtype: type of the output, `"float32"`, `"bfloat16"` or `"float16"`.
+    pixel_dtype: type of the output, `"float32"`, `"bfloat16"` or `"float16"`; or `"uint8"`, a byte a value, which
+        `to_device` normalizes on the device of the model.
     patch_size: side of the pixel square that one visual token stands for.
     canvas_scale: side of the canvas in global views.
     canvas_source: `"image"`: the canvas is resized from the original pixels; `"global_view"`: it is upsampled bilinearly
@@ -280,6 +281,13 @@ class MFRSVLMImageProcessor(PilBackend):
                 raise ValueError(f"image_mean={shown(value)} must lie in [0, 255]: it is a mean of samples.")
             if name != "image_mean" and not all(number > 0 for number in numbers):
                 raise ValueError(f"{name}={shown(value)} must not be 0 or negative.")
+        if given.pixel_dtype == "uint8":
+            if given.window_packing != "windows_first" or (given.window_sizes and given.canvas_source != "image"):
+                raise ValueError(
+                    f'pixel_dtype="uint8" does not go with window_packing={given.window_packing!r} and '
+                    f'canvas_source={given.canvas_source!r}: use "windows_first" and "image", or "bfloat16".'
+                )
+            return
         largest = 255 * (given.rescale_factor if given.do_rescale else 1)
         if given.do_normalize:
             largest = max(largest, np.max(given.image_mean)) / np.min(given.image_std)
@@ -332,23 +340,22 @@ class MFRSVLMImageProcessor(PilBackend):
         names = list(given.image_bands or ())
         stem = [names.index(name) for name in RGB] if channels > 3 and set(RGB) <= set(names) else None
         rows = torch.empty(len(images), length + sum(packed), dtype=PIXEL_DTYPES[given.pixel_dtype])
+        is_raw = given.pixel_dtype == "uint8"
+        held = torch.zeros(len(images), channels, dtype=torch.bool)  # which bands an image has
 
         def normalized(values: np.ndarray) -> np.ndarray:
-            if given.do_rescale:
-                values = self.rescale(values, given.rescale_factor)
-            if given.do_normalize:
-                values = self.normalize(values, given.image_mean, given.image_std)
-            return values.astype(np.float32)
+            return self._normalized(values, given)
 
         # Lookup table of the 256 normalized values of each channel, which is faster than arithmetic per pixel.
-        table = normalized(np.broadcast_to(np.arange(256, dtype=np.uint8), (channels, 1, 256)))[:, 0]
+        table = self._table(given)
 
-        def view(every: list[Image.Image | None], scale: int) -> np.ndarray:
+        def view(every: list[Image.Image | None], scale: int, index: int) -> np.ndarray:
             """The normalized image at `scale` times the size of the global view, (C, height, width)."""
             planes = [plane for plane in every if plane is not None]
             present = [place for place, plane in enumerate(every) if plane is not None]
             if len(every) != channels:  # one image in color, or red, green and blue apart
                 present = stem or list(range(channels))
+            held[index, present] = True
             mode, colors = working_mode(planes, len(present)), [None] * len(planes)
             mean = np.broadcast_to(np.asarray(given.image_mean, dtype=np.float64), (channels,))[present]
             if given.do_pad:
@@ -363,7 +370,12 @@ class MFRSVLMImageProcessor(PilBackend):
                 left, top = ((edge - scale * side) // 2 for edge in planes[0].size)
                 planes = [plane.crop((left, top, left + scale * side, top + scale * side)) for plane in planes]
             pixels = np.concatenate([np.atleast_3d(plane) for plane in planes], axis=2)
-            result = np.zeros((channels, *pixels.shape[:2]), np.float32)
+            result = np.zeros((channels, *pixels.shape[:2]), np.uint8 if is_raw else np.float32)
+            if is_raw:
+                if pixels.dtype != np.uint8:
+                    raise ValueError(f'Image {index} has samples of {pixels.dtype}: pixel_dtype="uint8" takes 8 bits.')
+                result[present] = pixels.transpose(2, 0, 1)
+                return result
             if pixels.dtype != np.uint8:  # bicubic interpolation overshoots, and 8 bits would be clipped
                 whole = np.zeros((channels, *pixels.shape[:2]), pixels.dtype)
                 whole[present] = pixels.clip(0, 1).transpose(2, 0, 1)
@@ -374,7 +386,7 @@ class MFRSVLMImageProcessor(PilBackend):
             return result
 
         for index, (planes, row) in enumerate(zip(images, as_numpy(rows), strict=True)):
-            canvas = torch.from_numpy(view(planes, 1))
+            canvas = torch.from_numpy(view(planes, 1, index))
             if canvas.shape[1:] != (side, side):
                 raise ValueError(
                     f"Image {index} has {tuple(canvas.shape[1:])} pixels (height, width), but the encoder needs ({side}, "
@@ -382,14 +394,63 @@ class MFRSVLMImageProcessor(PilBackend):
                 )
             row[:length] = as_numpy(canvas.to(rows.dtype)).ravel()
             if windows and given.canvas_source == "image":
-                canvas = torch.from_numpy(view(planes, given.canvas_scale))
+                canvas = torch.from_numpy(view(planes, given.canvas_scale, index))
             elif windows:
                 upsampling = {"scale_factor": given.canvas_scale, "mode": "bilinear", "align_corners": False}
                 canvas = torch.nn.functional.interpolate(canvas[None], **upsampling)[0]
             cut_windows(as_numpy(canvas.to(rows.dtype)), windows, given.window_packing, row[length:], stem)
+        outputs = {"pixel_values": rows, **({"pixel_bands": held} if is_raw else {})}
         if return_tensors is None:
-            return BatchFeature({"pixel_values": list(rows if given.pixel_dtype == "bfloat16" else rows.numpy())})
-        return BatchFeature({"pixel_values": rows.numpy() if return_tensors == "np" else rows}, tensor_type=return_tensors)
+            return BatchFeature(
+                {
+                    name: list(tensor if tensor.dtype == torch.bfloat16 else tensor.numpy())
+                    for name, tensor in outputs.items()
+                }
+            )
+        arrays = {name: tensor.numpy() if return_tensors == "np" else tensor for name, tensor in outputs.items()}
+        return BatchFeature(arrays, tensor_type=return_tensors)
+
+    def _normalized(self, values: np.ndarray, given: SimpleNamespace) -> np.ndarray:
+        if given.do_rescale:
+            values = self.rescale(values, given.rescale_factor)
+        if given.do_normalize:
+            values = self.normalize(values, given.image_mean, given.image_std)
+        return values.astype(np.float32)
+
+    def _table(self, given: SimpleNamespace) -> np.ndarray:
+        """The normalized values of the 256 samples of each channel, (C, 256) float32."""
+        samples = np.broadcast_to(np.arange(256, dtype=np.uint8), (given.num_channels, 1, 256))
+        return self._normalized(samples, given)[:, 0]
+
+    def to_device(self, inputs: Any, device: Any, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+        """Moves what a processor with `pixel_dtype="uint8"` returned to a device, and normalizes it there.
+
+        The values are those of `pixel_dtype="float32"`, bit for bit, and a quarter of the bytes travels.
+
+        Args:
+            inputs: tensors by name, with `pixel_values` (N, L) and `pixel_bands` (N, C).
+            device: of the model.
+            dtype: of the model; other tensors than the pixels keep theirs.
+
+        Returns:
+            The tensors, with normalized `pixel_values` and without `pixel_bands`.
+        """
+        given = SimpleNamespace(**{name: getattr(self, name) for name in self._valid_kwargs_names})
+        moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+        rows, bands = moved["pixel_values"], moved.pop("pixel_bands")
+        side, channels = given.crop_size["height"], given.num_channels
+        windows = window_table(side, given.patch_size, given.canvas_scale, given.window_sizes, given.window_overlap)
+        table = torch.from_numpy(self._table(given)).to(device)
+        pixels = torch.empty(rows.shape, dtype=dtype, device=device)
+        start, sizes = 0, [side, *(window.size for window in windows)]
+        for length, size in zip(packed_lengths(side, windows, channels), sizes, strict=True):
+            shape = (len(rows), -1, channels, size**2)  # (N, windows, channels, pixels)
+            samples, values = (tensor[:, start : start + length].view(shape) for tensor in (rows, pixels))
+            for channel in range(channels):  # one at a time: an index takes four bytes
+                looked_up = torch.nn.functional.embedding(samples[:, :, channel].int(), table[channel][:, None])[..., 0]
+                values[:, :, channel] = looked_up * bands[:, channel, None, None]
+            start += length
+        return {**moved, "pixel_values": pixels}
 
 
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:

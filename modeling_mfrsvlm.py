@@ -503,6 +503,11 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
                 + "".join(f", {w.num_windows} windows of {w.size}" for w in config.windows if config.has_details)
                 + ". A shorter row lacks windows or was made with other settings: use the processor of this checkpoint."
             )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values hold {pixel_values.dtype}, which are not normalized yet: pass the inputs through "
+                "image_processor.to_device(inputs, model.device, model.dtype)."
+            )
         sizes = [config.image_size, *(window.size for window in config.windows)]
         parts = pixel_values.to(self.vision_tower.dtype).split(lengths, dim=1)
         return [part.reshape(-1, config.num_channels, s, s) for part, s in zip(parts, sizes, strict=False)]

@@ -265,7 +265,14 @@ class Answerer:
             return_tensors="pt",
             processor_kwargs={"padding": True},
         )
-        return dict(inputs.to(self.model.device, self.model.dtype))
+        return self._on_device(inputs)
+
+    def _on_device(self, inputs: Any) -> dict[str, Any]:
+        """Inputs on the device of the model; those that hold samples are normalized there."""
+        device, dtype = self.model.device, self.model.dtype
+        if "pixel_bands" in inputs:
+            return self.processor.image_processor.to_device(inputs, device, dtype)
+        return dict(inputs.to(device, dtype))
 
     def _encode_and_prefill(self, groups: Sequence[Sequence[Image.Image]], prompts: Sequence[Prompt]) -> "EncodedImages":
         features = self._encode(groups)
@@ -277,7 +284,7 @@ class Answerer:
     def _encode(self, groups: Sequence[Sequence[Image.Image]]) -> "ImageFeatures":
         images = [image for group in groups for image in group]
         owners = [index for index, group in enumerate(groups) for _ in group]
-        inputs = self.processor.image_processor(images, return_tensors="pt").to(self.model.device, self.model.dtype)
+        inputs = self._on_device(self.processor.image_processor(images, return_tensors="pt"))
         accepted = inspect.signature(self.model.get_image_features).parameters
         outputs = self.model.get_image_features(**{k: v for k, v in inputs.items() if k in accepted}, return_dict=True)
         grids = {name: value for name, value in inputs.items() if name.endswith("_thw")}

@@ -4,8 +4,8 @@
 
 All arms start from the small model, with a frozen vision encoder, and train an adapter (LoRA) of the decoder with the same
 questions: two that RGB cannot answer, about vegetation (near infrared) and moisture (radar), and ordinary ones about the
-objects. `bands` also trains the layer of the new bands. Two controls answer with its model: `shuffled` shows the new bands of
-another scene, and `missing` none. Answers are generated, and must be right to the letter.
+objects. `bands` also trains the layer of the new bands. Two controls answer with its model: `shuffled` shows the new bands
+of another scene, and `missing` none. Answers are generated, and must be right to the letter.
 
 A finished run is a line in DIR/runs.jsonl: started again, the command continues where it stopped.
 """
@@ -25,7 +25,6 @@ from scipy import stats
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..convert_checkpoint import widen
-from ..demo import MODEL
 from ..evaluation.answering import Answerer, Prompt
 from ..files.model_folder import load_model
 from ..files.reading import read_rows
@@ -48,7 +47,7 @@ VIEWS = {"rgb": ["true_color"], "composite": ["false_color"], "views": ["true_co
 SPECTRA = {"10 bands": 7, "30 bands": 27}  # narrow bands beside red, green and blue
 ARMS = (*VIEWS, "bands", *SPECTRA)
 CONTROLS = ("shuffled", "missing")
-RATES = {"lora": 1e-3, "extra_bands": 1e-2}
+RATES = {"lora": 5e-4, "extra_bands": 1e-3}
 SCENES_A_STEP, BAND_DROPOUT = 2, 0.1
 
 
@@ -106,13 +105,13 @@ def questions_of(scene: Scene, arm: str, ordinary: Sequence[str] = ORDINARY) -> 
     return [*ask_sensors(scene, twins), *ask(scene, ordinary)]
 
 
-def load(arm: str, work: Path) -> tuple[Any, Any]:
+def load(arm: str, model: str, work: Path) -> tuple[Any, Any]:
     """The model that an arm starts from, and its processor."""
     if arm in VIEWS:
-        return load_model(MODEL, dtype=torch.float32)
+        return load_model(model, dtype=torch.float32)
     folder = work / f"wide-{len(bands_of(arm))}"
     if not folder.exists():
-        widen(MODEL, bands_of(arm), folder, dtype="float32")
+        widen(model, bands_of(arm), folder, dtype="float32")
     return load_model(folder, dtype=torch.float32)
 
 
@@ -202,11 +201,15 @@ def drift_of(model: Any, start: Any, processor: Any, scenes: Scenes) -> float:
     images = [images_of(scenes.bands(index, "rgb"), "rgb")[0] for index in range(min(4, len(scenes)))]
     pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]
     features = [each.get_image_features(pixel_values, return_dict=True) for each in (model, start)]
-    pairs = zip(*([*made.pooler_output, *sum(made.deepstack_features, [])] for made in features), strict=True)
+    pairs = zip(*(tensors_of(made) for made in features), strict=True)
     return max(float((a - b).abs().max()) for a, b in pairs)
 
 
-def run(arm: str, seed: int, work: Path, counts: dict[str, int], epochs: int) -> list[dict[str, Any]]:
+def tensors_of(features: Any) -> list[torch.Tensor]:
+    return [*features.pooler_output, *(image for stack in features.deepstack_features for image in stack)]
+
+
+def run(arm: str, seed: int, start: str, work: Path, counts: dict[str, int], epochs: int) -> list[dict[str, Any]]:
     """Trains and measures an arm with one seed, and controls of it."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
@@ -215,13 +218,13 @@ def run(arm: str, seed: int, work: Path, counts: dict[str, int], epochs: int) ->
     for scenes in (train, test):  # drawn before the clock starts
         for index in range(len(scenes)):
             scenes.bands(index, arm)
-    model, processor = load(arm, work)
-    start = time.perf_counter()
+    model, processor = load(arm, start, work)
+    began = time.perf_counter()
     model = adapt(model, processor, train, arm, epochs)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - began
     drift = None
     if arm not in VIEWS:
-        drift = drift_of(model.get_base_model(), load(arm, work)[0], processor, test)
+        drift = drift_of(model.get_base_model(), load(arm, start, work)[0], processor, test)
     rows = []
     for control in (None, *(CONTROLS if arm == "bands" else ())):
         rows.append(
@@ -240,11 +243,11 @@ def run(arm: str, seed: int, work: Path, counts: dict[str, int], epochs: int) ->
     return rows
 
 
-def before(work: Path, counts: dict[str, int]) -> dict[str, Any]:
+def before(start: str, work: Path, counts: dict[str, int]) -> dict[str, Any]:
     """The scores of the small model as it is, without training."""
     torch.set_num_threads(1)
     test = Scenes(work / "scenes", "test", 0, counts["test"])
-    model, processor = load("rgb", work)
+    model, processor = load("rgb", start, work)
     return {"arm": "before training", "seed": 0, "settings": [counts, 0], "scores": score(model, processor, test, "rgb")}
 
 
@@ -282,6 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mfrsvlm.experiments.bands", description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, widened models and finished runs")
     parser.add_argument("--table", type=Path, required=True, help="Markdown file to write")
+    parser.add_argument("--model", default="demo/model", help="the small model, or one of its kind (default: %(default)s)")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="run only these arms")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=1)
@@ -297,7 +301,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for arm, seed in [("before training", 0), *((arm, seed) for seed in range(args.seeds) for arm in args.arms)]:
         if (arm, seed) in finished:
             continue
-        made = [before(args.work, counts)] if arm == "before training" else run(arm, seed, args.work, counts, args.epochs)
+        made: list[dict[str, Any]] = []
+        if arm == "before training":
+            made.append(before(args.model, args.work, counts))
+        else:
+            made += run(arm, seed, args.model, args.work, counts, args.epochs)
         with log.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in made)
         rows += made

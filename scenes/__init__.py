@@ -1,7 +1,8 @@
 """Synthetic overhead scenes with exact annotations.
 
-`drawing` plans a scene from a seed and draws it. `questions` makes questions and answers. `sensors` makes other bands. `python -m mfrsvlm.scenes`
-writes images and a JSONL file for training and evaluation. The benchmark `scenes` of `mfrsvlm.evaluation` scores answers.
+`drawing` plans a scene from a seed and draws it. `questions` makes questions and answers. `sensors` makes further bands.
+`python -m mfrsvlm.scenes` writes images and a JSONL file for training and evaluation. The benchmark `scenes` of
+`mfrsvlm.evaluation` scores answers.
 """
 
 from .drawing import CLASSES, KINDS, Scene, SceneObject, draw, plan_change, plan_scene, scene_seed

@@ -1,8 +1,8 @@
 """Other bands of a scene than those of `draw`: near infrared, short-wave infrared, radar, and narrow bands.
 
-Every material has a reflectance and a radar backscatter of the order that spectral libraries and radar handbooks give for it.
-They are made up, and no measurement. Some materials have a twin that looks the same in red, green and blue: healthy and dry
-vegetation, dry and wet ground, tiles and painted metal. Whatever RGB shows is drawn by `draw` and knows nothing of the twins.
+Every material has a reflectance and a radar backscatter of the order that spectral libraries and radar handbooks give for
+it. They are made up, and no measurement. Some materials have a twin that looks the same in red, green and blue: healthy and
+dry vegetation, dry and wet ground, tiles and painted metal. Whatever RGB shows is drawn by `draw` and knows nothing of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -167,11 +167,11 @@ def to_samples(values: np.ndarray, limits: tuple[float, float]) -> np.ndarray:
 def _vegetation(scene: Scene) -> Question | None:
     if scene.scene_class in BARREN:
         return None
-    return Question("vegetation", "Is the vegetation healthy or dry?", twins_of(scene).vegetation)
+    return Question("vegetation", "Is the vegetation healthy?", "yes" if twins_of(scene).vegetation == "healthy" else "no")
 
 
 def _ground_moisture(scene: Scene) -> Question:
-    return Question("moisture", "Is the ground wet or dry?", twins_of(scene).ground)
+    return Question("moisture", "Is the ground wet?", "yes" if twins_of(scene).ground == "wet" else "no")
 
 
 def _roofs(scene: Scene) -> Question | None:

@@ -156,6 +156,32 @@ def test_files_of_bands_that_are_damaged_or_too_large_are_refused(tmp_path, monk
             open_image(f"{name}.npz", tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_samples_are_normalized_on_the_device_bit_for_bit(dtype):
+    wide, narrow = processor_of(BANDS), MFRSVLMImageProcessor.for_model(tiny_config())
+    array = np.random.default_rng(0).integers(0, 256, (5, 40, 31), dtype=np.uint8)
+    bands = dict(zip(BANDS[:4], array, strict=False))
+    for processor, images in ((wide, [array, bands, picture("array")]), (narrow, [picture("gray"), picture("image")])):
+        expected = processor(images, return_tensors="pt")["pixel_values"]
+        inputs = processor(images, return_tensors="pt", pixel_dtype="uint8")
+        assert inputs["pixel_values"].dtype == torch.uint8 and inputs["pixel_values"].nbytes == expected.nbytes / 4
+        made = processor.to_device({**inputs, "input_ids": torch.ones(1, 2)}, "cpu", dtype)
+        assert set(made) == {"pixel_values", "input_ids"} and torch.equal(made["pixel_values"], expected.to(dtype))
+    assert inputs["pixel_bands"].all() and isinstance(wide([array], pixel_dtype="uint8")["pixel_values"][0], np.ndarray)
+
+
+def test_samples_that_are_not_normalized_are_refused():
+    model = encoder_model("clip_vision_model")
+    rows = MFRSVLMImageProcessor.for_model(model.config)(picture("image"), return_tensors="pt", pixel_dtype="uint8")
+    with pytest.raises(ValueError, match=r"pixel_values hold torch.uint8, which are not normalized yet: .*to_device"):
+        model.get_image_features(rows["pixel_values"])
+    for settings in ({"window_packing": "channels_first"}, {"canvas_source": "global_view"}):
+        with pytest.raises(ValueError, match=r'pixel_dtype="uint8" does not go with'):
+            processor_of(BANDS, pixel_dtype="uint8", **settings)
+    with pytest.raises(ValueError, match="Image 0 has samples of float32"):
+        processor_of(BANDS, pixel_dtype="uint8", do_rescale=False)(picture("float"))
+
+
 def test_settings_of_three_bands_are_saved_as_before(tmp_path):
     MFRSVLMImageProcessor.for_model(tiny_config()).save_pretrained(tmp_path)
     assert "image_bands" not in (tmp_path / "preprocessor_config.json").read_text()
@@ -221,15 +247,14 @@ def test_every_encoder_sees_rgb_as_before_bit_for_bit(family, encoding):
 
 
 @pytest.mark.parametrize("family", ENCODERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_of_three_bands_load_into_more(family, dtype, tmp_path):
-    model = encoder_model(family).to(dtype)
+def test_weights_of_three_bands_load_into_more(family, tmp_path):
+    model = encoder_model(family)
     model.save_pretrained(tmp_path / "model")
-    model = aligned(MFRSVLMForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=dtype))
+    model = aligned(MFRSVLMForConditionalGeneration.from_pretrained(tmp_path / "model"))
     config = wide_config(model.config)
     row = rows_of(config, PLACES, stem=PLACES)
     before = features(model, rows_of(model.config, PLACES))
-    wide = MFRSVLMForConditionalGeneration.from_pretrained(tmp_path / "model", config=config, dtype=dtype)
+    wide = MFRSVLMForConditionalGeneration.from_pretrained(tmp_path / "model", config=config)
     assert torch.equal(features(aligned(wide), row), before)
     wide.save_pretrained(tmp_path / "wide")
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "wide", trust_remote_code=True)
