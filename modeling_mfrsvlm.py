@@ -222,22 +222,35 @@ def stitch_windows(features: torch.Tensor, window: WindowScale, canvas_side: int
     Returns:
         (N, C, canvas_side, canvas_side)
     """
-    num_images, num_windows, channels, side, _ = features.shape
+    side = features.shape[-1]
+    pieces = features.permute(0, 1, 3, 4, 2)  # (N, n, t, t, C): channels lie last in memory, as the encoder leaves them
+    blocks, per_side, stride = -(-side // window.token_stride), window.windows_per_side, window.token_stride
+
+    def overlap_add(pieces: torch.Tensor) -> torch.Tensor:
+        """(N, n, t, t, C) to (N, canvas_side, canvas_side, C)."""
+        count, channels, rest = len(pieces), pieces.shape[-1], blocks * stride - side
+        if rest:
+            pieces = nn.functional.pad(pieces, (0, 0, 0, rest, 0, rest))
+        pieces = pieces.reshape(count, per_side, per_side, blocks, stride, blocks, stride, channels)
+        # A window covers blocks of one stride, so all windows are added at once, block by block.
+        blocks_per_side = per_side + blocks - 1
+        canvas = pieces.new_zeros(count, blocks_per_side, stride, blocks_per_side, stride, channels)
+        for row in range(blocks):
+            for column in range(blocks):
+                block = pieces[:, :, :, row, :, column].transpose(2, 3)  # (N, w, s, w, s, C)
+                canvas[:, row : row + per_side, :, column : column + per_side] += block
+        canvas = canvas.view(count, blocks_per_side * stride, blocks_per_side * stride, channels)
+        return canvas[:, :canvas_side, :canvas_side]
+
+    if blocks == 1:  # the windows lie side by side, and weights would cancel
+        return overlap_add(pieces).permute(0, 3, 1, 2)
     if weighting == "hann":
         profile = torch.hann_window(side, periodic=False, device=features.device)
     else:
         profile = torch.sin(torch.pi * (torch.arange(side, device=features.device) + 0.5) / side).square()
-    weights = torch.outer(profile, profile).to(features.dtype)
-
-    def overlap_add(columns: torch.Tensor) -> torch.Tensor:
-        return nn.functional.fold(
-            columns, (canvas_side, canvas_side), kernel_size=window.tokens_per_side, stride=window.token_stride
-        )
-
-    weighted = (features * weights).permute(0, 2, 3, 4, 1)  # (N, C, t, t, n)
-    canvas = overlap_add(weighted.reshape(num_images, channels * side * side, num_windows))
-    total = overlap_add(weights.reshape(1, side * side, 1).expand(1, side * side, num_windows))
-    return canvas / total.clamp(min=1e-6)
+    weights = torch.outer(profile, profile).to(features.dtype)[..., None]  # (t, t, 1)
+    total = overlap_add(weights.expand(1, per_side**2, side, side, 1))
+    return (overlap_add(pieces * weights) / total.clamp(min=1e-6)).permute(0, 3, 1, 2)
 
 
 def split_phases(canvas: torch.Tensor, factor: int) -> torch.Tensor:
