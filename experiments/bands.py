@@ -47,7 +47,7 @@ VIEWS = {"rgb": ["true_color"], "composite": ["false_color"], "views": ["true_co
 SPECTRA = {"10 bands": 7, "30 bands": 27}  # narrow bands beside red, green and blue
 ARMS = (*VIEWS, "bands", *SPECTRA)
 CONTROLS = ("shuffled", "missing")
-RATES = {"lora": 5e-4, "extra_bands": 1e-3}
+RATES = {"lora": 5e-4, "extra_bands": 4e-3}
 SCENES_A_STEP, BAND_DROPOUT = 2, 0.1
 
 

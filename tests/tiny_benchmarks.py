@@ -5,10 +5,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from mfrsvlm.evaluation.benchmarks import BENCHMARKS
+from mfrsvlm.evaluation.benchmarks.eurosat import CLASSES as EUROSAT
 from mfrsvlm.scenes.dataset import DatasetPlan, write_dataset
+
+
+# Pixels a side of each band of a patch of BigEarthNet.
+BIGEARTHNET_SIDES = {
+    "B01": 20, "B02": 120, "B03": 120, "B04": 120, "B05": 60, "B06": 60, "B07": 60, "B08": 120, "B8A": 60, "B09": 20,
+    "B11": 60, "B12": 60,
+}  # fmt: skip
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -280,6 +289,47 @@ def make_boxes_json(root: Path) -> None:
     write_json(root / "boxes.json", rows)
 
 
+def write_bands(path: Path, count: int, side: int, value: int) -> None:
+    """A GeoTIFF of 16 bits whose band number i, from one, holds `value + 100 * i`."""
+    import rasterio
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = {"count": count, "width": side, "height": side, "dtype": "uint16"}
+    with rasterio.open(
+        path, "w", driver="GTiff", crs="EPSG:32631", transform=rasterio.Affine(10, 0, 0, 0, -10, 0), **shape
+    ) as f:
+        for band in range(1, count + 1):
+            f.write(np.full((side, side), value + 100 * band, np.uint16), band)
+
+
+def make_eurosat_ms(root: Path) -> None:
+    for label in EUROSAT:
+        for number in (1, 2):
+            write_bands(root / "EuroSAT_MS" / camel(label) / f"{camel(label)}_{number}.tif", 13, 64, 500)
+
+
+def make_bigearthnet(root: Path) -> None:
+    from pyarrow import Table, parquet
+
+    patches = {
+        "S2A_MSIL2A_20170613T101031_N9999_R022_T33UUP_26_57": "test",
+        "S2B_MSIL2A_20180421T114349_N9999_R123_T29UNB_0_1": "train",
+    }
+    labels = [["Pastures", "Arable land"], ["Marine waters"]]
+    parquet.write_table(
+        Table.from_pydict({"patch_id": list(patches), "labels": labels, "split": list(patches.values())}),
+        root / "metadata.parquet",
+    )
+    for patch in patches:
+        for number, (band, side) in enumerate(BIGEARTHNET_SIDES.items()):
+            write_bands(
+                root / "BigEarthNet-S2" / patch.rsplit("_", 2)[0] / patch / f"{patch}_{band}.tif",
+                1,
+                side,
+                400 + 100 * number,
+            )
+
+
 # Benchmark -> what writes its stand-in into an existing folder.
 MAKERS: dict[str, Callable[[Path], None]] = {
     "rsvqa-lr": make_rsvqa_lr,
@@ -288,6 +338,8 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "nwpu-resisc45": make_folders("nwpu-resisc45", "NWPU-RESISC45", lambda label: label.replace(" ", "_"), ".jpg"),
     "whu-rs19": make_folders("whu-rs19", "", camel, ".jpg"),
     "siri-whu": make_folders("siri-whu", "12class_tif", lambda label: label.replace(" ", "_"), ".tif"),
+    "eurosat-ms": make_eurosat_ms,
+    "bigearthnet": make_bigearthnet,
     "eurosat": make_folders("eurosat", "2750", camel, ".jpg"),
     "uc-merced": make_folders("uc-merced", "UCMerced_LandUse/Images", lambda label: label.replace(" ", ""), ".tif"),
     "meter-ml": make_folders("meter-ml", "", lambda label: label.replace(" ", "_"), ".png"),
@@ -312,6 +364,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
 # Samples in the default split of each stand-in.
 COUNTS = {
     "rsvqa-lr": 4, "rsvqa-hr": 4, "aid": 60, "nwpu-resisc45": 90, "whu-rs19": 38, "siri-whu": 24, "eurosat": 20,
+    "eurosat-ms": 20, "bigearthnet": 19,
     "uc-merced": 42, "meter-ml": 14, "rsicd": 2, "sydney-captions": 2, "ucm-captions": 2, "rsitmd": 2, "nwpu-captions": 2,
     "vrsbench-captions": 2, "vrsbench-vqa": 2, "vrsbench-referring": 2, "dior-rsvg": 2, "vhm-eval": 2,
     "ucm-multilabel": 34, "rsvg-hr": 2, "detection-grounding": 1, "detection-counting": 3, "detection-all": 3,
