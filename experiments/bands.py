@@ -2,10 +2,10 @@
 
     python -m mfrsvlm.experiments.bands --work DIR --table docs/bands/table.md
 
-All arms start from the small model, with a frozen vision encoder, and train an adapter (LoRA) of the decoder, the projector
-and the injectors with the same questions: two that RGB cannot answer, about vegetation (near infrared) and moisture (radar),
-and ordinary ones about the objects. `bands` also trains the layer of the new bands. Two controls answer with its model:
-`shuffled` shows the new bands of another scene, and `missing` none. Answers are generated, and must be right to the letter.
+All arms start from the small model, with a frozen vision encoder, and train an adapter (LoRA) of the decoder with the same
+questions: two that RGB cannot answer, about vegetation (near infrared) and moisture (radar), and ordinary ones about the
+objects. `bands` also trains the layer of the new bands. Two controls answer with its model: `shuffled` shows the new bands
+of another scene, and `missing` none. Answers are generated, and must be right to the letter.
 
 A finished run is a line in DIR/runs.jsonl: started again, the command continues where it stopped.
 """
@@ -47,8 +47,8 @@ VIEWS = {"rgb": ["true_color"], "composite": ["false_color"], "views": ["true_co
 SPECTRA = {"10 bands": 7, "30 bands": 27}  # narrow bands beside red, green and blue
 ARMS = (*VIEWS, "bands", *SPECTRA)
 CONTROLS = ("shuffled", "missing")
-RATES = {"lora": 1e-3, "extra_bands": 2e-3, "modules_to_save": 3e-4}  # the last: projector and injectors
-SCENES_A_STEP, BAND_DROPOUT = 2, 0.1
+RATES = {"lora": 5e-4, "extra_bands": 5e-3}
+SCENES_A_STEP, BAND_DROPOUT = 2, 0.3
 
 
 def bands_of(arm: str) -> list[str]:
@@ -116,15 +116,15 @@ def load(arm: str, model: str, work: Path) -> tuple[Any, Any]:
 
 
 def adapt(model: Any, processor: Any, scenes: Scenes, arm: str, epochs: int) -> Any:
-    """Trains an adapter with projector and injectors and, for an arm with bands, the layer of new bands."""
-    frozen = ["vision_tower"] if arm in VIEWS else []
+    """Trains an adapter and, for an arm with bands, the layer of new bands."""
+    frozen = ["projector", "injectors", *(["vision_tower"] if arm in VIEWS else [])]
     options = ModelArguments(lora=True, lora_r=16, lora_alpha=32, lora_dropout=0.0)
     model = add_lora(model, options, frozen)
     freeze_parts(model, frozen, only_new_bands=True)
     groups: dict[str, list[Any]] = {name: [] for name in RATES}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[next(kind for kind in ("extra_bands", "modules_to_save", "lora") if kind in name)].append(parameter)
+            groups["extra_bands" if "extra_bands" in name else "lora"].append(parameter)
     optimizer = torch.optim.AdamW(
         [{"params": parameters, "lr": RATES[name]} for name, parameters in groups.items() if parameters], weight_decay=0.0
     )

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +331,17 @@ def make_bigearthnet(root: Path) -> None:
             )
 
 
+def make_so2sat(root: Path) -> None:
+    import h5py
+
+    rng = np.random.default_rng(0)
+    for name in ("training", "validation", "testing"):
+        with h5py.File(root / f"{name}.h5", "w") as file:
+            file["sen2"] = rng.uniform(0, 0.25, (3, 32, 32, 10))
+            file["sen1"] = rng.uniform(0.01, 1.0, (3, 32, 32, 8))
+            file["label"] = np.eye(17)[[16, 0, 9]]
+
+
 # Benchmark -> what writes its stand-in into an existing folder.
 MAKERS: dict[str, Callable[[Path], None]] = {
     "rsvqa-lr": make_rsvqa_lr,
@@ -360,11 +372,12 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "detection-counting": make_yolo,
     "detection-all": make_yolo,
     "scenes": make_scenes,
+    **({"so2sat": make_so2sat} if find_spec("h5py") else {}),  # no dependency of this package
 }
 # Samples in the default split of each stand-in.
 COUNTS = {
     "rsvqa-lr": 4, "rsvqa-hr": 4, "aid": 60, "nwpu-resisc45": 90, "whu-rs19": 38, "siri-whu": 24, "eurosat": 20,
-    "eurosat-ms": 20, "bigearthnet": 19,
+    "eurosat-ms": 20, "bigearthnet": 19, "so2sat": 3,
     "uc-merced": 42, "meter-ml": 14, "rsicd": 2, "sydney-captions": 2, "ucm-captions": 2, "rsitmd": 2, "nwpu-captions": 2,
     "vrsbench-captions": 2, "vrsbench-vqa": 2, "vrsbench-referring": 2, "dior-rsvg": 2, "vhm-eval": 2,
     "ucm-multilabel": 34, "rsvg-hr": 2, "detection-grounding": 1, "detection-counting": 3, "detection-all": 3,

@@ -22,7 +22,8 @@ SENTINEL_2 = {
     "B07": "rededge078", "B08": "nir", "B8A": "nir08", "B09": "nir09", "B10": "cirrus", "B11": "swir16", "B12": "swir22",
 }  # fmt: skip
 UNIT = 10_000  # stored for a reflectance of 1
-WHITE = {**dict.fromkeys(RGB, 0.3)}  # reflectance; 0.6 for others
+WHITE = dict.fromkeys(RGB, 0.3)  # reflectance; 0.6 for others
+DECIBELS = (-30.0, 6.0)  # of radar, black and white
 
 
 def choose_bands(bands: Sequence[str] | None, known: Sequence[str], name: str) -> list[str]:
@@ -38,12 +39,22 @@ def choose_bands(bands: Sequence[str] | None, known: Sequence[str], name: str) -
     return chosen
 
 
-def as_image(bands: Mapping[str, np.ndarray]) -> Any:
-    """Stored numbers by band as an image in color if they are red, green and blue, else as 8 bits by band."""
+def to_samples(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Numbers as 8 bits between two limits."""
+    return np.rint((values.astype(np.float32) - low) * np.float32(255 / (high - low))).clip(0, 255).astype(np.uint8)
+
+
+def as_image(bands: Mapping[str, np.ndarray], unit: float = UNIT) -> Any:
+    """Bands as an image in color if they are red, green and blue, else as 8 bits by band.
+
+    Args:
+        bands: reflectance times `unit`; of radar (vv, vh), dB.
+        unit: what is stored for a reflectance of 1.
+    """
     made = {}
     for name, values in bands.items():
-        scaled = values.astype(np.float32) * np.float32(255 / (UNIT * WHITE.get(name, 0.6)))
-        made[name] = np.rint(scaled).clip(0, 255).astype(np.uint8)
+        limits = DECIBELS if name in ("vv", "vh") else (0.0, unit * WHITE.get(name, 0.6))
+        made[name] = to_samples(values, *limits)
     if set(made) == set(RGB):
         return Image.fromarray(np.stack([made[name] for name in RGB], axis=2))
     return made

@@ -83,3 +83,27 @@ def short_files(root: Path) -> Path:
     for label in EUROSAT:
         write_bands(root / "short" / camel(label) / f"{camel(label)}_1.tif", 12, 8, 0)
     return root / "short"
+
+
+def test_so2sat_joins_optical_and_radar(root):
+    h5py = pytest.importorskip("h5py", reason="h5py is no dependency of this package")
+    MAKERS["so2sat"](root)
+    benchmark = load_benchmark("so2sat", root, bands=["nir", "vv", "red"])
+    assert [sample.references[0] for sample in benchmark.samples] == ["water", "compact high-rise", "heavy industry"]
+    bands = benchmark.read_image("1")
+    with h5py.File(root / "testing.h5") as file:
+        optical, radar = file["sen2"][1], file["sen1"][1]
+    assert list(bands) == ["nir", "vv", "red"]
+    for name, expected in (
+        ("red", optical[..., 2] / 0.3),
+        ("nir", optical[..., 6] / 0.6),
+        ("vv", (10 * np.log10(radar[..., 5]) + 30) / 36),
+    ):
+        assert np.abs(bands[name] - 255 * expected.clip(0, 1)).max() <= 0.51, name
+    with h5py.File(root / "testing.h5", "a") as file:
+        file["label"][...] = 0
+    with pytest.raises(BenchmarkError, match="does not mark one of 17 classes in each row"):
+        load_benchmark("so2sat", root)
+    (root / "testing.h5").write_bytes(b"no file")
+    with pytest.raises(BenchmarkError, match=r"testing\.h5 cannot be read, or has no label"):
+        load_benchmark("so2sat", root)

@@ -177,6 +177,18 @@ def test_an_assistant_passes_all_bands_of_its_model(wide, tmp_path):
         assistant.query(first, "Is there a river?")
 
 
+def test_bytes_that_are_normalized_on_the_device_give_the_same_answers(wide, tmp_path):
+    path, scores = four_bands(tmp_path / "scene.tif"), []
+    for dtype in ("float32", "uint8"):
+        assistant = GeoAssistant.from_pretrained(str(wide), max_new_tokens=8, device="cpu", dtype="float32")
+        assistant.answerer.processor.image_processor.pixel_dtype = dtype
+        with pytest.warns(RasterWarning, match="lacks vv"):
+            frame = assistant.query(path, ["Is there a river?", "How many ships are there?"], tile=60)
+        scores.append(frame[["answer", "score"]].values.tolist())
+        assert frame["error"].isna().all()
+    assert scores[0] == scores[1]
+
+
 def test_commands_pass_all_bands(wide, tmp_path, capsys):
     path = four_bands(tmp_path / "scene.tif")
     command = [path, "--model", str(wide), "--device", "cpu", "--max-new-tokens", "4", "--json"]
