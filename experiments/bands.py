@@ -287,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--train-scenes", type=int, default=160)
-    parser.add_argument("--test-scenes", type=int, default=100)
+    parser.add_argument("--test-scenes", type=int, default=60)
     args = parser.parse_args(arguments)
     check_file(args.table)
     args.work.mkdir(parents=True, exist_ok=True)
