@@ -12,6 +12,7 @@ A finished run is a line in DIR/runs.jsonl: started again, the command continues
 
 import argparse
 import json
+import os
 import resource
 import time
 from collections.abc import Sequence
@@ -48,7 +49,7 @@ SPECTRA = {"10 bands": 7, "30 bands": 27}  # narrow bands beside red, green and 
 ARMS = (*VIEWS, "bands", *SPECTRA)
 CONTROLS = ("shuffled", "missing")
 RATES = {"lora": 5e-4, "extra_bands": 5e-3}
-SCENES_A_STEP, BAND_DROPOUT = 2, 0.3
+SCENES_A_STEP, BAND_DROPOUT = 2, 0.1
 
 
 def bands_of(arm: str) -> list[str]:
@@ -80,7 +81,7 @@ class Scenes:
         if not path.exists():
             factor = SCENE_SIZE // CANVAS
             planes = {name: Image.fromarray(plane).reduce(factor) for name, plane in sense(scene, names).items()}
-            part = path.with_suffix(".part.npz")
+            part = path.with_suffix(f".{os.getpid()}.npz")
             np.savez(part, **{name: np.asarray(plane) for name, plane in planes.items()})
             part.replace(path)
         with np.load(path) as file:
@@ -285,8 +286,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="demo/model", help="the small model, or one of its kind (default: %(default)s)")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="run only these arms")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--train-scenes", type=int, default=160)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--train-scenes", type=int, default=120)
     parser.add_argument("--test-scenes", type=int, default=60)
     args = parser.parse_args(arguments)
     check_file(args.table)

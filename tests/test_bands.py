@@ -182,6 +182,25 @@ def test_samples_that_are_not_normalized_are_refused():
         processor_of(BANDS, pixel_dtype="uint8", do_rescale=False)(picture("float"))
 
 
+def test_files_of_bands_with_changed_bytes_are_read_or_refused(tmp_path):
+    np.savez_compressed(tmp_path / "whole.npz", red=np.arange(600, dtype=np.uint8).reshape(20, 30), nir=np.ones((20, 30)))
+    whole, random, refused = (tmp_path / "whole.npz").read_bytes(), np.random.default_rng(0), 0
+    for _ in range(300):
+        content = bytearray(whole)
+        for place in random.integers(0, len(content), random.integers(1, 6)):
+            content[place] = random.integers(256)
+        cut = random.integers(1, len(content)) if random.random() < 0.3 else len(content)
+        (tmp_path / "scene.npz").write_bytes(content[:cut])
+        try:
+            bands = open_image("scene.npz", tmp_path)
+            assert all(isinstance(band, np.ndarray) for band in bands.values())
+            processor_of(BANDS)(bands)
+        except ValueError as error:
+            refused += 1
+            assert len(str(error).splitlines()) == 1
+    assert refused > 100
+
+
 def test_settings_of_three_bands_are_saved_as_before(tmp_path):
     MFRSVLMImageProcessor.for_model(tiny_config()).save_pretrained(tmp_path)
     assert "image_bands" not in (tmp_path / "preprocessor_config.json").read_text()

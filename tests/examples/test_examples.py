@@ -76,6 +76,13 @@ def test_finetune_lora(tmp_path):
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize("way", ["views", "bands"])
+def test_finetune_bands(way, tmp_path):
+    share = load_example("finetune_bands").main(way, tmp_path / "run", scenes=4, steps=2, new_scenes=2)
+    assert 0 <= share <= 1 and (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.integration
 def test_evaluate_model(capsys):
     summaries = load_example("evaluate_model").main(str(MODEL), 8, "strict-without-java")
     assert set(summaries) == {"image", "blind"}
