@@ -32,6 +32,7 @@ def load(
     check_counts: bool,
     classes: Sequence[str] | None = None,
     bands: Sequence[str] | None = None,
+    allow_outside_images: bool = False,
 ) -> Benchmark:
     """One question for each patch and class.
 
@@ -69,7 +70,7 @@ def load(
         inside = folder / patch.rsplit("_", 2)[0] / patch
         return {band: (inside / f"{patch}_{FILES[band]}.tif", 1) for band in chosen}
 
-    return with_bands(Benchmark(name, split, root, samples, left_out=left), places)
+    return with_bands(Benchmark(name, split, root, samples, left_out=left), places, allow_outside_images)
 
 
 def read_table(path: Path) -> list[dict[str, object]]:

@@ -8,6 +8,7 @@ from .class_folders import ALL, ClassFolders
 from .eurosat import BENCHMARK as EUROSAT
 from .eurosat import CLASSES
 from .info import BenchmarkInfo
+from .reading import require_inside
 from .sample import Benchmark
 from .spectral import SENTINEL_2, choose_bands, with_bands
 
@@ -26,11 +27,18 @@ def load(
     check_counts: bool,
     classes: Sequence[str] | None = None,
     bands: Sequence[str] | None = None,
+    allow_outside_images: bool = False,
 ) -> Benchmark:
     """See `ClassFolders.load` and `spectral`."""
     chosen = choose_bands(bands, ORDER, name)
     benchmark = FOLDERS.load(name, root, split, check_counts, classes)
-    return with_bands(benchmark, lambda image: {band: (root / image, ORDER.index(band) + 1) for band in chosen})
+    if not allow_outside_images:
+        require_inside(root, [image for sample in benchmark.samples for image in sample.images])
+
+    def places(image: str) -> dict[str, tuple[Path, int]]:
+        return {band: (root / image, ORDER.index(band) + 1) for band in chosen}
+
+    return with_bands(benchmark, places, allow_outside_images)
 
 
 BENCHMARK: BenchmarkInfo = replace(EUROSAT, loader=load, splits={ALL: 27000})

@@ -5,6 +5,7 @@ names give `{band: array}` for a model with these `image_bands`. Files are read 
 image: reflectance from 0 to 0.3 in red, green and blue, and from 0 to 0.6 in other bands.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .reading import require_inside
 from .sample import Benchmark, BenchmarkError
 
 
@@ -88,12 +90,18 @@ def read_files(places: Mapping[str, tuple[Path, int]]) -> dict[str, np.ndarray]:
     return read
 
 
-def with_bands(benchmark: Benchmark, places: Callable[[str], Mapping[str, tuple[Path, int]]]) -> Benchmark:
+def with_bands(
+    benchmark: Benchmark, places: Callable[[str], Mapping[str, tuple[Path, int]]], allow_outside: bool
+) -> Benchmark:
     """The benchmark, whose images are read as bands. `places` gives the file and number of each band of an image."""
+    root = Path(benchmark.root or ".")
 
     def open_image(name: str) -> Any:
         try:
-            return as_image(read_files(places(name)))
+            files = places(name)
+            if not allow_outside:
+                require_inside(root, [os.path.relpath(path, root) for path, _ in files.values()])
+            return as_image(read_files(files))
         except BenchmarkError as error:
             sample = next((sample.id for sample in benchmark.samples if name in sample.images), None)
             raise BenchmarkError(f"Image {name} of sample {sample!r} of {benchmark.name} cannot be read: {error}") from error

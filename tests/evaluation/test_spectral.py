@@ -62,6 +62,21 @@ def test_wrong_bands_are_named(name, bands, root):
         load_benchmark(name, root, check_counts=False, bands=bands)
 
 
+@pytest.mark.parametrize("name", ["eurosat-ms", "bigearthnet"])
+def test_links_out_of_the_folder_are_followed_on_wish_alone(name, tmp_path):
+    root = tmp_path / "data"
+    root.mkdir()
+    MAKERS[name](root)
+    file = next(path for path in sorted(root.rglob("*.tif")) if "B02" in path.name or name == "eurosat-ms")
+    file.rename(tmp_path / "outside.tif")
+    file.symlink_to(tmp_path / "outside.tif")
+    with pytest.raises(BenchmarkError, match=r"images are outside of .*allow_outside_images"):
+        benchmark = load_benchmark(name, root, check_counts=False)
+        benchmark.read_image(benchmark.samples[0].images[0])
+    benchmark = load_benchmark(name, root, check_counts=False, allow_outside_images=True)
+    assert benchmark.read_image(benchmark.samples[0].images[0]).mode == "RGB"
+
+
 def test_damaged_files_are_named(root):
     MAKERS["bigearthnet"](root)
     benchmark = load_benchmark("bigearthnet", root, bands=BANDS)
