@@ -71,6 +71,11 @@ logger = logging.get_logger(__name__)
 TOKENS_PER_PASS_ON_CPU, TOKENS_PER_PASS = 1200, 16384
 
 
+# What quantization leaves whole, unless its config names modules itself. These parts are small, and all that the decoder
+# sees of an image passes them.
+WHOLE_PARTS = ("vision_tower", "stage_projections", "multi_modal_projector", "injectors")
+
+
 @dataclass
 class MFRSVLMImageFeatures(BaseModelOutputWithPooling):
     """What `get_image_features` returns.
@@ -253,6 +258,19 @@ def stitch_windows(features: torch.Tensor, window: WindowScale, canvas_side: int
     return (overlap_add(pieces * weights) / total.clamp(min=1e-6)).permute(0, 3, 1, 2)
 
 
+def keep_parts_whole(quantization_config: Any) -> Any:
+    """A copy of a quantization config that leaves `WHOLE_PARTS` and the head out. It is unchanged if it names modules."""
+    field = next(
+        (name for name in ("modules_to_not_convert", "llm_int8_skip_modules") if hasattr(quantization_config, name)), None
+    )
+    if field is None or getattr(quantization_config, field):
+        return quantization_config
+    quantization_config = copy.deepcopy(quantization_config)
+    # By their names in the whole model, and in one without a head.
+    setattr(quantization_config, field, [*WHOLE_PARTS, *(f"model.{part}" for part in WHOLE_PARTS), "lm_head"])
+    return quantization_config
+
+
 def split_phases(canvas: torch.Tensor, factor: int) -> torch.Tensor:
     """Splits (N, C, factor * s, factor * s) into its shifted sub-grids `[r::factor, c::factor]`, r outer, c inner.
 
@@ -286,6 +304,13 @@ class MFRSVLMPreTrainedModel(PreTrainedModel):
             names = dict.fromkeys(("", "text_config"), attn_implementation)
             attn_implementation = {**names, "vision_config": "eager"}
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
+        """As in `transformers`. Quantization leaves vision tower, projector, injectors and head whole, see `WHOLE_PARTS`."""
+        if quantization_config is not None:
+            kwargs["quantization_config"] = keep_parts_whole(quantization_config)
+        return super().from_pretrained(*args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any) -> None:
         """As in `transformers`, with `checksums.json`, and without weights of an earlier save in another number of files."""
