@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 
 from ..evaluation import EvaluationSettings, evaluate, load_benchmark
 from ..evaluation.evaluate import evaluate_majority
@@ -157,15 +158,15 @@ def load_start(model: MFRSVLMForConditionalGeneration, path: Path) -> None:
 
 
 def train_decoder(
-    model: MFRSVLMForConditionalGeneration, processor: Any, rows: SceneQuestions, **settings: Any
+    model: MFRSVLMForConditionalGeneration, processor: Any, rows: Dataset[Any], file: Path = CONFIG, **settings: Any
 ) -> dict[str, float]:
-    """Trains as `training/configs/demo_model.yaml` says, on cached features, but for `settings`.
+    """Trains as a file of `training/configs` says, on cached features, but for `settings`.
 
     Returns:
         `seconds` and `decoder_tokens` that it took.
     """
     fixed = {"save_strategy": "no", "include_num_input_tokens_seen": "true"}
-    _, args = DemoModelConfig().read(CONFIG, [f"--{name}={value}" for name, value in (settings | fixed).items()])
+    _, args = DemoModelConfig().read(file, [f"--{name}={value}" for name, value in (settings | fixed).items()])
     freeze_encoder(model)
     trainer = DemoModelTrainer(
         model=model, args=args, data_collator=BranchCollator(processor), train_dataset=rows, processing_class=processor

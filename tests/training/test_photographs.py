@@ -10,7 +10,7 @@ import pytest
 import torch
 from external_data import external_data
 from PIL import Image
-from tiny_photographs import CLASSES, LABELS, make_photographs, texture
+from tiny_photographs import BLOCKS, CLASSES, LABELS, lite0_state, make_photographs, texture
 from torch.nn import functional as F
 from transformers import EfficientNetModel
 
@@ -241,55 +241,6 @@ def test_count_error_is_the_sum_over_tiles_and_frames(real, monkeypatch):
 
 
 # The tower
-
-
-def lite0_state(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random weights of EfficientNet-lite0 under the names of the package `efficientnet-lite-pytorch`."""
-    generator = torch.Generator().manual_seed(seed)
-    state: dict[str, torch.Tensor] = {}
-
-    def convolution(name, out, per_group, size):
-        state[f"{name}.weight"] = (
-            torch.randn(out, per_group, size, size, generator=generator) * (per_group * size**2) ** -0.5
-        )
-
-    def norm(name, channels):
-        state[f"{name}.weight"] = 1 + 0.2 * torch.rand(channels, generator=generator)
-        state[f"{name}.bias"] = 0.2 * torch.randn(channels, generator=generator)
-        state[f"{name}.running_mean"] = 0.1 * torch.randn(channels, generator=generator)
-        state[f"{name}.running_var"] = 0.5 + torch.rand(channels, generator=generator)
-        state[f"{name}.num_batches_tracked"] = torch.tensor(1)
-
-    convolution("_conv_stem", 32, 3, 3)
-    norm("_bn0", 32)
-    for number, (inner, outer, ratio, kernel, _) in enumerate(BLOCKS):
-        name, wide = f"_blocks.{number}", inner * ratio
-        if ratio > 1:
-            convolution(f"{name}._expand_conv", wide, inner, 1)
-            norm(f"{name}._bn0", wide)
-        convolution(f"{name}._depthwise_conv", wide, 1, kernel)
-        norm(f"{name}._bn1", wide)
-        convolution(f"{name}._project_conv", outer, wide, 1)
-        norm(f"{name}._bn2", outer)
-    convolution("_conv_head", 1280, 320, 1)
-    norm("_bn1", 1280)
-    return state | {"_fc.weight": torch.zeros(1000, 1280), "_fc.bias": torch.zeros(1000)}
-
-
-# Of each block: channels before and after, expansion, kernel, stride (table 1 of the paper, with three layers and so on).
-STAGES = [
-    (16, 1, 3, 1, 1),
-    (24, 6, 3, 2, 2),
-    (40, 6, 5, 2, 2),
-    (80, 6, 3, 2, 3),
-    (112, 6, 5, 1, 3),
-    (192, 6, 5, 2, 4),
-    (320, 6, 3, 1, 1),
-]
-BLOCKS = []
-for outer, ratio, kernel, stride, repeats in STAGES:
-    for index in range(repeats):
-        BLOCKS.append((BLOCKS[-1][1] if BLOCKS else 32, outer, ratio, kernel, stride if index == 0 else 1))
 
 
 def plain_lite0(state: dict[str, torch.Tensor], pixels: torch.Tensor) -> list[torch.Tensor]:

@@ -1,5 +1,6 @@
 """Questions about photographs as rows to train on, with cached features of rotated and mirrored copies."""
 
+import copy
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -95,6 +96,7 @@ class PhotographQuestions(Dataset[dict[str, Any]]):
         path: cache file of the features, see `cache_image_features`.
         copies: rotated and mirrored copies of each photograph, the photograph itself included; at most 8.
         rounds: different sets of questions about each copy.
+        side: of the photographs in pixels before the processor; default: that of the global view.
     """
 
     def __init__(
@@ -105,16 +107,18 @@ class PhotographQuestions(Dataset[dict[str, Any]]):
         path: Path,
         copies: int = 4,
         rounds: int = 8,
+        side: int | None = None,
     ) -> None:
+        self.side = side or model.config.image_size
         self.photographs, self.collator, self.copies, self.rounds = photographs, collator, copies, rounds
         self.transforms = choose_transforms(len(photographs.items), copies)
         # Rounding to bfloat16 changes features less than the augmentation does, and halves the time.
         with torch.autocast("cpu", torch.bfloat16):
-            self.features = cache_image_features(model, self._pixels(model), self.transforms.size, path)
+            self.features = cache_image_features(model, self._pixels(), self.transforms.size, path)
 
-    def _pixels(self, model: MFRSVLMForConditionalGeneration) -> Iterator[torch.Tensor]:
+    def _pixels(self) -> Iterator[torch.Tensor]:
         # All photographs at once: 21 classes of 100 take 400 MB.
-        pixels = read_pixels(self.photographs.items, model.config.image_size)
+        pixels = read_pixels(self.photographs.items, self.side)
         copies = [(index, number) for index, row in enumerate(self.transforms) for number in row]
         for start in range(0, len(copies), ENCODED_AT_ONCE):
             images = [
@@ -124,16 +128,22 @@ class PhotographQuestions(Dataset[dict[str, Any]]):
             packed = self.collator.processor.image_processor(images, return_tensors="np")["pixel_values"]
             yield torch.from_numpy(np.stack(list(packed)))
 
+    def seen_by(self, collator: BranchCollator, features: np.ndarray) -> "PhotographQuestions":
+        """The same questions with other features (N, 1 + K, T, C) of the same copies, for another model."""
+        rows = copy.copy(self)
+        rows.collator, rows.features = collator, features
+        return rows
+
     def __len__(self) -> int:
         return self.transforms.size * self.rounds
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(f"There are {len(self)} rows, so there is no number {index}.")
-        copy = index % self.transforms.size
-        number, which = divmod(copy, self.copies)
+        place = index % self.transforms.size
+        number, which = divmod(place, self.copies)
         turns = make_turns(
             self.photographs.items[number], self.photographs, int(self.transforms[number, which]), random.Random(index)
         )
-        features = torch.from_numpy(np.array(self.features[copy : copy + 1])).float()
+        features = torch.from_numpy(np.array(self.features[place : place + 1])).float()
         return self.collator.encode(turns, image_features=features)
