@@ -6,12 +6,13 @@ All arms read the same frozen encoder with its ImageNet weights, which was tuned
 the resolution of the photographs. The canvas has all of it: four windows without overlap. Decoders start at random.
 `training/demo_model/photographs.py` describes the photographs and how near-duplicates of held-out ones are dropped.
 
-Answers are ranked instead of generated. The class is the most probable of the 21 names. A label is present if "yes" is
-more probable than "no". Captions are measured by the probability of those that people wrote. This has less noise than
-generation, and takes seconds.
+First, linear probes predict class and labels from the features, without a decoder. `--seeds 0` stops after them.
 
-Intervals of differences treat the seeds as the sample: they are those of a paired t-test. A finished run is a line of
-`runs.jsonl` in the work folder: started again, the command continues where it stopped.
+Answers of trained arms are ranked instead of generated. The class is the most probable of the 21 names. A label is present
+if "yes" is more probable than "no". Captions are measured by the probability of those that people wrote. This has less
+noise than generation, and takes seconds. Intervals of differences treat the seeds as the sample, as a paired t-test does.
+
+A finished run is a line of `runs.jsonl` in the work folder: started again, the command continues where it stopped.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 from scipy import stats
 
+from ..evaluation.intervals import mean_interval
 from ..files.reading import read_rows
 from ..files.writing import check_file, write_file
 from ..modeling_mfrsvlm import MFRSVLMForConditionalGeneration
@@ -41,9 +43,10 @@ from ..training.demo_model.architecture import (
 )
 from ..training.demo_model.photograph_questions import PhotographQuestions, photograph_dialogues, turn
 from ..training.demo_model.photographs import Photograph, Photographs, read_photographs, split_photographs
-from ..training.demo_model.pretrained_tower import convert_efficientnet_lite, find_weights
+from ..training.demo_model.pretrained_tower import Targets, convert_efficientnet_lite, find_weights
 from ..training.image_features import project
 from .ablation import train_decoder
+from .linear_probe import linear_probe, pool
 
 
 CONFIG = Path(__file__).parents[1] / "training" / "configs" / "demo_model_photographs.yaml"
@@ -83,6 +86,12 @@ ARMS = {
     ),
     "windows as decoder tokens": Arm(ALONE | {"image_size": PHOTOGRAPH}, tiles=True),
 }
+# Arms with different features, and what these are.
+PROBED = {
+    "global view only": "global view only",
+    "canvas from the global view": "windows of the enlarged global view",
+    REFERENCE: "windows of the original pixels",
+}
 
 
 def make_encoder(weights: Path, canvas_source: str, tokenizer: Any) -> tuple[MFRSVLMForConditionalGeneration, Any]:
@@ -107,16 +116,6 @@ def features_of(arm: Arm, features: np.ndarray) -> np.ndarray:
     if arm.tiles:
         return as_tiles(features)
     return features if arm.fields.get("window_sizes", True) else features[:, :1]
-
-
-def make_rows(
-    split: str, copies: int, rounds: int, canvas_source: str, weights: Path, tokenizer: Any, work: Path
-) -> PhotographQuestions:
-    """The photographs of a split with the features of their windows, encoded once."""
-    model, processor = make_encoder(weights, canvas_source, tokenizer)
-    path = work / f"features-{split}-{copies}-{canvas_source}.npy"
-    photographs = read_photographs(work / "photographs", split)
-    return PhotographQuestions(photographs, BranchCollator(processor), model, path, copies, rounds, side=PHOTOGRAPH)
 
 
 def build(arm: Arm, tokenizer: Any, features: np.ndarray, seed: int) -> tuple[MFRSVLMForConditionalGeneration, Any]:
@@ -227,25 +226,73 @@ def run(name: str, seed: int, train: PhotographQuestions, test: PhotographQuesti
     }
 
 
-def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Splits, features, then every run that is not finished."""
-    torch.set_num_threads(1)
+class Data:
+    """Photographs with the features of their windows, encoded when they are first needed."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.weights = args, find_weights(args.encoder_weights)
+        self.splits = split_photographs(args.real, args.work / "photographs")
+        self.tokenizer = make_tokenizer(photograph_dialogues(read_photographs(self.splits, "train")), VOCABULARY)
+        self.rows: dict[tuple[str, str], PhotographQuestions] = {}
+
+    def of(self, split: str, canvas_source: str) -> PhotographQuestions:
+        """The photographs of a split; those to train on also rotated and mirrored."""
+        if (split, canvas_source) not in self.rows:
+            model, processor = make_encoder(self.weights, canvas_source, self.tokenizer)
+            copies = self.args.copies if split == "train" else 1
+            path = self.args.work / f"features-{split}-{copies}-{canvas_source}.npy"
+            photographs = read_photographs(self.splits, split)
+            collator = BranchCollator(processor)
+            rows = PhotographQuestions(photographs, collator, model, path, copies, side=PHOTOGRAPH)
+            self.rows[split, canvas_source] = rows
+        return self.rows[split, canvas_source]
+
+
+def probe(data: Data, name: str) -> dict[str, np.ndarray]:
+    """For each test photograph, whether linear regression on an arm's features finds the class, and the share of labels."""
+    states, truths = {}, {}
+    for split in ("train", "test"):
+        rows = data.of(split, ARMS[name].canvas_source)
+        features = features_of(ARMS[name], rows.features[:: rows.copies])  # the photographs themselves
+        states[split] = pool(features, groups=2 if features.shape[1] > 1 else 0)  # two depths
+        truths[split] = Targets(rows.photographs, words=[])
+    classes = len(data.of("test", ARMS[name].canvas_source).photographs.class_names)
+    wanted = np.concatenate([np.eye(classes)[truths["train"].classes], truths["train"].labels.numpy()], axis=1)
+    order = np.random.default_rng(0).permutation(len(wanted))  # photographs are sorted by class
+    found = linear_probe(states["train"][order], wanted[order], np.arange(len(wanted)), states["test"])
+    labels = (found[:, classes:] > 0.5) == (truths["test"].labels.numpy() > 0)
+    return {"class": found[:, :classes].argmax(1) == truths["test"].classes.numpy(), "labels": labels.mean(1)}
+
+
+def probe_table(data: Data) -> list[str]:
+    """Markdown: probes of the features, and differences photograph by photograph."""
+    results = {name: probe(data, name) for name in PROBED}
+    lines = [
+        "| features | class, % | labels, % | difference, class | difference, labels |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for name, scores in results.items():
+        cells = []
+        for sign, offset in (("", None), ("+", results[REFERENCE])):
+            for measure, values in scores.items():
+                shown = values if offset is None else values - offset[measure].astype(float)
+                mean, low, high = (100 * value for value in mean_interval(shown))
+                cells.append(f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]")
+        lines.append(f"| {PROBED[name]} | {' | '.join(cells)} |")
+    return lines
+
+
+def run_all(args: argparse.Namespace, data: Data) -> list[dict[str, Any]]:
+    """Every run that is not finished."""
     log = args.work / "runs.jsonl"
     done = [row for _, row in read_rows(log)] if log.exists() else []
     done = [row for row in done if row["arm"] in args.arms and row["seed"] < args.seeds and row["steps"] == args.steps]
     finished = {(row["arm"], row["seed"]) for row in done}
     wanted = [(name, seed) for seed in range(args.seeds) for name in args.arms if (name, seed) not in finished]
-    weights = find_weights(args.encoder_weights)
-    splits = split_photographs(args.real, args.work / "photographs")
-    tokenizer = make_tokenizer(photograph_dialogues(read_photographs(splits, "train")), VOCABULARY)
-    data: dict[str, tuple[PhotographQuestions, PhotographQuestions]] = {}
     start = time.perf_counter()
     for number, (name, seed) in enumerate(wanted, start=1):
         source = ARMS[name].canvas_source
-        if source not in data:
-            settings = (source, weights, tokenizer, args.work)
-            data[source] = make_rows("train", args.copies, 8, *settings), make_rows("test", 1, 1, *settings)
-        row = run(name, seed, *data[source], args)
+        row = run(name, seed, data.of("train", source), data.of("test", source), args)
         done.append(row)
         with log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -263,7 +310,7 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float]:
     return mean, float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
 
 
-def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def arms_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Markdown: the measures of every arm, and its differences to `REFERENCE` over the seeds that both have."""
     factor = {measure: 100.0 if unit == "%" else 1.0 for measure, unit in MEASURES.items()}
     digits = {measure: 1 if unit == "%" else 3 for measure, unit in MEASURES.items()}
@@ -296,8 +343,7 @@ def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
             interval = f" [{mean - half:+.{places}f}, {mean + half:+.{places}f}]" if math.isfinite(half) else ""
             cells.append(f"{mean:+.{places}f}{interval}")
         differences.append(f"| {name} | {len(common)} | {' | '.join(cells)} |")
-    text = [*lines, "", f"Differences to “{REFERENCE}”, with 95 % intervals over seeds:", "", *differences]
-    write_file(path, "\n".join(text) + "\n")
+    return [*lines, "", f"Differences to “{REFERENCE}”, with 95 % intervals over seeds:", "", *differences]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -317,7 +363,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     check_file(args.table)
     args.work.mkdir(parents=True, exist_ok=True)
-    write_table(run_all(args), args.table)
+    torch.set_num_threads(1)
+    data = Data(args)
+    lines = probe_table(data)
+    if rows := run_all(args, data):
+        lines += ["", *arms_table(rows)]
+    write_file(args.table, "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ from mfrsvlm.experiments import photograph_ablation
 from mfrsvlm.experiments.photograph_ablation import (
     ARMS,
     REFERENCE,
+    arms_table,
     as_tiles,
     build,
     log_probabilities,
     make_encoder,
     over_seeds,
-    write_table,
 )
 from mfrsvlm.modeling_mfrsvlm import resample_to_grid
 from mfrsvlm.training.branches import BranchCollator
@@ -97,7 +97,7 @@ def test_intervals_over_seeds_are_those_of_a_paired_t_test():
     assert over_seeds([3.0]) == (3.0, math.inf)
 
 
-def test_table_compares_seed_by_seed(tmp_path):
+def test_table_compares_seed_by_seed():
     def row(name, seed, right):
         scores = {"class": [1.0] * right + [0.0] * (10 - right), "labels": [0.5] * 10, "caption": [2.0 + seed] * 10}
         return {"arm": name, "seed": seed, "scores": scores, "visual_tokens": 16, "decoder_tokens": 2e6}
@@ -106,8 +106,7 @@ def test_table_compares_seed_by_seed(tmp_path):
         row("stack routing", seed, 4 + seed) for seed in range(2)
     ]
     rows.append(row("cross-attention", 0, 7))
-    write_table(rows, tmp_path / "table.md")
-    lines = (tmp_path / "table.md").read_text().splitlines()
+    lines = arms_table(rows)
     assert "| stack routing | 2 | 16 | 2.00 | 45.0 (40.0 to 50.0) | 50.0 (50.0 to 50.0) | 2.500 (2.000 to 3.000) |" in lines
     assert "| stack routing | 2 | -10.0 [-10.0, -10.0] | +0.0 [+0.0, +0.0] | +0.000 [+0.000, +0.000] |" in lines
     assert "| cross-attention | 1 | +20.0 | +0.0 | +0.000 |" in lines  # one seed has no interval
@@ -119,6 +118,10 @@ def test_command_continues_where_it_stopped(weights, tmp_path, capsys):
     words = ["--real", str(real), "--work", str(tmp_path / "work"), "--table", str(tmp_path / "table.md")]
     words += ["--encoder-weights", str(weights), "--steps", "1", "--batch", "2", "--copies", "1", "--bf16", "false"]
     words += ["--arms", "global view only", REFERENCE]
+    photograph_ablation.main([*words, "--seeds", "0"])
+    probes = (tmp_path / "table.md").read_text()
+    assert "| windows of the original pixels |" in probes and probes.count("\n") == 5
+    assert not (tmp_path / "work" / "runs.jsonl").exists()
     photograph_ablation.main([*words, "--seeds", "1"])
     first = (tmp_path / "work" / "runs.jsonl").read_text()
     capsys.readouterr()
@@ -127,4 +130,5 @@ def test_command_continues_where_it_stopped(weights, tmp_path, capsys):
     assert log.startswith(first) and "[1/2," in capsys.readouterr().out
     done = [json.loads(line) for line in log.splitlines()]
     assert [(row["arm"], row["seed"]) for row in done] == [(n, s) for s in range(2) for n in ("global view only", REFERENCE)]
-    assert "| global view only | 2 | 16 |" in (tmp_path / "table.md").read_text()
+    table = (tmp_path / "table.md").read_text()
+    assert table.startswith(probes) and "| global view only | 2 | 16 |" in table
