@@ -1,15 +1,19 @@
 """Every example runs as it stands; where that takes long, with smaller numbers."""
 
 import importlib.util
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from external_data import external_data
 from hub_server import HubServer
 from PIL import Image
+from tiny_photographs import texture
 
 from mfrsvlm.demo import SCENE
 from mfrsvlm.geospatial import Raster
@@ -73,6 +77,49 @@ def test_finetune_lora(tmp_path):
     shares = load_example("finetune_lora").main(tmp_path / "run", scenes=8, steps=2, new_scenes=2)
     assert set(shares) == {"before", "after"} and all(0 <= share <= 1 for share in shares.values())
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+def make_own_photographs(folder: Path, yes: list[Path], no: list[Path], held_out: int) -> Path:
+    """A folder as `finetune_photographs.py` takes it; the last `held_out` of each answer are held out."""
+    lines = []
+    for answer, paths in (("yes", yes), ("no", no)):
+        (folder / answer).mkdir(parents=True)
+        for path in paths:
+            shutil.copy(path, folder / answer / path.name)
+        lines += [f"{answer}/{path.name}\n" for path in paths[-held_out:]]
+    (folder / "test.txt").write_text("".join(lines))
+    return folder
+
+
+@pytest.mark.integration
+def test_finetune_photographs(tmp_path):
+    scenes = []
+    for index in range(6):
+        scenes.append(tmp_path / f"{index}.png")
+        Image.fromarray(texture(index, 64)).save(scenes[-1])
+    folder = make_own_photographs(tmp_path / "photographs", scenes[:3], scenes[3:], held_out=1)
+    example = load_example("finetune_photographs")
+    figures = example.main([str(folder), "Is it green?", str(tmp_path / "run"), "--images", "4", "--steps", "1"])
+    assert {name: cell["n"] for name, cell in figures.items()} == {"most frequent answer": 2, "before": 2, "after": 2}
+    trained = [row["images"][0] for row in json.loads((tmp_path / "run" / "train.json").read_text())]
+    assert sorted(trained) == ["no/3.png", "no/4.png", "yes/0.png", "yes/1.png"]
+    (folder / "test.txt").unlink()
+    assert {sample.id for sample in example.make_benchmark(folder, "Is it green?").samples} == {"yes/0.png", "no/3.png"}
+
+
+@pytest.mark.slow
+def test_a_question_of_ones_own_is_learned_from_a_few_photographs(tmp_path):
+    """The model has no word for traffic, but it has seen such places."""
+    images = external_data("real/ucm/Images")
+    places = ("freeway", "harbor", "overpass", "runway"), ("beach", "forest", "golfcourse", "sparseresidential")
+    yes, no = ([path for name in names for path in sorted((images / name).iterdir())[:15]] for names in places)
+    yes, no = (sorted(paths, key=lambda path: path.stem[-2:]) for paths in (yes, no))  # the last ones of every place
+    folder = make_own_photographs(tmp_path / "photographs", yes, no, held_out=16)
+    example = load_example("finetune_photographs")
+    words = [str(folder), "Is this a place of traffic?", str(tmp_path / "run"), "--images", "88", "--steps", "40"]
+    figures = example.main(words)
+    assert figures["most frequent answer"]["value"] == 0.5  # as many of either answer are held out
+    assert figures["after"]["low"] > max(0.5, figures["before"]["value"])
 
 
 @pytest.mark.integration
