@@ -1,10 +1,12 @@
 """Models of more than three bands: images, and encoders that are widened without a change of what they make of RGB."""
 
 import copy
+import os
 
 import numpy as np
 import pytest
 import torch
+from external_data import external_data
 from PIL import Image
 from test_families import ENCODERS, encoder_model
 from tiny_models import VIT_SIZES, tiny_config
@@ -14,6 +16,7 @@ from transformers import AutoModelForImageTextToText, CLIPVisionConfig
 
 from mfrsvlm import MFRSVLMConfig, MFRSVLMForConditionalGeneration, MFRSVLMImageProcessor
 from mfrsvlm.convert_checkpoint import main, widen
+from mfrsvlm.demo import MODEL, PHOTO_MODEL, SCENE
 from mfrsvlm.files.model_folder import load_model
 from mfrsvlm.image_sources_mfrsvlm import image_size, open_image
 from mfrsvlm.processing_mfrsvlm import cut_windows
@@ -342,6 +345,23 @@ def test_the_command_keeps_answers_about_rgb(tmp_path):
     before, after = weights(folder), weights(output)
     assert set(after) - set(before) == {EXTRA} and not after[EXTRA].any() and after[EXTRA].shape[1] == 2
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("model", [MODEL, PHOTO_MODEL], ids=["scenes", "photographs"])
+def test_trained_models_keep_their_logits_on_scenes_and_photographs(model, tmp_path):
+    widen(model, [*BANDS, "swir16"], tmp_path / "wide", dtype="float32")
+    both = [load_model(path, dtype=torch.float32) for path in (model, tmp_path / "wide")]
+    images = [Image.open(SCENE)]
+    if os.environ.get("MFRSVLM_TEST_DATA"):
+        images.append(Image.open(external_data("images/rt_colorado.tif")).convert("RGB"))
+    for image in images:
+        logits = []
+        for each, prepare in both:
+            inputs = prepare(images=image, text="USER: <image>\nIs there a river? ASSISTANT:", return_tensors="pt")
+            with torch.no_grad():
+                logits.append(aligned(each)(**inputs).logits)
+        assert torch.equal(*logits)
 
 
 @pytest.mark.parametrize("family", ["clip_vision_model", "siglip2_vision_model"])
