@@ -44,7 +44,7 @@ SCENE_SIZE, CANVAS, OBJECT_PIXELS = 512, 256, (8.0, 16.0)  # as the small model 
 TWINS, ORDINARY = ("vegetation", "moisture"), ("presence", "count", "classification", "area")
 QUESTIONS = 4  # a scene, in training
 BROAD = [*RGB, "nir", "vv"]
-VIEWS = {"rgb": ["true_color"], "composite": ["false_color"], "views": ["true_color", "false_color", "sar"]}
+VIEWS = {"rgb": ["true_color"], "composite": ["false_color"], "views": ["true_color", "false_color"]}
 SPECTRA = {"10 bands": 7, "30 bands": 27}  # narrow bands beside red, green and blue
 ARMS = (*VIEWS, "bands", *SPECTRA)
 CONTROLS = ("shuffled", "missing")
@@ -92,7 +92,7 @@ def images_of(bands: dict[str, np.ndarray], arm: str) -> list[Any]:
     """What an arm shows of a scene: pictures, or bands by name."""
     if arm not in VIEWS:
         return [bands]
-    shown = {"true_color": RGB, "false_color": ("nir", "red", "green"), "sar": ("vv", "vv", "vv")}
+    shown = {"true_color": RGB, "false_color": ("nir", "red", "green")}
     return [Image.fromarray(np.stack([bands[name] for name in shown[view]], axis=2)) for view in VIEWS[arm]]
 
 
