@@ -19,16 +19,14 @@ def test_arms_show_what_they_say(tmp_path):
     shown = scenes.bands(1, "bands")
     assert list(shown) == bands.BROAD and all(plane.shape == (256, 256) for plane in shown.values())
     assert all(np.array_equal(shown[name], scenes.bands(1, "bands")[name]) for name in shown)  # from the file
-    red, green, nir, vv = (shown[name] for name in ("red", "green", "nir", "vv"))
-    rgb, false_color, radar = bands.images_of(shown, "views")
+    red, green, nir = (shown[name] for name in ("red", "green", "nir"))
+    rgb, false_color = bands.images_of(shown, "views")
     assert np.array_equal(np.asarray(rgb)[..., 0], red)
     assert np.array_equal(np.asarray(false_color), np.stack([nir, red, green], axis=2))
-    assert np.array_equal(np.asarray(radar), np.stack([vv] * 3, axis=2))
     assert bands.images_of(shown, "bands") == [shown] and isinstance(bands.images_of(shown, "composite")[0], Image.Image)
-    assert (
-        bands.prompt_begins("rgb") == bands.prompt_begins("bands") == ""
-        and "Image 3 shows radar" in (begin := bands.prompt_begins("views")).replace("image 3", "Image 3")
-        and begin.startswith("Image 1 shows true color")
+    assert bands.prompt_begins("rgb") == bands.prompt_begins("bands") == ""
+    assert bands.prompt_begins("views") == (
+        "Image 1 shows true color, image 2 shows false color (near infrared, red, green). "
     )
     assert len(bands.bands_of("30 bands")) == 30 and len(bands.bands_of("10 bands")) == 10
     tasks = [question.task for question in bands.questions_of(scenes.plans[1], "30 bands")]
