@@ -236,15 +236,6 @@ def features_of(features: Features, split: str, count: int, work: Path) -> np.nd
     return encoded if len(kept) == encoded.shape[1] else encoded[:, kept]
 
 
-def encoder_passes(config: Any) -> float:
-    """Passes an image, in passes of the global view's size: smaller windows encoded at their own size cost less."""
-    passes = 1.0
-    for window in config.windows if config.has_details else ():
-        share = 1.0 if config.window_encoding == "resize" else (window.size / config.image_size) ** 2
-        passes += window.num_windows * share
-    return passes
-
-
 def test_questions(scenes: int) -> Any:
     """The held-out questions as a benchmark: one of each of `TASKS` about every scene."""
     benchmark = load_benchmark("scenes", None, "test", count=scenes)
@@ -310,7 +301,7 @@ def run(name: str, seed: int, work: Path, steps: int, batch: int, counts: dict[s
         "seed": seed,
         "steps": steps,
         "scores": scores_of(row for _, row in predictions),
-        "encoder_passes": encoder_passes(model.config),
+        "encoder_passes": model.config.encoder_passes,
         "decoder_tokens": spent["decoder_tokens"],
         "seconds": round(spent["seconds"], 1),
         "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),

@@ -23,7 +23,7 @@ from ..files.writing import check_file, write_file
 from ..scenes import KINDS, Scene
 from ..training.demo_model.architecture import make_config
 from ..training.demo_model.scene_images import CANVAS, SCENE_SIZE, SceneImages
-from .ablation import ARMS, REFERENCE, encode_both, encoded_features, encoder_passes, features_of, pretrain_encoders
+from .ablation import ARMS, REFERENCE, encode_both, encoded_features, features_of, pretrain_encoders
 from .estimates import Estimate, r_squared
 
 
@@ -112,7 +112,7 @@ def measure(name: str, counts: dict[str, int], work: Path) -> dict[str, Any]:
         "r2": Estimate(score.value[:kinds].mean(), score.resampled[:, :kinds].mean(1)),
         "r2_small": Estimate(score.value[kinds:].mean(), score.resampled[:, kinds:].mean(1)),
         "exact": mean_interval(right[present].astype(float).tolist()),
-        "encoder_passes": encoder_passes(config),
+        "encoder_passes": config.encoder_passes,
     }
 
 

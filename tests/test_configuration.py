@@ -326,3 +326,28 @@ def test_any_mutated_config_works_or_is_rejected(seed):
         except (ValueError, StrictDataclassError):
             continue
         assert config.windows is not None and sum(config.packed_lengths) > 0 and config.num_detail_stacks >= 0
+
+
+@pytest.mark.parametrize(
+    "image_size, patch_size, canvas_scale, expected",
+    [(336, 14, 2, 168), (384, 16, 2, 192), (378, 14, 2, 126), (224, 14, 3, 112)],
+)
+def test_efficient_windows_tile_the_canvas_and_cost_one_pass_each(image_size, patch_size, canvas_scale, expected):
+    vision = {"image_size": image_size, "patch_size": patch_size}
+    config = MFRSVLMConfig.efficient(
+        vision_config=vision, detail_feature_layers=[6, 12], injection_layers=[1], canvas_scale=canvas_scale
+    )
+    (window,) = config.windows
+    assert (window.size, window.stride) == (expected, expected)
+    assert window.windows_per_side * window.size == canvas_scale * image_size
+    assert config.encoder_passes == pytest.approx(1 + canvas_scale**2)
+    assert (
+        MFRSVLMConfig(vision_config=vision, detail_feature_layers=[6], window_sizes=[], injection_layers=[]).encoder_passes
+        == 1
+    )
+
+
+def test_fields_win_over_the_efficient_windows():
+    config = MFRSVLMConfig.efficient(window_overlap=0.5, routing="stack")
+    assert (config.window_sizes, config.window_overlap, config.routing) == ([168], 0.5, "stack")
+    assert config.encoder_passes == 1 + 49 / 4

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import set_seed
 
-from ..configuration_mfrsvlm import MFRSVLMConfig
+from ..configuration_mfrsvlm import MFRSVLMConfig, efficient_windows
 from ..convert_checkpoint import (
     NOTHING,
     add_image_token,
@@ -54,6 +54,7 @@ def assemble(
     output: Path,
     projector: Path | None = None,
     overrides: dict[str, Any] | None = None,
+    efficient: bool = False,
     image_placement: str = "inline",
     dtype: str | None = None,
     seed: int = 0,
@@ -80,7 +81,9 @@ def assemble(
     with explained(f"The config of vision tower {vision_tower} cannot be read"):
         tower_config = AutoConfig.from_pretrained(vision_tower)
     refuse_eva(vision_tower, tower_config.to_dict())
-    config = assembled_config(getattr(tower_config, "vision_config", tower_config), text_config, overrides or {}, dtype)
+    config = assembled_config(
+        getattr(tower_config, "vision_config", tower_config), text_config, overrides or {}, dtype, efficient
+    )
     with explained(f"{language_model} and {vision_tower} make no model"), torch.device("meta"):
         tower_class = type(MFRSVLMForConditionalGeneration(config).model.vision_tower)
     image_processor = make_image_processor(resolve_folder(vision_tower, []), config)
@@ -111,12 +114,14 @@ def assemble(
         write_model_card(folder, model.config, origin="assembled", parts=parts)
 
 
-def assembled_config(vision_config: Any, text_config: Any, options: dict[str, Any], dtype: str | None) -> MFRSVLMConfig:
+def assembled_config(
+    vision_config: Any, text_config: Any, options: dict[str, Any], dtype: str | None, efficient: bool = False
+) -> MFRSVLMConfig:
     """The config of a new model. Fields that are not in `options` are derived from the sizes of the parts.
 
-    Windows have the size of the global view and half of it. Features are taken at one third, two thirds and all of a ViT's
-    layers, or at the last three stages of a backbone. Injection is before layers 3, 7, 11 and 15 (0-based), as far as the
-    decoder has them, or before the last layer of a decoder with fewer than four layers.
+    Windows have the size of the global view and half of it, or are those of `efficient_windows`. Features are taken at one
+    third, two thirds and all of a ViT's layers, or at the last three stages of a backbone. Injection is before layers 3, 7,
+    11 and 15 (0-based), as far as the decoder has them, or before the last layer of a decoder with fewer than four layers.
     """
     fields = set(MFRSVLMConfig.__annotations__) - {"vision_config", "text_config", "image_token_id", "tie_word_embeddings"}
     unknown = sorted(set(options) - fields)
@@ -140,8 +145,11 @@ def assembled_config(vision_config: Any, text_config: Any, options: dict[str, An
             depth = max(1, *options["detail_feature_layers"])
         stages = list(range(max(1, depth - 2), depth + 1))
         layers = [layer for layer in (3, 7, 11, 15) if layer < num_layers] or [num_layers - 1]
+        windows = {"window_sizes": resolve_window_sizes([1.0, 0.5], probe.tokens_per_side, probe.patch_size)}
+        if efficient:
+            windows = efficient_windows(probe.image_size, probe.patch_size, options.get("canvas_scale", probe.canvas_scale))
         defaults = {
-            "window_sizes": resolve_window_sizes([1.0, 0.5], probe.tokens_per_side, probe.patch_size),
+            **windows,
             "detail_feature_layers": stages if probe.is_hierarchical else resolve_depths([1 / 3, 2 / 3, 1.0], depth),
             "injection_layers": layers if options.get("window_sizes", True) else [],
         }

@@ -14,7 +14,7 @@ from mfrsvlm.training.demo_model.architecture import make_config
 
 def test_encoder_cost_counts_pixels():
     def passes(**overrides):
-        return ablation.encoder_passes(make_config(10, **overrides))
+        return make_config(10, **overrides).encoder_passes
 
     assert passes(window_sizes=[], injection_layers=[]) == 1
     assert passes(window_sizes=[128]) == 1 + 9

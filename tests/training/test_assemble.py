@@ -147,6 +147,13 @@ class TestAssemble:
         assemble(str(parts / "llama"), str(parts / "clip"), tmp_path / "global", overrides={"window_sizes": []})
         assert MFRSVLMConfig.from_pretrained(tmp_path / "global").injection_layers == []
 
+    def test_efficient_windows_lie_side_by_side(self, parts: Path, tmp_path: Path):
+        assemble(str(parts / "llama"), str(parts / "clip"), tmp_path / "model", efficient=True)
+        config = MFRSVLMConfig.from_pretrained(tmp_path / "model")
+        assert (config.window_sizes, config.window_overlap, config.detail_feature_layers) == ([14], 0.0, [1, 2, 3])
+        assert MFRSVLMProcessor.from_pretrained(tmp_path / "model").image_processor.window_overlap == 0.0
+        assert "5 passes" in (tmp_path / "model" / "README.md").read_text()
+
     def test_published_sizes_get_the_published_layout(self):
         """The defaults for CLIP ViT-L/14-336 and a decoder of 32 layers are those of `MFRSVLMConfig`."""
         default = MFRSVLMConfig()
