@@ -83,7 +83,7 @@ test-newest: $(NEWEST)/.ready
 test-app: $(APP)/.ready
 	OMP_NUM_THREADS=1 $(APP)/bin/python -m pytest tests/app -m "not gpu" $(ARGS)
 
-# The plugin of vLLM, on CPUs with AVX2 or more. Takes minutes: vLLM starts six times.
+# The plugin of vLLM, on CPUs with AVX2 or more. Takes minutes: vLLM starts nine times.
 test-vllm: $(VLLM)/.ready
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/serving/test_vllm.py -m "not gpu" $(ARGS)
 

@@ -4,11 +4,13 @@ import base64
 import itertools
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +49,8 @@ ENGINES = {
     "prefix cache": {},
     "prefix cache and pieces": PIECES,
     "compiled": {"enforce_eager": False, **PIECES},
+    "two workers": {"tensor_parallel_size": 2, **PIECES},
+    "prompt lookup": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}},
 }
 
 
@@ -212,3 +216,13 @@ def test_chat_route(address, expected, scenes, tmp_path):
             max_tokens=64,
         )
         assert reply.choices[0].message.content.strip() == text
+
+
+def test_example_of_the_page(tmp_path):
+    root = Path(__file__).parents[2]
+    _, example = re.findall(r"```python\n(.*?)```", (root / "docs" / "serving.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "example.py").write_text(example)
+    environment = {name: value for name, value in os.environ.items() if name != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    command = [sys.executable, str(tmp_path / "example.py")]
+    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1:] == ["9"], result.stderr[-3000:]
