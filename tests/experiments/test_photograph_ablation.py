@@ -116,7 +116,7 @@ def test_table_compares_seed_by_seed():
 def test_command_continues_where_it_stopped(weights, tmp_path, capsys):
     real = make_photographs(tmp_path / "real", each=3)
     words = ["--real", str(real), "--work", str(tmp_path / "work"), "--table", str(tmp_path / "table.md")]
-    words += ["--encoder-weights", str(weights), "--steps", "1", "--batch", "2", "--copies", "1", "--bf16", "false"]
+    words += ["--encoder-weights", str(weights), "--steps", "1", "--batch", "2", "--copies", "1", "--float32"]
     words += ["--arms", "global view only", REFERENCE]
     photograph_ablation.main([*words, "--seeds", "0"])
     probes = (tmp_path / "table.md").read_text()
