@@ -1,7 +1,8 @@
 """Measures this model against the published algorithm and other families of the same sizes, all arms in turns.
 
-    python benchmarks/speed.py --output docs/speed                       # the figures of docs/speed.md
+    python benchmarks/speed.py --output DIR
     python benchmarks/speed.py --size published --device cuda --dtype bfloat16 --output DIR
+    python benchmarks/speed.py --profile "as published" --output DIR
 
 Writes `speed.json`, `speed.md` and `speed.png`. Weights are random, which costs the same. On a CPU, figures are user and
 system seconds of all threads, which other processes disturb little; on an accelerator, they are wall seconds. The JSON file
@@ -276,6 +277,17 @@ def peak_memory(name: str, sizes: Sizes, dtype: torch.dtype, device: str) -> flo
     return (peak - before) / 2**20
 
 
+def profile(name: str, sizes: Sizes, dtype: torch.dtype, clock: Clock) -> str:
+    """The operators of a first answer that take longest, in a table."""
+    model, inputs = Arms(sizes, dtype, clock, [], 1).place(*ours(sizes, name))
+    with torch.inference_mode():
+        generate(model, inputs, clock, 1)
+        with torch.profiler.profile() as profiler:
+            generate(model, inputs, clock, 1)
+    order = "self_cpu_time_total" if clock.device == "cpu" else "self_device_time_total"
+    return str(profiler.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=44))
+
+
 def status(name: str) -> int:
     """Bytes of a line of /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -298,7 +310,7 @@ def measure_canvas(arms: Arms, scales: range, rounds: int, longest: float) -> di
         side = scale * arms.sizes.vision["image_size"]
         for name, build in families.items():
             seen = spans.setdefault(name, {})
-            if seen and max(map(sum, seen[max(seen)])) / 2 > longest:
+            if seen and max(map(min, seen[max(seen)])) > longest:
                 continue
             model, inputs = arms.place(*build(scale))
             seen[side] = [generate(model, inputs, arms.clock, 1)["first"] for _ in range(rounds)]
@@ -451,26 +463,31 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def plot(results: list[Results], path: Path) -> None:
-    figure, (bars, lines) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    with_answers = [result for result in results if "answers" in result.spans]
-    for number, result in enumerate(with_answers):
-        names = [arm for arm in result.spans["answers"] if arm != BARE]
-        height = 0.8 / len(with_answers)
-        places = [index + number * height for index in range(len(names))]
-        bars.barh(
-            places, [result.median("answers", arm, "first") for arm in names], height, label=name_of(result.arms.dtype)
-        )
-        bars.set_yticks(range(len(names)), names)
-    bars.set(xlabel="seconds of a first answer", xscale="log")
-    for result in results:
-        for name, points in result.spans.get("canvas", {}).items():
-            medians = [statistics.median(span[result.which] for span in spans) for spans in points.values()]
-            lines.plot(list(points), medians, marker="o", label=f"{name}, {name_of(result.arms.dtype)}")
-    lines.set(xlabel="side of the canvas, pixels", ylabel="seconds of a first answer", xscale="log", yscale="log")
-    for axes in (bars, lines):
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="small")
-    bars.invert_yaxis()
+    """Bars of the first answers, and lines over the side of the canvas, as far as they were measured."""
+    panels = [case for case in ("answers", "canvas") if any(case in result.spans for result in results)]
+    figure, axes = plt.subplots(
+        1, max(1, len(panels)), figsize=(1 + 6 * max(1, len(panels)), 5), layout="constrained", squeeze=False
+    )
+    for case, place in zip(panels, axes[0], strict=False):
+        shown = [result for result in results if case in result.spans]
+        for number, result in enumerate(shown):
+            label = name_of(result.arms.dtype)
+            if case == "answers":
+                names = [arm for arm in result.spans[case] if arm != BARE]
+                height = 0.8 / len(shown)
+                rows = [index + number * height for index in range(len(names))]
+                place.barh(rows, [result.median(case, arm, "first") for arm in names], height, label=label)
+                place.set_yticks(range(len(names)), names)
+            else:
+                for name, points in result.spans[case].items():
+                    medians = [statistics.median(span[result.which] for span in spans) for spans in points.values()]
+                    place.plot(list(points), medians, marker="o", label=f"{name}, {label}")
+        if case == "answers":
+            place.set(xlabel="seconds of a first answer")
+            place.invert_yaxis()
+        else:
+            place.set(xlabel="side of the canvas, pixels", ylabel="seconds of a first answer", xscale="log", yscale="log")
+        place.legend(fontsize="small")
     figure.savefig(path, dpi=110)
 
 
@@ -495,12 +512,18 @@ def main() -> None:
     parser.add_argument("--answer-tokens", type=int, default=32)
     parser.add_argument("--longest", type=float, default=60, help="seconds of an answer on the largest canvas of a family")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round: shows that the command works")
+    parser.add_argument(
+        "--profile", choices=MODES, help="print where the time of a first answer goes in this mode, and stop"
+    )
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.quick:
         args.size, args.rounds, args.canvas_rounds, args.answer_tokens = "tiny", 2, 1, 3
     sizes, clock = SIZES[args.size], Clock(args.device)
     dtypes = [getattr(torch, name) for name in args.dtype]
+    if args.profile:
+        print(profile(args.profile, sizes, dtypes[0], clock))
+        return
     if args.memory_of:
         print(peak_memory(args.memory_of, sizes, dtypes[0], args.device))
         return
@@ -552,11 +575,13 @@ def main() -> None:
         "transformers": transformers.__version__,
         "size": args.size,
         "rounds": args.rounds,
+        "canvas_rounds": args.canvas_rounds,
     }
     kind = "user and system" if args.device == "cpu" else "wall"
     lines = [
         f"{device}, {machine['cpu_capability']}, {machine['threads']} threads, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, sizes `{args.size}`, median and range of {args.rounds} rounds, {kind} seconds."
+        f"{transformers.__version__}, sizes `{args.size}`, {kind} seconds, "
+        f"median and range of {args.rounds} rounds ({args.canvas_rounds} of the canvas)."
     ]
     for result in results:
         rows = [f"| {' | '.join(row)} |" for row in result.must_show()]

@@ -131,6 +131,9 @@ def _add_to_digest(digest: Any, name: str, value: Any) -> None:
             _add_to_digest(digest, f"{name}.{index}", member)
     elif not isinstance(value, torch.Tensor):
         digest.update(f"{name}{value!r}".encode())
+    elif type(value).__module__.startswith("torchao."):  # consists of other tensors
+        for member in value.__tensor_flatten__()[0]:
+            _add_to_digest(digest, f"{name}.{member}", getattr(value, member))
     else:
         tensor = value.detach()
         if tensor.is_quantized:

@@ -9,6 +9,7 @@ from tiny_models import TEXT_SIZES, tiny_inputs, tiny_model
 from transformers import AutoModelForImageTextToText, LlamaConfig
 
 from mfrsvlm import MFRSVLMForConditionalGeneration, MFRSVLMModel
+from mfrsvlm.evaluation.answering import fingerprint
 from mfrsvlm.modeling_mfrsvlm import keep_parts_whole
 
 
@@ -59,5 +60,6 @@ def test_only_the_decoder_is_quantized(make, bound, injection, tmp_path):
     with torch.no_grad():
         distance = (quantized(**inputs).logits.softmax(-1) - expected)[inputs["attention_mask"].bool()].abs().sum(-1) / 2
     assert 0 < distance.mean() < bound
+    assert fingerprint(quantized) == fingerprint(quantized) != fingerprint(model)
     tokens = quantized.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     assert tokens.shape[1] == inputs["input_ids"].shape[1] + 3
