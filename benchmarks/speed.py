@@ -36,6 +36,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlavaNext
 
 from mfrsvlm import MFRSVLMImageProcessor, MFRSVLMProcessor
 from mfrsvlm.evaluation.answering import Answerer, Prompt
+from mfrsvlm.files.writing import write_figure, write_file
 from mfrsvlm.processing_mfrsvlm import make_chat_template
 
 
@@ -488,7 +489,7 @@ def plot(results: list[Results], path: Path) -> None:
         else:
             place.set(xlabel="side of the canvas, pixels", ylabel="seconds of a first answer", xscale="log", yscale="log")
         place.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    write_figure(path, figure, dpi=110)
 
 
 def processor_name() -> str:
@@ -589,7 +590,7 @@ def main() -> None:
         if "answers" in result.spans:
             product, copied = result.rate("product") / 1e9, result.rate("copy") / 1e9
             lines += ["", *result.table(), "", f"Ceilings: {product:.0f} GFLOP/s, {copied:.1f} GB/s."]
-    (args.output / "speed.md").write_text("\n".join(lines) + "\n")
+    write_file(args.output / "speed.md", "\n".join(lines) + "\n")
     details = {
         name_of(result.arms.dtype): {
             "operations": {"encode": result.arms.operations, "first answer": result.arms.first_operations},
@@ -598,7 +599,7 @@ def main() -> None:
         }
         for result in results
     }
-    (args.output / "speed.json").write_text(json.dumps({"machine": machine, "types": details}, indent=1) + "\n")
+    write_file(args.output / "speed.json", json.dumps({"machine": machine, "types": details}, indent=1) + "\n")
     plot(results, args.output / "speed.png")
     print("\n".join(lines))
 
