@@ -10,6 +10,7 @@ and the arms take turns. A small model shows the loss, and how many bytes are re
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,7 @@ def main() -> None:
         sizes = [sum(map(size_in_bytes, part.parameters())) / 2**20 for part in (model, decoder)]
         figures = [f"{100 * results[task][figure]['value']:.1f}" for task, figure in FIGURES.items()]
         cells[name] = [*(f"{size:.1f}" for size in sizes), *figures]
+        print(name, *cells[name], file=sys.stderr, flush=True)
     config = next(iter(models.values())).config
     ids = torch.tensor([[config.image_token_id] * config.image_seq_length + list(range(5, 45))], device=args.device)
     pixels = torch.randn(1, sum(config.packed_lengths), device=args.device)
