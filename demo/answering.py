@@ -1,10 +1,10 @@
-"""Asks a model about one image, through the ordinary processor and `generate`."""
+"""Asks a model about one image, which is encoded once for all questions."""
 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from ..configuration_mfrsvlm import MFRSVLMConfig
+from ..evaluation.answering import Answerer, Prompt
 from ..image_sources_mfrsvlm import image_size
 
 
@@ -33,22 +33,12 @@ def answer(model: Any, processor: Any, image: Any, questions: list[str], max_new
         questions: the questions.
         max_new_tokens: maximum length of an answer.
     """
-    conversations = [
-        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
-        for question in questions
-    ]
-    inputs = processor.apply_chat_template(
-        conversations,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True},
-    ).to(model.device, model.dtype)
-    with torch.inference_mode():
-        tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    texts = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    texts = [text.strip() for text in texts]
+    several = len(questions) > 1
+    # Other models are checked, which costs more than one question.
+    is_mfrsvlm = model.config.model_type == MFRSVLMConfig.model_type
+    answerer = Answerer(model, processor, max_new_tokens, share_images=several, check_sharing=not is_mfrsvlm)
+    prompts = [Prompt(question, 0) for question in questions]
+    texts = [found.text for found in answerer.answer(prompts, answerer.encode_images([[image]], prompts))]
     boxes: list[Any] = [[] for _ in texts]
     if hasattr(processor, "post_process_boxes"):  # other models write boxes on scales of their own
         found = processor.post_process_boxes(texts, [image_size(image)] * len(texts))

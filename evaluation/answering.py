@@ -152,11 +152,14 @@ class Answerer:
         model: image-text-to-text model on its device, optionally with an active LoRA adapter of PEFT.
         processor: its processor, with a chat template.
         max_new_tokens: maximum length of an answer.
-        share_images: encode an image once for all of its questions. The first call compares the answers with and without
-            sharing, see `_check_sharing`. If they differ, images are not shared.
+        share_images: encode an image once for all of its questions.
+        check_sharing: compare the answers with and without sharing at the first call, see `_check_sharing`. If they differ,
+            images are not shared.
     """
 
-    def __init__(self, model: Any, processor: Any, max_new_tokens: int, share_images: bool = True) -> None:
+    def __init__(
+        self, model: Any, processor: Any, max_new_tokens: int, share_images: bool = True, check_sharing: bool = True
+    ) -> None:
         self.model, self.processor, self.tokenizer = without_peft(model), processor, processor.tokenizer
         end = self.model.generation_config.eos_token_id
         self.end_tokens = set(end if isinstance(end, list) else [] if end is None else [end])
@@ -178,7 +181,7 @@ class Answerer:
             logger.warning(
                 "%s does not accept encoded images: images are encoded again for every question.", type(self.model).__name__
             )
-        self.checked = not self.share_images
+        self.checked = not (self.share_images and check_sharing)
         yes, no = ({self.tokenizer(word, add_special_tokens=False).input_ids[0] for word in words} for words in (YES, NO))
         self.first_tokens = sorted(yes - no), sorted(no - yes)
 

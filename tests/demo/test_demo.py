@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 from external_data import external_data
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from mfrsvlm import demo
+from mfrsvlm.demo.answering import answer
 from mfrsvlm.evaluation import evaluate, load_benchmark
+from mfrsvlm.evaluation.answering import load
 from mfrsvlm.processing_mfrsvlm import make_chat_template
 from mfrsvlm.scenes import ask, plan_scene, scene_seed
 from mfrsvlm.training.demo_model.aerial_cars import all_boxes_prompt
@@ -117,6 +120,19 @@ def shares(card):
     """The first column of figures of the card of `demo/real_model`, by row."""
     lines = [line.split("|") for line in card.splitlines() if line.startswith("|")]
     return {line[1].strip(): line[2].strip() for line in lines}
+
+
+def test_an_image_is_encoded_once_for_all_questions():
+    model, processor = load(demo.MODEL, device="cpu")
+    encoded = []
+    model.model.vision_tower.register_forward_hook(lambda *_: encoded.append(1))
+    questions = ["How many aircraft are there?", "Is there a ship in this scene?", "Give the bounding box of the building."]
+    with Image.open(demo.SCENE) as image:
+        alone = [answer(model, processor, image, [question])[0] for question in questions]
+        passes = len(encoded)
+        together = answer(model, processor, image, questions)
+    assert together == alone and together[2].boxes
+    assert len(encoded) - passes == passes / len(questions)
 
 
 def test_card_of_the_photographs_names_parts_and_splits():
