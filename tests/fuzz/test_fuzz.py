@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import time
 from pathlib import Path
 
@@ -83,5 +82,5 @@ def test_random_of_a_case() -> None:
 def test_peak_memory_is_that_of_the_area() -> None:
     result = Result("an area")
     with harness.peak_memory(result):
-        content = os.urandom(50_000_000)
-    assert len(content) == 50_000_000 and result.peak > 40
+        content = b"1" * 200_000_000
+    assert len(content) == 200_000_000 and result.peak > 100  # other memory may be freed in between
