@@ -12,6 +12,7 @@ A finished run is a line in DIR/runs.jsonl: started again, the command continues
 
 import argparse
 import json
+import math
 import resource
 import time
 from collections.abc import Sequence
@@ -21,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from scipy import stats
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..convert_checkpoint import widen
@@ -37,6 +37,7 @@ from ..scenes.sensors import RGB, narrow_bands
 from ..training import ConversationCollator
 from ..training.finetune import ModelArguments, add_lora
 from ..training.trainer import drop_bands, freeze_parts
+from .estimates import over_seeds
 
 
 SCENE_SIZE, CANVAS, OBJECT_PIXELS = 512, 256, (8.0, 16.0)  # as the small model was trained
@@ -249,11 +250,8 @@ def before(start: str, work: Path, counts: dict[str, int]) -> dict[str, Any]:
 
 def interval(values: Sequence[float]) -> str:
     """Mean and half width of the 95 % interval of the mean over seeds (Student's t), in per cent."""
-    mean = 100 * np.mean(values)
-    if len(values) < 2:
-        return f"{mean:.1f}"
-    half = 100 * stats.sem(values) * stats.t.ppf(0.975, len(values) - 1)
-    return f"{mean:.1f} ± {half:.1f}"
+    mean, half = over_seeds([100 * value for value in values])
+    return f"{mean:.1f} ± {half:.1f}" if math.isfinite(half) else f"{mean:.1f}"
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> str:

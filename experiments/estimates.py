@@ -1,10 +1,12 @@
-"""Numbers with their bootstrap over scenes."""
+"""Numbers with their bootstrap over scenes, and means over seeds."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 
 RESAMPLES = 1000
@@ -61,6 +63,14 @@ def r_squared(predicted: np.ndarray, targets: np.ndarray, scene_of_row: np.ndarr
     errors = sums_by_scene(np.square(predicted - targets), scene_of_row, num_scenes)
     deviations = sums_by_scene(np.square(targets - targets.mean(0)), scene_of_row, num_scenes)
     return 1 - ratio(errors, deviations)
+
+
+def over_seeds(values: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval by Student's t; infinite for one value."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, math.inf
+    return mean, float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
 
 
 def plain(value: Any) -> Any:

@@ -27,10 +27,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 
 from ..evaluation.intervals import mean_interval
-from ..files.reading import read_rows
 from ..files.writing import check_file, write_file
 from ..modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from ..training.branches import BranchCollator
@@ -45,7 +43,8 @@ from ..training.demo_model.photograph_questions import PhotographQuestions, phot
 from ..training.demo_model.photographs import Photograph, Photographs, read_photographs, split_photographs
 from ..training.demo_model.pretrained_tower import Targets, convert_efficientnet_lite, find_weights
 from ..training.image_features import project
-from .ablation import train_decoder
+from .ablation import finished_runs, train_decoder
+from .estimates import over_seeds
 from .linear_probe import linear_probe, pool
 
 
@@ -285,8 +284,7 @@ def probe_table(data: Data) -> list[str]:
 def run_all(args: argparse.Namespace, data: Data) -> list[dict[str, Any]]:
     """Every run that is not finished."""
     log = args.work / "runs.jsonl"
-    done = [row for _, row in read_rows(log)] if log.exists() else []
-    done = [row for row in done if row["arm"] in args.arms and row["seed"] < args.seeds and row["steps"] == args.steps]
+    done = [row for row in finished_runs(log, args.arms, args.steps) if row["seed"] < args.seeds]
     finished = {(row["arm"], row["seed"]) for row in done}
     wanted = [(name, seed) for seed in range(args.seeds) for name in args.arms if (name, seed) not in finished]
     start = time.perf_counter()
@@ -300,14 +298,6 @@ def run_all(args: argparse.Namespace, data: Data) -> list[dict[str, Any]]:
         spent = time.perf_counter() - start
         print(f"[{number}/{len(wanted)}, {spent:.0f} s] {name}, seed {seed}: {means}", flush=True)
     return done
-
-
-def over_seeds(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval by Student's t; infinite for one value."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return mean, math.inf
-    return mean, float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
 
 
 def arms_table(rows: Sequence[dict[str, Any]]) -> list[str]:

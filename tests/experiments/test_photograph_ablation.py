@@ -11,6 +11,7 @@ from scipy import stats
 from tiny_photographs import lite0_state, make_photographs, texture
 
 from mfrsvlm.experiments import photograph_ablation
+from mfrsvlm.experiments.estimates import over_seeds
 from mfrsvlm.experiments.photograph_ablation import (
     ARMS,
     REFERENCE,
@@ -19,7 +20,6 @@ from mfrsvlm.experiments.photograph_ablation import (
     build,
     log_probabilities,
     make_encoder,
-    over_seeds,
 )
 from mfrsvlm.modeling_mfrsvlm import resample_to_grid
 from mfrsvlm.training.branches import BranchCollator
