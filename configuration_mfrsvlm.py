@@ -201,6 +201,9 @@ class MFRSVLMConfig(PreTrainedConfig):
         window_chunk_size: windows encoded in one pass of the encoder, which bounds peak memory. `"auto"`: as many as are
             fast on the device, by the tokens of a window, see `MFRSVLMModel.windows_per_pass`. `None`: all at once (under
             ZeRO-3 or FSDP every rank must make the same number of passes).
+        window_budget: how many windows of an image are encoded: those that a scorer finds worth it, from the global view
+            and, where given, the question. The others show the features of the global view, upsampled. Needs windows of one
+            size, side by side. `None`: all windows.
         detail_feature_layers: the depths: encoder outputs that the windows are read at, numbered as
             `vision_feature_layer`, in ascending order.
         injection_layers: 0-based indices of the decoder layers that details are injected before.
@@ -211,7 +214,7 @@ class MFRSVLMConfig(PreTrainedConfig):
             them for itself.
         routing_scope: of `"stack"` routing: whether the weights are shared by all images of a `"sample"` (the
             published model) or computed for every `"image"`.
-        routing_size: width of the queries and keys of `"token"` routing.
+        routing_size: width of the queries and keys of `"token"` routing, and of the scorer of `window_budget`.
         cross_attention_size: width of the keys and values of `"cross_attention"`, all heads together.
         cross_attention_heads: attention heads of `"cross_attention"`.
 
@@ -251,6 +254,7 @@ class MFRSVLMConfig(PreTrainedConfig):
     window_encoding: Literal["native", "resize"] = "native"
     window_weighting: Literal["hann", "hann_nonzero"] = "hann_nonzero"
     window_chunk_size: int | Literal["auto"] | None = "auto"
+    window_budget: int | None = None
     detail_feature_layers: list[int] | tuple[int, ...] = (8, 16, 24)
 
     # Injection
@@ -340,10 +344,11 @@ class MFRSVLMConfig(PreTrainedConfig):
         return int(getattr(self.vision_config, "num_channels", 3))
 
     def to_dict(self) -> dict[str, Any]:
-        """As in `transformers`. Models without further bands are saved as if there were no `stem_channels`."""
+        """As in `transformers`. Without further bands or a budget, models are saved as if there were no such fields."""
         fields: dict[str, Any] = super().to_dict()
-        if fields.get("stem_channels") is None:
-            fields.pop("stem_channels", None)
+        for name in ("stem_channels", "window_budget"):
+            if fields.get(name) is None:
+                fields.pop(name, None)
         return fields
 
     @property
@@ -371,11 +376,11 @@ class MFRSVLMConfig(PreTrainedConfig):
 
     @property
     def encoder_passes(self) -> float:
-        """What encoding an image costs, in passes of the global view: its tokens, and those of all windows, over its own."""
+        """What encoding an image costs, in passes of the global view: its tokens and those of its windows, over its own."""
         passes = 1.0
         for window in self.windows if self.has_details else ():
             share = 1.0 if self.window_encoding == "resize" else (window.size / self.image_size) ** 2
-            passes += window.num_windows * share
+            passes += (self.window_budget or window.num_windows) * share
         return passes
 
     @classmethod
@@ -456,6 +461,8 @@ class MFRSVLMConfig(PreTrainedConfig):
                     f'stride {window.token_stride} leave gaps. Use "hann_nonzero", or a larger window_overlap than '
                     f"{self.window_overlap}."
                 )
+        if self.window_budget is not None:
+            self._check_window_budget(self.window_budget)
         if isinstance(self.window_chunk_size, int) and self.window_chunk_size < 1:
             raise ValueError(
                 f'window_chunk_size={self.window_chunk_size} must be at least 1, "auto", or None for no chunks.'
@@ -474,6 +481,26 @@ class MFRSVLMConfig(PreTrainedConfig):
             raise ValueError(
                 f"image_token_id={self.image_token_id} is no row of the decoder's embedding, which has "
                 f"text_config.vocab_size={self.text_config.vocab_size}: resize the embedding first."
+            )
+
+    def _check_window_budget(self, budget: int) -> None:
+        """Raises `ValueError` if there is nothing to choose from."""
+        if len(self.windows) != 1 or not self.injection_layers:
+            raise ValueError(
+                f"window_budget={budget} needs windows of one size and a layer to inject them into, but "
+                f"window_sizes={self.window_sizes} and injection_layers={self.injection_layers}. Change them, or set it to "
+                "None."
+            )
+        (window,) = self.windows
+        if window.token_stride < window.tokens_per_side:
+            raise ValueError(
+                f"window_budget={budget} needs windows side by side, but window_overlap={self.window_overlap}. Set "
+                "window_overlap to 0, or window_budget to None."
+            )
+        if not 1 <= budget <= window.num_windows:
+            raise ValueError(
+                f"window_budget={budget} must lie between 1 and the {window.num_windows} windows of an image, or be None "
+                "for all."
             )
 
 

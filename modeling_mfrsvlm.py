@@ -7,8 +7,8 @@ decoder runs its unchanged forward: an injector is a forward pre-hook on its lay
 argument `injection`.
 
 Letters in shape comments: B samples, S positions, N images over the batch, r rows that share an image (beams), T tokens
-an image, K detail stacks, n windows, t tokens a window side, C vision channels, d decoder channels. All visual state
-enters and leaves as arguments; nothing is kept on a module between calls.
+an image, K detail stacks, n windows, k of them chosen, t tokens a window side, C vision channels, d decoder channels. All
+visual state enters and leaves as arguments; nothing is kept on a module between calls.
 """
 
 import copy
@@ -73,7 +73,7 @@ TOKENS_PER_PASS_ON_CPU, TOKENS_PER_PASS = 1200, 16384
 
 # What quantization leaves whole, unless its config names modules itself. These parts are small, and all that the decoder
 # sees of an image passes them.
-WHOLE_PARTS = ("vision_tower", "stage_projections", "multi_modal_projector", "injectors")
+WHOLE_PARTS = ("vision_tower", "stage_projections", "multi_modal_projector", "window_scorer", "injectors")
 
 
 @dataclass
@@ -125,6 +125,38 @@ class MFRSVLMMultiModalProjector(nn.Module):
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         return self.linear_2(self.act(self.linear_1(image_features)))
+
+
+class MFRSVLMWindowScorer(nn.Module):
+    """One score per window, from the features of the global view and the question: how much its details are worth.
+
+    Channels of a token are multiplied by channels of the question, so that a token can match what is asked for. The mean
+    over the tokens of a window follows, since a small object fills few of them.
+    """
+
+    def __init__(self, config: MFRSVLMConfig) -> None:
+        super().__init__()
+        size, depths, channels = config.routing_size, len(config.detail_feature_layers), config.vision_feature_size
+        self.windows_per_side = config.windows[0].windows_per_side
+        self.tokens_per_side = config.tokens_per_side
+        self.content_norm = nn.LayerNorm(channels)
+        self.content_proj = nn.Linear(depths * channels, size)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.question_norm = nn.LayerNorm(config.text_config.hidden_size)
+        self.question_proj = nn.Linear(config.text_config.hidden_size, size)
+        self.score_proj = nn.Linear(size, 1, bias=False)
+
+    def forward(self, global_maps: Sequence[torch.Tensor], question: torch.Tensor) -> torch.Tensor:
+        """Maps (N, C, h, w) of the global view, one per depth, and mean embeddings (N, d) of the questions, to (N, n).
+
+        An image without a question has zeros in place of its embedding.
+        """
+        grids = [resample_to_grid(depth, self.tokens_per_side).permute(0, 2, 3, 1) for depth in global_maps]
+        content = torch.cat([self.content_norm(grid) for grid in grids], dim=-1)  # (N, side, side, D * C)
+        weights = 1 + self.question_proj(self.question_norm(question))  # (N, size)
+        hidden = self.act(self.content_proj(content)) * weights[:, None, None]
+        pooled = resample_to_grid(hidden.permute(0, 3, 1, 2), self.windows_per_side)  # (N, size, w, w)
+        return self.score_proj(pooled.flatten(2).transpose(1, 2)).squeeze(-1)
 
 
 class MFRSVLMBandConv2d(nn.Conv2d):
@@ -258,6 +290,49 @@ def stitch_windows(features: torch.Tensor, window: WindowScale, canvas_side: int
     return (overlap_add(pieces * weights) / total.clamp(min=1e-6)).permute(0, 3, 1, 2)
 
 
+def check_question(question_ids: Any, pixel_values: Any) -> None:
+    """Raises `ValueError` for questions without the images whose windows they choose."""
+    if question_ids is not None and pixel_values is None:
+        raise ValueError("question_ids choose windows of pixel_values, but there are none: pass both, or neither.")
+
+
+def choose_windows(scores: torch.Tensor, budget: int) -> torch.Tensor:
+    """The places (N, k) of the highest scores (N, n), ascending; of equal ones, the first."""
+    return scores.argsort(dim=1, descending=True, stable=True)[:, :budget].sort(dim=1).values
+
+
+def fill_windows(
+    global_map: torch.Tensor, windows: torch.Tensor, chosen: torch.Tensor, window: WindowScale, scores: torch.Tensor | None
+) -> torch.Tensor:
+    """Shows the chosen windows, and in place of the others the features of the global view, upsampled.
+
+    With scores, the features of all windows are given. The result is the same, but the scores get a gradient: how much the
+    loss would change if more of a window were shown. So each window is learned from, and not only those that were chosen.
+
+    Args:
+        global_map: (N, C, h, w), of the global view.
+        windows: (N, k, C, t, t) of the chosen windows, or (N, n, C, t, t) of all if there are scores.
+        chosen: (N, k), see `choose_windows`.
+        window: geometry of the windows, which lie side by side.
+        scores: (N, n), or `None`.
+
+    Returns:
+        (N, n, C, t, t)
+    """
+    per_side, tokens = window.windows_per_side, window.tokens_per_side
+    canvas = resample_to_grid(global_map, per_side * tokens).to(windows.dtype)
+    # (N, C, w * t, w * t) -> (N, w, w, C, t, t) -> (N, n, C, t, t)
+    filled = canvas.unflatten(3, (per_side, tokens)).unflatten(2, (per_side, tokens)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    if scores is None:
+        rows = torch.arange(len(chosen), device=chosen.device)[:, None]
+        return filled.index_put((rows, chosen), windows)
+    is_chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
+    shown = torch.where(is_chosen[..., None, None, None], windows, filled)
+    shares = scores.softmax(dim=1)
+    change = (shares - shares.detach()).to(windows.dtype)  # zero
+    return shown + change[..., None, None, None] * (windows - filled).detach()
+
+
 def keep_parts_whole(quantization_config: Any) -> Any:
     """A copy of a quantization config that leaves `WHOLE_PARTS` and the head out. It is unchanged if it names modules."""
     field = next(
@@ -370,6 +445,8 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
         self.multi_modal_projector = MFRSVLMMultiModalProjector(config)
         if config.visual_position_embeddings:
             self.visual_position_embedding = nn.Embedding(config.image_seq_length, config.text_config.hidden_size)
+        if config.window_budget is not None:
+            self.window_scorer = MFRSVLMWindowScorer(config)
         self.language_model = AutoModel.from_config(config.text_config)
         if config.injection_type == "gated":
             self.injectors = MFRSVLMInjectors([MFRSVLMGatedInjector(config) for _ in config.injection_layers])
@@ -572,21 +649,90 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             chunks.append([resample_to_grid(depth, window.tokens_per_side) for depth in maps])
         return [torch.cat(depth) for depth in zip(*chunks, strict=True)]
 
-    def get_detail_features(self, pixel_values: torch.Tensor, window_chunk_size: int | None = None) -> torch.Tensor:
+    def score_windows(self, global_maps: Sequence[torch.Tensor], question_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Scores of the windows of N images, of a model with `window_budget`.
+
+        Nothing but the scorer gets a gradient from them: tower and embeddings learn from the answers.
+
+        Args:
+            global_maps: (N, C, h, w) per depth, features of the global views.
+            question_ids: see `get_image_features`.
+
+        Returns:
+            (N, n)
+
+        Raises:
+            ValueError: `question_ids` are not one row an image.
+        """
+        content = [depth.detach() for depth in global_maps]
+        count, width = len(content[0]), self.config.text_config.hidden_size
+        if question_ids is None:
+            return self.window_scorer(content, content[0].new_zeros(count, width))
+        if question_ids.ndim != 2 or len(question_ids) != count:
+            raise ValueError(
+                f"question_ids has shape {tuple(question_ids.shape)}, but there are {count} images: pass (images, tokens), "
+                "one question an image, padded with -100."
+            )
+        is_token = (question_ids >= 0)[..., None]
+        embedded = self.get_input_embeddings()(question_ids.clamp(min=0)).detach() * is_token
+        question = embedded.sum(dim=1) / is_token.sum(dim=1).clamp(min=1)
+        return self.window_scorer(content, question.to(content[0].dtype))
+
+    def _encode_chosen_windows(
+        self,
+        pixels: torch.Tensor,
+        window: WindowScale,
+        chunk_size: int | None,
+        global_maps: Sequence[torch.Tensor],
+        question_ids: torch.Tensor | None,
+    ) -> list[torch.Tensor]:
+        """As `_encode_windows`, but encodes `config.window_budget` windows of each image, see `fill_windows`.
+
+        While the scorer is trained, all windows are encoded, since it learns from each of them.
+        """
+        scores = self.score_windows(global_maps, question_ids)
+        chosen = choose_windows(scores, self.config.window_budget or window.num_windows)
+        learns = self.training and scores.requires_grad
+        if not learns:
+            rows = torch.arange(len(chosen), device=chosen.device)[:, None]
+            pixels = pixels.unflatten(0, scores.shape)[rows, chosen].flatten(0, 1)  # (N * k, channels, size, size)
+        return [
+            fill_windows(
+                global_map, depth.unflatten(0, (len(scores), -1)), chosen, window, scores if learns else None
+            ).flatten(0, 1)
+            for global_map, depth in zip(global_maps, self._encode_windows(pixels, window, chunk_size), strict=True)
+        ]
+
+    def get_detail_features(
+        self,
+        pixel_values: torch.Tensor,
+        window_chunk_size: int | None = None,
+        question_ids: torch.Tensor | None = None,
+        global_maps: Sequence[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Encodes the windows of N images at every depth, and stitches them into detail stacks, before the projector.
 
         Args:
             pixel_values: (N, L), as the processor returns them.
             window_chunk_size: windows an encoder pass; defaults to what the config says.
+            question_ids: see `get_image_features`.
+            global_maps: with `window_budget`, features of the global views, (N, C, h, w) per depth. `None`: encoded here.
 
         Returns:
             (K, N, T, C), ordered by scale, depth, row phase, column phase.
         """
         config = self.config
         canvas_side = config.canvas_scale * config.tokens_per_side
+        views, *packed = self._unpack(pixel_values)
+        if config.window_budget is not None and global_maps is None:
+            _, global_maps = self._encode(views, config.detail_feature_layers)
         stacks = []
-        for window, pixels in zip(config.windows, self._unpack(pixel_values)[1:], strict=True):
-            for depth in self._encode_windows(pixels, window, window_chunk_size):
+        for window, pixels in zip(config.windows, packed, strict=True):
+            if global_maps is None:
+                depths = self._encode_windows(pixels, window, window_chunk_size)
+            else:
+                depths = self._encode_chosen_windows(pixels, window, window_chunk_size, global_maps, question_ids)
+            for depth in depths:
                 depth = depth.unflatten(0, (len(pixel_values), window.num_windows))  # (N, n, C, t, t)
                 canvas = stitch_windows(depth, window, canvas_side, config.window_weighting)
                 stacks.append(split_phases(canvas, config.canvas_scale))  # (phases, N, T, C)
@@ -595,7 +741,11 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
     @merge_with_config_defaults
     @can_return_tuple
     def get_image_features(
-        self, pixel_values: torch.Tensor, window_chunk_size: int | None = None, **kwargs: Any
+        self,
+        pixel_values: torch.Tensor,
+        window_chunk_size: int | None = None,
+        question_ids: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> MFRSVLMImageFeatures:
         """Encodes N images: their global views and, for a model with injection, their windows.
 
@@ -603,23 +753,31 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             pixel_values: (N, L), one row an image: the normalized global view and the windows of every scale, as the
                 processor packs them.
             window_chunk_size: windows an encoder pass; defaults to what the config says.
+            question_ids: with `window_budget`, what is asked about each image: (N, S), padded with -100, as
+                `MFRSVLMProcessor.question_ids` returns them. `None`: windows are chosen by the image alone.
 
         Raises:
-            ValueError: the rows do not have the length that the config asks for.
+            ValueError: the rows do not have the length that the config asks for; there are `question_ids` without a
+                `window_budget`, or not one row an image.
         """
         config = self.config
+        if question_ids is not None and config.window_budget is None:
+            raise ValueError("question_ids choose windows, but this model encodes all (window_budget=None): leave them out.")
         wanted = kwargs.pop("output_hidden_states", None) or getattr(config.vision_config, "output_hidden_states", False)
         if wanted:
             kwargs["output_hidden_states"] = True
         global_views = self._unpack(pixel_values)[0]
-        outputs, (global_map,) = self._encode(global_views, [config.vision_feature_layer], **kwargs)
+        layers = [config.vision_feature_layer, *(config.detail_feature_layers if config.window_budget is not None else ())]
+        outputs, (global_map, *global_maps) = self._encode(global_views, layers, **kwargs)
         visual = resample_to_grid(global_map, config.tokens_per_side).flatten(2).transpose(1, 2)  # (N, T, C)
         visual = self.multi_modal_projector(visual)  # (N, T, d)
         if config.visual_position_embeddings:
             visual = visual + self.visual_position_embedding.weight
         details = None
         if config.has_details:
-            stacks = self.multi_modal_projector(self.get_detail_features(pixel_values, window_chunk_size))
+            stacks = self.multi_modal_projector(
+                self.get_detail_features(pixel_values, window_chunk_size, question_ids, global_maps or None)
+            )
             details = [list(stack) for stack in stacks]  # views of one tensor
         return MFRSVLMImageFeatures(
             last_hidden_state=outputs.feature_maps[-1] if config.is_backbone else outputs.last_hidden_state,
@@ -707,6 +865,7 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
         mm_encoder_outputs: dict[str, MFRSVLMImageFeatures] | None = None,
         cache: Cache | None = None,
         image_repeats: int = 1,
+        question_ids: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MFRSVLMModelOutputWithPast:
         """
@@ -720,10 +879,11 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             inputs_embeds: (B, S, d) in place of ids, with the placeholder's embedding at every visual position.
             mm_encoder_outputs: `{"image": get_image_features(...)}`, instead of the pixels.
             image_repeats: how many rows that follow each other share the images of one sample (beams).
+            question_ids: with `pixel_values`, see `get_image_features`. In training it must not hold the answers.
 
         Raises:
             ValueError: a position exceeds the decoder's; both or neither of two exclusive arguments are given; the image
-                tokens do not match the images.
+                tokens do not match the images; `question_ids` come without `pixel_values`, or see `get_image_features`.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -731,11 +891,14 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
         if cache is not None and past_key_values is not None:
             raise ValueError("You cannot specify both `cache` and `past_key_values`: they are one argument.")
+        check_question(question_ids, pixel_values)
         cache = past_key_values if cache is None else cache
 
         features = (mm_encoder_outputs or {}).get("image")
         if features is None and pixel_values is not None:
-            features = self.get_image_features(pixel_values, window_chunk_size=window_chunk_size, return_dict=True)
+            features = self.get_image_features(
+                pixel_values, window_chunk_size=window_chunk_size, question_ids=question_ids, return_dict=True
+            )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         self._check_positions(position_ids, inputs_embeds.shape[1], cache)
@@ -821,10 +984,16 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
         return self.lm_head
 
     def get_image_features(
-        self, pixel_values: torch.Tensor, window_chunk_size: int | None = None, **kwargs: Any
+        self,
+        pixel_values: torch.Tensor,
+        window_chunk_size: int | None = None,
+        question_ids: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> MFRSVLMImageFeatures:
         """See `MFRSVLMModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, window_chunk_size=window_chunk_size, **kwargs)
+        return self.model.get_image_features(
+            pixel_values, window_chunk_size=window_chunk_size, question_ids=question_ids, **kwargs
+        )
 
     @can_return_tuple
     def forward(
@@ -841,6 +1010,7 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
         mm_encoder_outputs: dict[str, MFRSVLMImageFeatures] | None = None,
         cache: Cache | None = None,
         image_repeats: int = 1,
+        question_ids: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> MFRSVLMCausalLMOutputWithPast:
         """As `MFRSVLMModel.forward`, and:
@@ -875,6 +1045,7 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
             mm_encoder_outputs=mm_encoder_outputs,
             cache=cache,
             image_repeats=image_repeats,
+            question_ids=question_ids,
             return_dict=True,
             **kwargs,
         )
@@ -909,7 +1080,8 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
         # Rows are repeated for beams and for several sequences, images are not: the forward knows how many rows share them.
         if expand_size == 1:
             return super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
-        shared = {name: kwargs.pop(name) for name in ("pixel_values", "mm_encoder_outputs") if kwargs.get(name) is not None}
+        names = ("pixel_values", "question_ids", "mm_encoder_outputs")
+        shared = {name: kwargs.pop(name) for name in names if kwargs.get(name) is not None}
         input_ids, kwargs = super()._expand_inputs_for_generation(expand_size=expand_size, **kwargs)
         return input_ids, {**kwargs, **shared, "image_repeats": expand_size}
 
@@ -920,6 +1092,7 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
         if model_kwargs.get("use_cache", True):
             # What was encoded has served: decoding reads the cache. Emptied, since the caller's frame holds the same object.
             model_kwargs.pop("pixel_values", None)
+            model_kwargs.pop("question_ids", None)
             (model_kwargs.pop("mm_encoder_outputs", None) or {}).clear()
         return model_kwargs
 
@@ -954,23 +1127,25 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
                 "model weighs details image by image. Leave it out, or choose chunks that end between images."
             )
 
-    def _new_images(self, pixel_values: torch.Tensor, input_ids: torch.Tensor, past_length: int) -> torch.Tensor | None:
-        """Of the rows of `pixel_values`, those whose image tokens are not cached yet; `None` if none is left."""
+    def _new_images(self, rows: torch.Tensor, input_ids: torch.Tensor, past_length: int) -> torch.Tensor | None:
+        """Of rows of `pixel_values` or `question_ids`, those whose image tokens are not cached yet; `None`: none is left."""
         per_sample = (input_ids == self.config.image_token_id).sum(dim=1) // self.config.image_seq_length
         cached = (input_ids[:, :past_length] == self.config.image_token_id).sum(dim=1) // self.config.image_seq_length
-        if len(pixel_values) != per_sample.sum():
-            return pixel_values
-        images = zip(pixel_values.split(per_sample.tolist()), cached.tolist(), strict=True)
-        pixel_values = torch.cat([of_sample[seen:] for of_sample, seen in images])
-        return pixel_values if len(pixel_values) else None
+        if len(rows) != per_sample.sum():
+            return rows
+        images = zip(rows.split(per_sample.tolist()), cached.tolist(), strict=True)
+        rows = torch.cat([of_sample[seen:] for of_sample, seen in images])
+        return rows if len(rows) else None
 
     def generate(self, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers`. A conversation that goes on from a cache may pass all its images, or those that are new.
 
         Raises:
             ValueError: `prefill_chunk_size` would split an image that must not be split; `assistant_model` does not have
-                the placeholder; this version of transformers does not take `mm_encoder_outputs`.
+                the placeholder; this version of transformers does not take `mm_encoder_outputs`; there are `question_ids`
+                without `pixel_values`.
         """
+        check_question(kwargs.get("question_ids"), kwargs.get("pixel_values"))
         if kwargs.get("mm_encoder_outputs"):
             if not GENERATE_ENCODES_IMAGES:
                 raise ValueError(
@@ -991,8 +1166,10 @@ class MFRSVLMForConditionalGeneration(MFRSVLMPreTrainedModel, GenerationMixin):
         if chunk_size and input_ids is not None:
             self._check_chunks(input_ids == self.config.image_token_id, chunk_size)
         cache: Any = kwargs.get("cache") if kwargs.get("cache") is not None else kwargs.get("past_key_values")
-        if input_ids is not None and kwargs.get("pixel_values") is not None and not is_empty(cache):
-            kwargs["pixel_values"] = self._new_images(kwargs["pixel_values"], input_ids, int(cache.get_seq_length()))
+        if input_ids is not None and not is_empty(cache):
+            for name in ("pixel_values", "question_ids"):
+                if kwargs.get(name) is not None:
+                    kwargs[name] = self._new_images(kwargs[name], input_ids, int(cache.get_seq_length()))
         return super().generate(inputs, generation_config, *args, **kwargs)
 
 

@@ -276,6 +276,26 @@ class MFRSVLMProcessor(ProcessorMixin):
         if markers != counts:
             raise ValueError(f"{rule}found {markers} tokens, prompt by prompt, and {counts} images, list by list.")
 
+    def question_ids(self, questions: str | list[str]) -> torch.Tensor:
+        """What is asked about each image, for a model with `window_budget`, which chooses the windows to encode by it.
+
+        Args:
+            questions: one text an image, in reading order over the batch: the question alone, without its answer.
+
+        Returns:
+            (N, S) ids without special tokens, padded with -100. `forward` and `generate` take them.
+
+        Raises:
+            TypeError: questions are not a string or a list of strings.
+        """
+        texts = [questions] if isinstance(questions, str) else questions
+        if not isinstance(texts, (list, tuple)) or not all(isinstance(each, str) for each in texts):
+            raise TypeError(f"questions must be a string or a list of strings, got {shown(questions)}.")
+        for number, question in enumerate(texts, start=1):
+            check_text(question, f"question {number} of {len(texts)}")
+        rows = [torch.tensor(self.tokenizer.encode(each, add_special_tokens=False), dtype=torch.long) for each in texts]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+
     def post_process_boxes(
         self, texts: list[str], image_sizes: Any, box_scale: float | None = None, padded: bool | None = None
     ) -> list[torch.Tensor]:

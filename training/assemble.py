@@ -44,7 +44,7 @@ from .arguments import assemble_parser
 
 # Parameters that may be missing in the parts. In a tower: the pooler, which is not used, and the norms after the stages of a
 # backbone, which classifiers lack. With initial weights, the norms only normalize.
-UNTRAINED = r"model\.(injectors|multi_modal_projector|stage_projections|visual_position_embedding)\."
+UNTRAINED = r"model\.(injectors|multi_modal_projector|stage_projections|visual_position_embedding|window_scorer)\."
 UNTRAINED_TOWER = r"(.*\.)?(pooler|hidden_states_norms)\."
 
 

@@ -46,6 +46,7 @@ FULLY_TRAINED = {
     r"injectors\.\d+": "injectors",
     "multi_modal_projector": "projector",
     "visual_position_embedding": "projector",
+    "window_scorer": "projector",
     r"stage_projections\.\d+": "projector",
     r"vision_tower\..*\.extra_bands": "vision_tower",
 }

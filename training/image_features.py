@@ -43,8 +43,13 @@ def cache_image_features(
         (N, 1 + K, T, C) float16, memory-mapped.
 
     Raises:
-        ValueError: the file contains another number of images.
+        ValueError: the file contains another number of images, or the model chooses windows.
     """
+    if model.config.window_budget is not None:
+        raise ValueError(
+            f"window_budget={model.config.window_budget}: which windows are chosen changes in training, so their features "
+            "cannot be cached. Set it to None."
+        )
     if not path.exists():
         config = model.config
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 # Names of the parameters of each part. PEFT adds prefixes and inner names, so these patterns are searched for.
 PARTS = {
     "vision_tower": re.compile(r"\bvision_tower\."),
-    "projector": re.compile(r"\b(multi_modal_projector|visual_position_embedding|stage_projections)\."),
+    "projector": re.compile(r"\b(multi_modal_projector|visual_position_embedding|stage_projections|window_scorer)\."),
     "injectors": re.compile(r"\binjectors\."),
     "decoder": re.compile(r"\blanguage_model\.|\blm_head\."),
 }
