@@ -301,36 +301,65 @@ def choose_windows(scores: torch.Tensor, budget: int) -> torch.Tensor:
     return scores.argsort(dim=1, descending=True, stable=True)[:, :budget].sort(dim=1).values
 
 
+class ScoreBySensitivity(torch.autograd.Function):
+    """The identity, from whose gradient scores learn how strongly the loss depends on each window.
+
+    The softmax of the scores learns the share of a window in the sum of |<gradient, change>| over the windows of its image,
+    as with a cross-entropy. The sign is left out: from the global view to a window is a large step, so the slope at its
+    start tells which windows matter, but rarely whether they help.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, shown: torch.Tensor, change: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """`shown` and `change` (N, n, ...), where the change is from the global view to the window; `scores` (N, n)."""
+        ctx.save_for_backward(change, scores)
+        return shown.view_as(shown)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (gradient,) = gradients
+        change, scores = ctx.saved_tensors
+        sensitivity = (gradient.float() * change.float()).flatten(2).sum(dim=2).abs()  # (N, n)
+        total = sensitivity.sum(dim=1, keepdim=True)
+        shares = sensitivity / total.clamp(min=torch.finfo(total.dtype).tiny)
+        # Images count alike, and all together as the loss does: a loss that is scaled scales this as well.
+        update = torch.where(total > 0, scores.float().softmax(dim=1) - shares, torch.zeros_like(shares)) * total.mean()
+        return gradient, None, update.to(scores.dtype)
+
+
 def fill_windows(
-    global_map: torch.Tensor, windows: torch.Tensor, chosen: torch.Tensor, window: WindowScale, scores: torch.Tensor | None
+    global_maps: Sequence[torch.Tensor],
+    windows: torch.Tensor,
+    chosen: torch.Tensor,
+    window: WindowScale,
+    scores: torch.Tensor | None,
 ) -> torch.Tensor:
     """Shows the chosen windows, and in place of the others the features of the global view, upsampled.
 
-    With scores, the features of all windows are given. The result is the same, but the scores get a gradient: how much the
-    loss would change if more of a window were shown. So each window is learned from, and not only those that were chosen.
+    With scores, the features of all windows are given. The result is the same, but the scores learn from the loss, see
+    `ScoreBySensitivity`: from every window, and not only from those that were chosen.
 
     Args:
-        global_map: (N, C, h, w), of the global view.
-        windows: (N, k, C, t, t) of the chosen windows, or (N, n, C, t, t) of all if there are scores.
+        global_maps: (N, C, h, w) of the global view, one per depth.
+        windows: (N, k, depths, C, t, t) of the chosen windows, or (N, n, depths, C, t, t) of all if there are scores.
         chosen: (N, k), see `choose_windows`.
         window: geometry of the windows, which lie side by side.
         scores: (N, n), or `None`.
 
     Returns:
-        (N, n, C, t, t)
+        (N, n, depths, C, t, t)
     """
     per_side, tokens = window.windows_per_side, window.tokens_per_side
-    canvas = resample_to_grid(global_map, per_side * tokens).to(windows.dtype)
-    # (N, C, w * t, w * t) -> (N, w, w, C, t, t) -> (N, n, C, t, t)
-    filled = canvas.unflatten(3, (per_side, tokens)).unflatten(2, (per_side, tokens)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    canvas = torch.stack([resample_to_grid(depth, per_side * tokens) for depth in global_maps], dim=1).to(windows.dtype)
+    # (N, depths, C, w * t, w * t) -> (N, w, w, depths, C, t, t) -> (N, n, depths, C, t, t)
+    filled = canvas.unflatten(4, (per_side, tokens)).unflatten(3, (per_side, tokens)).permute(0, 3, 5, 1, 2, 4, 6)
+    filled = filled.flatten(1, 2)
     if scores is None:
         rows = torch.arange(len(chosen), device=chosen.device)[:, None]
         return filled.index_put((rows, chosen), windows)
     is_chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
-    shown = torch.where(is_chosen[..., None, None, None], windows, filled)
-    shares = scores.softmax(dim=1)
-    change = (shares - shares.detach()).to(windows.dtype)  # zero
-    return shown + change[..., None, None, None] * (windows - filled).detach()
+    shown = torch.where(is_chosen[..., None, None, None, None], windows, filled)
+    return ScoreBySensitivity.apply(shown, (windows - filled).detach(), scores)
 
 
 def keep_parts_whole(quantization_config: Any) -> Any:
@@ -696,12 +725,10 @@ class MFRSVLMModel(MFRSVLMPreTrainedModel):
         if not learns:
             rows = torch.arange(len(chosen), device=chosen.device)[:, None]
             pixels = pixels.unflatten(0, scores.shape)[rows, chosen].flatten(0, 1)  # (N * k, channels, size, size)
-        return [
-            fill_windows(
-                global_map, depth.unflatten(0, (len(scores), -1)), chosen, window, scores if learns else None
-            ).flatten(0, 1)
-            for global_map, depth in zip(global_maps, self._encode_windows(pixels, window, chunk_size), strict=True)
-        ]
+        windows = torch.stack(self._encode_windows(pixels, window, chunk_size), dim=1)  # (N * k, depths, C, t, t)
+        windows = windows.unflatten(0, (len(scores), -1))
+        shown = fill_windows(global_maps, windows, chosen, window, scores if learns else None)
+        return list(shown.flatten(0, 1).unbind(1))
 
     def get_detail_features(
         self,

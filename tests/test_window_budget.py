@@ -8,7 +8,7 @@ from tiny_models import tiny_config, tiny_inputs, tiny_model
 from torch.nn.functional import interpolate
 
 from mfrsvlm import MFRSVLMConfig, MFRSVLMForConditionalGeneration, MFRSVLMProcessor
-from mfrsvlm.modeling_mfrsvlm import choose_windows
+from mfrsvlm.modeling_mfrsvlm import ScoreBySensitivity, choose_windows
 from mfrsvlm.training.finetune import ModelArguments, add_lora
 from mfrsvlm.training.image_features import cache_image_features
 from mfrsvlm.training.trainer import part_of
@@ -164,28 +164,30 @@ def test_training_shows_what_answering_shows_and_teaches_the_scorer(overrides):
         assert model.model.window_scorer.score_proj.weight.grad.abs().max() > 0
 
 
-def test_the_gradient_is_what_showing_more_of_a_window_would_change():
+def test_scores_learn_how_strongly_the_loss_depends_on_each_window():
     """Of every window, chosen or not: the derivative of the loss in the share of its features that is shown."""
     model = budget_model(3, injection_init=1.0).double()
-    inputs = tiny_inputs(model.config, [1])
+    inputs = tiny_inputs(model.config, [1, 1])
     inputs["pixel_values"] = inputs["pixel_values"].double()
     inner = model.model
     views, pixels = inner._unpack(inputs["pixel_values"])
     (window,) = model.config.windows
     with torch.no_grad():
         _, maps = inner._encode(views, [1, 3])
-        windows = inner._encode_windows(pixels, window, None)  # (16, C, 2, 2) per depth
-        chosen = choose_windows(inner.score_windows(maps), 3)[0].tolist()
+        windows = inner._encode_windows(pixels, window, None)  # (2 * 16, C, 2, 2) per depth
+        scores = inner.score_windows(maps)
+        chosen = choose_windows(scores, 3)
 
     def loss_of(logits: torch.Tensor) -> torch.Tensor:  # in float64, unlike that of the model
         return logits.log_softmax(-1)[..., 7].mean()
 
     def loss_with(shares: torch.Tensor) -> torch.Tensor:
-        """The loss where a share of each window is shown."""
+        """The loss where a share (2 * 16,) of each window is shown."""
         rows = []
         for depth, own in zip(maps, windows, strict=True):
-            canvas = interpolate(depth, size=(8, 8), mode="bilinear")[0]
-            filled = torch.stack([canvas[:, i : i + 2, j : j + 2] for i in range(0, 8, 2) for j in range(0, 8, 2)])
+            canvas = interpolate(depth, size=(8, 8), mode="bilinear")
+            pieces = [canvas[:, :, i : i + 2, j : j + 2] for i in range(0, 8, 2) for j in range(0, 8, 2)]
+            filled = torch.stack(pieces, dim=1).flatten(0, 1)
             rows.append(filled + shares[:, None, None, None] * (own - filled))
         encode, inner._encode_windows = inner._encode_windows, lambda *_: rows
         inner.config.window_budget, budget = None, inner.config.window_budget
@@ -194,19 +196,30 @@ def test_the_gradient_is_what_showing_more_of_a_window_would_change():
         finally:
             inner._encode_windows, inner.config.window_budget = encode, budget
 
-    shares = torch.zeros(16, dtype=torch.double)
-    shares[chosen] = 1
+    shares = torch.zeros(2, 16, dtype=torch.double).scatter(1, chosen, 1).flatten()
     (slopes,) = torch.autograd.grad(loss_with(shares.requires_grad_()), [shares])
-    probabilities = inner.score_windows(maps)[0].softmax(0).detach()
-    expected = probabilities * (slopes - (probabilities * slopes).sum())
+    sensitivity = slopes.view(2, 16).abs()
+    assert (sensitivity > 1e-7).all()  # windows that are not shown teach as well
+    total = sensitivity.sum(1, keepdim=True)
+    expected = (scores.softmax(1) - sensitivity / total) * total.mean()
 
-    scores = []
-    inner.window_scorer.register_forward_hook(lambda module, args, output: scores.append(output))
+    found = []
+    inner.window_scorer.register_forward_hook(lambda module, args, output: found.append(output))
     inner.window_scorer.register_forward_hook(lambda module, args, output: output.retain_grad())
     model.train()
     loss_of(model(**inputs).logits).backward()
-    assert torch.allclose(scores[0].grad[0], expected, rtol=1e-4, atol=1e-9)
-    assert (expected.abs() > 1e-7).all()  # windows that are not shown teach as well
+    assert torch.allclose(found[0].grad, expected, rtol=1e-3, atol=1e-6)
+    assert torch.allclose(found[0].grad.sum(1), torch.zeros(2, dtype=torch.double), atol=1e-6)
+
+
+def test_a_loss_without_the_image_teaches_nothing():
+    scores, shown = torch.randn(2, 4, requires_grad=True), torch.randn(2, 4, 3)
+    output = ScoreBySensitivity.apply(shown, torch.ones(2, 4, 3), scores)
+    assert torch.equal(output, shown)
+    (output[0] * torch.tensor([1.0, -1.0, 0.0, 2.0])[:, None]).sum().backward()
+    probabilities = scores[0].softmax(0)
+    expected = (probabilities - torch.tensor([0.25, 0.25, 0.0, 0.5])) * 12 / 2  # of the sums 12 and 0
+    assert torch.allclose(scores.grad, torch.stack([expected, torch.zeros(4)]).detach(), atol=1e-6)
 
 
 def test_a_frozen_scorer_trains_with_few_windows():
