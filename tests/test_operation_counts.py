@@ -96,6 +96,21 @@ def test_counts_are_those_of_a_real_answer(counting, config):
     assert cost.encode_bytes + cost.prefill_bytes == 4 * weights
 
 
+def test_a_budget_saves_the_windows_that_are_not_encoded(counting, config):
+    """Twelve of sixteen windows, but for the operations of the scorer."""
+    fields = {"window_sizes": [56], "window_overlap": 0.0}
+    full, budget = (
+        counting.count_model(counting.change(config, fields | more), text_tokens=10, answer_tokens=3, bytes_each=2)
+        for more in ({}, {"window_budget": 4})
+    )
+    with torch.device("meta"):
+        tower = MFRSVLMForConditionalGeneration(config).model.vision_tower.eval().requires_grad_(False)
+        windows = torch.empty(12, 3, 56, 56)
+    saved = operations(lambda: tower(windows, interpolate_pos_encoding=True))
+    assert saved * 0.97 < full.encode - budget.encode < saved
+    assert (budget.prefill, budget.decode) == (full.prefill, full.decode)
+
+
 def test_config_of_a_folder_or_a_file(counting, config, tmp_path):
     config.save_pretrained(tmp_path)
     for path in (tmp_path, tmp_path / "config.json"):
