@@ -13,7 +13,12 @@ from transformers import CompileConfig
 from mfrsvlm import MFRSVLMForConditionalGeneration
 
 
-KINDS = {"gated": {}, "token": {"routing": "token"}, "cross_attention": {"injection_type": "cross_attention"}}
+KINDS = {
+    "gated": {},
+    "token": {"routing": "token"},
+    "cross_attention": {"injection_type": "cross_attention"},
+    "budget": {"window_sizes": [14], "window_overlap": 0.0, "window_budget": 5},
+}
 
 
 def run_on_two_ranks(case, folder):
@@ -33,7 +38,7 @@ def run_on_two_ranks(case, folder):
 pytestmark = pytest.mark.integration
 
 
-@pytest.fixture(params=["gated", "cross_attention"])
+@pytest.fixture(params=["gated", "cross_attention", "budget"])
 def saved(request, tmp_path):
     model = tiny_model(**KINDS[request.param])
     model.save_pretrained(tmp_path)
@@ -97,6 +102,8 @@ def test_disk_offload_runs_and_agrees(kind, tmp_path):
     device_map.update({f"model.language_model.{name}": "disk" for name in ("embed_tokens", "norm", "injectors")})
     device_map.update({"model.language_model.rotary_emb": "cpu", "model.injectors": "cpu"})
     device_map.update({f"model.language_model.layers.{i}": "disk" if i % 2 else "cpu" for i in range(4)})
+    if kind == "budget":
+        device_map["model.window_scorer"] = "disk"
     offloaded = MFRSVLMForConditionalGeneration.from_pretrained(
         tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
     )

@@ -161,7 +161,7 @@ def test_training_shows_what_answering_shows_and_teaches_the_scorer(overrides):
         outputs.loss.backward()
         for name, parameter in model.model.window_scorer.named_parameters():  # each of them: DDP would wait for others
             assert parameter.grad is not None, name
-        assert model.model.window_scorer.score_proj.weight.grad.abs().max() > 0
+            assert question_ids is None or parameter.grad.abs().max() > 0, name
 
 
 def test_scores_learn_how_strongly_the_loss_depends_on_each_window():
