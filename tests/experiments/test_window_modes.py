@@ -96,6 +96,16 @@ def test_scores_are_those_of_the_images(images, tmp_path):
     assert len(scores["pointing"]) == sum(bool(sample.boxes) for sample in benchmark.samples)
 
 
+def test_without_steps_the_small_model_is_scored(tmp_path):
+    words = ["--work", str(tmp_path), "--table", str(tmp_path / "table.md"), "--model", MODEL, "--arms", EFFICIENT]
+    window_modes.main([*words, "--steps", "0", "--seeds", "1", "--train-scenes", "1", "--test-scenes", "6"])
+    [made] = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
+    model, processor = window_modes.load(EFFICIENT, MODEL)
+    features = np.load(tmp_path / f"features-test-6-{list(ARMS).index(EFFICIENT)}.npy")
+    assert made["scores"] == window_modes.score(model, processor, features, window_modes.test_questions(6))
+    assert made["seconds"] == 0 and np.mean(made["scores"]["presence"]) > 0.5
+
+
 def row(arm, seed, count, passes=5.0):
     scores = dict.fromkeys((*window_modes.ANSWERED, "grounding", "pointing"), [1.0] * 20)
     scores = scores | {"count": [1.0] * count + [0.0] * (20 - count)}
