@@ -35,14 +35,16 @@ from ..evaluation.evaluate import get_protocol
 from ..files.model_folder import load_model
 from ..files.writing import check_file, write_figure, write_file
 from ..modeling_mfrsvlm import MFRSVLMForConditionalGeneration, resample_to_grid
+from ..scenes import KINDS
 from ..training.branches import BranchCollator
 from ..training.demo_model.architecture import IMAGE_SIZE, PATCH_SIZE
-from ..training.demo_model.scene_images import SCENE_SIZE, VIEW, SceneImages
+from ..training.demo_model.scene_images import OBJECT_PIXELS, SCENE_SIZE, VIEW, SceneImages
 from ..training.demo_model.scene_questions import SceneQuestions
 from ..training.image_features import cache_image_features, project
 from ..training.train_demo_model import PROTOCOL
 from .ablation import MIX, finished_runs, scores_of, test_questions, train_decoder
-from .estimates import over_seeds
+from .estimates import over_seeds, r_squared
+from .linear_probe import linear_probe, pool, targets
 
 
 def efficient(canvas_scale: int) -> dict[str, Any]:
@@ -61,6 +63,8 @@ ARMS: dict[str, dict[str, Any]] = {
     REFERENCE: {"window_sizes": [128, 64], "window_overlap": 0.5},
     LARGE_CANVAS: efficient(4),
 }
+CANVASES = (SMALL_CANVAS, EFFICIENT, LARGE_CANVAS)
+HALF = (OBJECT_PIXELS[0] / 2, OBJECT_PIXELS[1] / 2)
 ANSWERED = ("classification", "presence", "count", "comparison", "position")  # right or wrong, without boxes
 SHOWN = (*ANSWERED, "mean of these", "grounding", "pointing")
 MAX_NEW_TOKENS = 32
@@ -115,6 +119,29 @@ def features_of(model: Any, arm: str, images: SceneImages, split: str, work: Pat
     return cache_image_features(model, images.batches(config), len(images), path)
 
 
+def scenes_of(args: argparse.Namespace, object_pixels: tuple[float, float] = OBJECT_PIXELS) -> dict[str, SceneImages]:
+    """The scenes of both splits. Their canvases are the drawn scenes, which each arm resizes."""
+    counts = {"train": args.train_scenes, "test": args.test_scenes}
+    sides = (SCENE_SIZE, VIEW)
+    return {
+        split: SceneImages(args.work / "scenes", split, count, workers=1, sides=sides, object_pixels=object_pixels)
+        for split, count in counts.items()
+    }
+
+
+def probe(arm: str, args: argparse.Namespace, object_pixels: tuple[float, float] = OBJECT_PIXELS) -> float:
+    """R² of the counts of objects that a linear probe finds in the features of an arm. It needs no decoder."""
+    model, _ = load(arm, args.model)
+    groups = len(model.config.window_sizes) * len(model.config.detail_feature_layers)
+    work = args.work if object_pixels == OBJECT_PIXELS else args.work / "objects-{:g}-{:g}".format(*object_pixels)
+    states, counts = {}, {}
+    for split, images in scenes_of(args, object_pixels).items():
+        states[split] = pool(features_of(model, arm, images, split, work), groups)
+        counts[split] = targets(images.scenes)[:, : len(KINDS)]
+    found = linear_probe(states["train"], counts["train"], np.arange(args.train_scenes), states["test"])
+    return float(r_squared(found, counts["test"], np.arange(args.test_scenes)).value.mean())
+
+
 def score(model: Any, processor: Any, features: np.ndarray, benchmark: Benchmark, batch: int = 16) -> dict[str, list[float]]:
     """Scores of all questions by measure, see `scores_of`. A batch has so many scenes."""
     answerer, protocol = FeatureAnswerer(model, processor, features), get_protocol(PROTOCOL)
@@ -150,14 +177,9 @@ def score(model: Any, processor: Any, features: np.ndarray, benchmark: Benchmark
 def run(arm: str, seed: int, args: argparse.Namespace, benchmark: Benchmark) -> dict[str, Any]:
     """Trains one arm with one seed, and scores it on the test split."""
     model, processor = load(arm, args.model)
-    train, test = (
-        SceneImages(args.work / "scenes", split, count, workers=1, sides=(SCENE_SIZE, VIEW))
-        for split, count in (("train", args.train_scenes), ("test", args.test_scenes))
-    )
-    features, held_out = (
-        features_of(model, arm, images, split, args.work) for images, split in ((train, "train"), (test, "test"))
-    )
-    rows = SceneQuestions(train, BranchCollator(processor), model.config, features, rounds=3, mix=MIX)
+    scenes = scenes_of(args)
+    features = {split: features_of(model, arm, images, split, args.work) for split, images in scenes.items()}
+    rows = SceneQuestions(scenes["train"], BranchCollator(processor), model.config, features["train"], rounds=3, mix=MIX)
     seconds = 0.0
     if args.steps:
         with TemporaryDirectory(dir=args.work) as scratch:
@@ -179,7 +201,7 @@ def run(arm: str, seed: int, args: argparse.Namespace, benchmark: Benchmark) -> 
         "seed": seed,
         "steps": args.steps,
         "settings": settings_of(args),
-        "scores": score(model, processor, held_out, benchmark),
+        "scores": score(model, processor, features["test"], benchmark),
         "encoder_passes": model.config.encoder_passes,
         "canvas": model.config.canvas_scale * model.config.image_size if model.config.has_details else None,
         "seconds": round(seconds, 1),
@@ -216,8 +238,8 @@ def figures(row: dict[str, Any]) -> dict[str, float]:
     return {measure: means[measure] for measure in SHOWN}
 
 
-def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By arm: its passes, canvas and seeds, the mean of each measure, and paired differences to `REFERENCE`.
+def summarize(rows: Sequence[dict[str, Any]], probes: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """By arm: its passes, canvas, probe and seeds, the mean of each measure, and paired differences to `REFERENCE`.
 
     Means and differences are pairs of a mean over seeds and half the width of its 95 % interval.
     """
@@ -238,6 +260,7 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         summary[arm] = {
             "passes": runs[0]["encoder_passes"],
             "canvas": runs[0]["canvas"],
+            "probe": probes[arm],
             "seeds": len(seeds),
             "means": means,
             "differences": differences,
@@ -245,14 +268,14 @@ def summarize(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return summary
 
 
-def write_table(summary: dict[str, dict[str, Any]], path: Path) -> None:
-    """Markdown: the measures of every arm in per cent, then its differences to `REFERENCE` in points."""
-    heads = "| windows | canvas | encoder passes | seeds | " + " | ".join(SHOWN) + " |"
-    rule = "|---|" + "--:|" * (3 + len(SHOWN))
+def write_table(summary: dict[str, dict[str, Any]], smaller: dict[str, float], path: Path) -> None:
+    """Markdown: the measures of every arm in per cent, its differences to `REFERENCE`, and probes of `smaller` objects."""
+    heads = "| windows | canvas | encoder passes | R² of a probe | seeds | " + " | ".join(SHOWN) + " |"
+    rule = "|---|" + "--:|" * (4 + len(SHOWN))
     lines = [heads, rule]
     differences = [f"Differences to “{REFERENCE}” in points, with 95 % intervals over seeds:", "", heads, rule]
     for arm, row in summary.items():
-        start = f"| {arm} | {row['canvas'] or '-'} | {row['passes']:g} | {row['seeds']} | "
+        start = f"| {arm} | {row['canvas'] or '-'} | {row['passes']:g} | {row['probe']:.3f} | {row['seeds']} | "
         lines.append(start + " | ".join(f"{row['means'][measure][0]:.1f}" for measure in SHOWN) + " |")
         cells = []
         for measure in SHOWN if row["differences"] else ():
@@ -261,6 +284,15 @@ def write_table(summary: dict[str, dict[str, Any]], path: Path) -> None:
             cells.append(f"{mean:+.1f}{interval}")
         if cells:
             differences.append(f"{start}{' | '.join(cells)} |")
+    if smaller:
+        differences += ["", "R² of a probe by the length of the objects in the drawn scene:", ""]
+        differences += [
+            "| windows | canvas | encoder passes | {:g} to {:g} pixels | {:g} to {:g} pixels |".format(*OBJECT_PIXELS, *HALF)
+        ]
+        differences += ["|---|--:|--:|--:|--:|"]
+    for arm, found in smaller.items():
+        row = summary[arm]
+        differences.append(f"| {arm} | {row['canvas']} | {row['passes']:g} | {row['probe']:.3f} | {found:.3f} |")
     write_file(path, "\n".join([*lines, "", *differences]) + "\n")
 
 
@@ -270,7 +302,7 @@ def write_plot(summary: dict[str, dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(13, 5), layout="constrained", facecolor="white")
     axes = figure.subplots(1, 2, sharey=True)
-    canvases = [arm for arm in (SMALL_CANVAS, EFFICIENT, LARGE_CANVAS) if arm in summary]
+    canvases = [arm for arm in CANVASES if arm in summary]
     for axis, arms, key in ((axes[0], list(summary), "passes"), (axes[1], canvases, "canvas")):
         arms.sort(key=lambda arm: summary[arm][key])
         places = [summary[arm][key] for arm in arms]
@@ -314,8 +346,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             check_file(path)
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    summary = summarize(run_all(args))
-    write_table(summary, args.table)
+    rows = run_all(args)
+    summary = summarize(rows, {arm: probe(arm, args) for arm in args.arms})
+    write_table(summary, {arm: probe(arm, args, HALF) for arm in CANVASES if arm in args.arms}, args.table)
     if args.plot:
         write_plot(summary, args.plot)
 

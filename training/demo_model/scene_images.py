@@ -40,6 +40,7 @@ class SceneImages:
         crowding: see `plan_scene`.
         workers: processes that draw.
         sides: sides of canvas and global view, pixels.
+        object_pixels: shortest and longest object of a drawn scene.
 
     Attributes:
         canvases: (count, s, s, 3) uint8, with s = `sides[0]`.
@@ -55,13 +56,15 @@ class SceneImages:
         crowding: int = 1,
         workers: int = 2,
         sides: tuple[int, int] = (CANVAS, VIEW),
+        object_pixels: tuple[float, float] = OBJECT_PIXELS,
     ) -> None:
         stem = f"{split}-{count}" + (f"-crowded-{crowding}" if crowding > 1 else "")
         stem += "-{}-{}".format(*sides) if sides != (CANVAS, VIEW) else ""
+        stem += "-objects-{:g}-{:g}".format(*object_pixels) if object_pixels != OBJECT_PIXELS else ""
         plans, canvases, views = (folder / f"{stem}-{name}" for name in ("plans.json", "canvas.npy", "view.npy"))
         folder.mkdir(parents=True, exist_ok=True)
         if not plans.exists():
-            write_file(plans, json.dumps([asdict(plan(split, index, crowding)) for index in range(count)]))
+            write_file(plans, json.dumps([asdict(plan(split, index, crowding, object_pixels)) for index in range(count)]))
         self.scenes = [
             Scene(**{**fields, "objects": tuple(SceneObject(**each) for each in fields["objects"])})
             for fields in read_json(plans)
@@ -94,8 +97,8 @@ class SceneImages:
             yield self.pixel_values(start, min(start + size, len(self)), config, canvas_source)
 
 
-def plan(split: str, index: int, crowding: int = 1) -> Scene:
-    return plan_scene(scene_seed(split, index), SCENE_SIZE, OBJECT_PIXELS, crowding)
+def plan(split: str, index: int, crowding: int = 1, object_pixels: tuple[float, float] = OBJECT_PIXELS) -> Scene:
+    return plan_scene(scene_seed(split, index), SCENE_SIZE, object_pixels, crowding)
 
 
 def draw_all(scenes: list[Scene], canvases: Path, views: Path, workers: int, sides: tuple[int, int]) -> None:
