@@ -87,7 +87,8 @@ def test_table_compares_question_by_question(tmp_path):
     assert [entry["difference"][0] for entry in summary] == [0, 0, -0.5]
     assert summary[1]["passes"] == 5 and summary[1]["tasks"] == {"presence": 1.0, "count": 0.5}
     written = window_budget.tables([row, row], summary)
-    assert f"- {window_budget.QUESTION}: 5\n" in written and f"- {window_budget.RANDOM}: more than 9\n" in written
+    assert f"| {window_budget.QUESTION} | 5 | 5 |\n" in written
+    assert f"| {window_budget.RANDOM} | more than 9 | more than 9 |\n" in written
     assert "| always the most frequent answer to a task | 0 | 0 | - | - | - | 50.0 | 100.0 | - |" in written
     window_budget.write_plot(summary, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
@@ -102,7 +103,7 @@ def test_command_continues_where_it_stopped(tmp_path, capsys):
     (row,) = [json.loads(line) for line in (work / "runs.jsonl").read_text().splitlines()]
     assert len(row["scores"]) == 2 + 5 * len(window_budget.BUDGETS)
     assert all(len(entry["right"]) == len(row["tasks"]) and np.isfinite(entry["seen"]).all() for entry in row["scores"])
-    assert table.read_text().count("\n| ") == 1 + 1 + len(row["scores"])
+    assert table.read_text().count("\n| ") == 1 + 1 + len(row["scores"]) + 1 + len(window_budget.CHOSEN)
     (work / "features-train-8.pt").unlink()  # nothing is run again
     window_budget.main([*command, "--seeds", "1"])
     assert len((work / "runs.jsonl").read_text().splitlines()) == 1
