@@ -252,6 +252,29 @@ def test_generation_hands_the_question_on(injection):
 
 
 @torch.no_grad()
+def test_a_conversation_goes_on_with_the_questions_of_new_images():
+    model = budget_model(2)
+    inputs, question_ids = tiny_inputs(model.config, [2]), QUESTIONS[:2]
+    options = {"max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(**inputs, question_ids=question_ids, **options)
+    cached = 2 + model.config.image_seq_length  # all of the first image
+    first = model(
+        input_ids=inputs["input_ids"][:, :cached],
+        pixel_values=inputs["pixel_values"][:1],
+        question_ids=question_ids[:1],
+        use_cache=True,
+    )
+    answers = []
+
+    def go_on() -> None:
+        options["past_key_values"] = first.past_key_values
+        answers.append(model.generate(**inputs, question_ids=question_ids, **options))
+
+    assert count_pixels(model, go_on) == 28**2 + 2 * 14**2  # of the second image
+    assert torch.equal(answers[0], expected)
+
+
+@torch.no_grad()
 def test_round_trip(tmp_path):
     model = budget_model(3)
     inputs = tiny_inputs(model.config, [1])
