@@ -18,6 +18,7 @@ import argparse
 import copy
 import json
 import math
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -110,7 +111,8 @@ def load(arm: str, start: str) -> tuple[MFRSVLMForConditionalGeneration, Any]:
 
 def features_of(model: Any, arm: str, images: SceneImages, split: str, work: Path) -> np.ndarray:
     """(scenes, 1 + K, T, C), from a file if they have been encoded before."""
-    config, path = model.config, work / f"features-{split}-{len(images)}-{list(ARMS).index(arm)}.npy"
+    config, name = model.config, re.sub(r"\W+", "-", arm)
+    path = work / f"features-{split}-{len(images)}-{name}.npy"
     side = config.canvas_scale * config.image_size
     if side != SCENE_SIZE and not path.exists():
         canvases = (Image.fromarray(canvas).resize((side, side), Image.Resampling.BICUBIC) for canvas in images.canvases)
@@ -300,7 +302,7 @@ def write_plot(summary: dict[str, dict[str, Any]], path: Path) -> None:
     """The accuracy over the encoder passes of all arms, and over the side of the canvas in efficient mode."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 5), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(13, 6.5), layout="constrained", facecolor="white")
     axes = figure.subplots(1, 2, sharey=True)
     canvases = [arm for arm in CANVASES if arm in summary]
     for axis, arms, key in ((axes[0], list(summary), "passes"), (axes[1], canvases, "canvas")):
@@ -311,15 +313,20 @@ def write_plot(summary: dict[str, dict[str, Any]], path: Path) -> None:
             halves = [half if math.isfinite(half) else 0 for half in halves]
             label = "mean of the tasks without boxes" if measure == "mean of these" else measure
             axis.errorbar(
-                places, means, yerr=halves, fmt="o" if key == "passes" else "o-", color=color, label=label, capsize=3
+                places,
+                means,
+                yerr=halves,
+                fmt="o" if key == "passes" else "o-",
+                markersize=10 if measure == "mean of these" else 5,  # so that equal values show
+                color=color,
+                label=label,
+                capsize=3,
             )
         axis.set_xscale("log", base=2)
-        axis.set_xticks(places, [f"{place:g}" for place in places])
+        labels = [f"{place:g}: {arm}" if key == "passes" else f"{place:g}" for place, arm in zip(places, arms, strict=True)]
+        axis.set_xticks(places, labels, rotation=90 if key == "passes" else 0, fontsize=7 if key == "passes" else None)
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
-    for arm in summary:
-        axes[0].annotate(
-            arm, (summary[arm]["passes"], 0.02), xycoords=("data", "axes fraction"), rotation=90, fontsize=7, ha="right"
-        )
     axes[0].set(xlabel="encoder passes of an image", ylabel="right answers on held-out scenes, per cent")
     axes[1].set(xlabel="side of the canvas in efficient mode, pixels")
     axes[1].legend(fontsize="small")

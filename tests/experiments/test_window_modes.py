@@ -101,7 +101,7 @@ def test_without_steps_the_small_model_is_scored(tmp_path):
     window_modes.main([*words, "--steps", "0", "--seeds", "1", "--train-scenes", "3", "--test-scenes", "6"])
     [made] = map(json.loads, (tmp_path / "runs.jsonl").read_text().splitlines())
     model, processor = window_modes.load(EFFICIENT, MODEL)
-    features = np.load(tmp_path / f"features-test-6-{list(ARMS).index(EFFICIENT)}.npy")
+    [features] = map(np.load, tmp_path.glob("features-test-6-*.npy"))
     assert made["scores"] == window_modes.score(model, processor, features, window_modes.test_questions(6))
     assert made["seconds"] == 0 and np.mean(made["scores"]["presence"]) > 0.5
 
