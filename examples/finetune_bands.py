@@ -2,8 +2,9 @@
 
     python examples/finetune_bands.py [views|bands] [OUTPUT]
 
-The question is whether the vegetation of a synthetic scene is healthy, which red, green and blue do not show. For your own
-data, replace `write_rows`; docs/bands.md describes both ways.
+The question is whether the vegetation of a synthetic scene is healthy, which red, green and blue do not show. In both ways
+the last image shows red, green and blue as before, so that other questions are still answered. For your own data, replace
+`write_rows`; docs/bands.md describes both ways.
 """
 
 import json
@@ -24,7 +25,7 @@ from mfrsvlm.training.finetune import DataArguments, ModelArguments, finetune
 
 BANDS = ["red", "green", "blue", "nir"]
 SIDE = 256
-VIEWS = "Image 1 shows true color, image 2 shows false color (near infrared, red, green). "
+VIEWS = "Image 1 shows false color (near infrared, red, green), image 2 shows true color. "
 
 
 def write_rows(folder: Path, split: str, count: int, way: str) -> list[dict]:
@@ -40,12 +41,11 @@ def write_rows(folder: Path, split: str, count: int, way: str) -> list[dict]:
                 band: np.asarray(Image.fromarray(plane).resize((SIDE, SIDE), Image.Resampling.BOX))
                 for band, plane in sense(scene, BANDS).items()
             }
-            if way == "bands":
-                names = [f"{name}.npz"]
-                np.savez(folder / names[0], **bands)
-            else:
-                names = [f"{name}-rgb.png", f"{name}-nir.png"]
-                for file, shown in zip(names, (BANDS[:3], ["nir", "red", "green"]), strict=True):
+            names = [f"{name}.npz" if way == "bands" else f"{name}-nir.png", f"{name}-rgb.png"]
+            for file, shown in zip(names, (["nir", "red", "green"], BANDS[:3]), strict=True):
+                if file.endswith(".npz"):
+                    np.savez(folder / file, nir=bands["nir"])
+                else:
                     Image.fromarray(np.stack([bands[band] for band in shown], axis=2)).save(folder / file)
             prompt = question.text if way == "bands" else VIEWS + question.text
             rows.append({"images": names, "prompt": prompt, "completion": question.answer})

@@ -4,8 +4,12 @@
 
 All arms start from the small model, with a frozen vision encoder, and train an adapter (LoRA) of the decoder with the same
 questions: two that RGB cannot answer, about vegetation (near infrared) and moisture (radar), and ordinary ones about the
-objects. `bands` also trains the layer of the new bands. Two controls answer with its model: `shuffled` shows the new bands
-of another scene, and `missing` none. Answers are generated, and must be right to the letter.
+objects. Every scene is seen once. Arms with new bands also train their layer. `bands` shows all bands as one image. `bands
+beside RGB` shows the new ones as an image of their own, before a second one of red, green and blue, and so do the arms with
+narrow bands. Two controls answer with its model: `shuffled` shows the new bands of another scene, and `missing` RGB alone.
+Answers are generated, and must be right to the letter.
+
+Nothing is chosen on the scenes of the test split: `--split validation` scores others.
 
 A finished run is a line in DIR/runs.jsonl: started again, the command continues where it stopped.
 """
@@ -34,7 +38,8 @@ from ..geospatial.runs import describe_views
 from ..scenes import Scene, ask, ask_sensors, plan_scene, scene_seed, sense
 from ..scenes.questions import Question
 from ..scenes.sensors import RGB, narrow_bands
-from ..training import ConversationCollator
+from ..training.branches import BranchCollator
+from ..training.demo_model.photograph_questions import turn
 from ..training.finetune import ModelArguments, add_lora
 from ..training.trainer import drop_bands, freeze_parts
 from .estimates import over_seeds
@@ -42,13 +47,14 @@ from .estimates import over_seeds
 
 SCENE_SIZE, CANVAS, OBJECT_PIXELS = 512, 256, (8.0, 16.0)  # as the small model was trained
 TWINS, ORDINARY = ("vegetation", "moisture"), ("presence", "count", "classification", "area")
-QUESTIONS = 4  # a scene, in training
 BROAD = [*RGB, "nir", "vv"]
-VIEWS = {"rgb": ["true_color"], "composite": ["false_color"], "views": ["true_color", "false_color"]}
+# True color is last: the small model was trained with one image, right before the question.
+VIEWS = {"rgb": ["true_color"], "composite": ["false_color"], "views": ["false_color", "true_color"]}
+BESIDE = "bands beside RGB"
 SPECTRA = {"10 bands": 7, "30 bands": 27}  # narrow bands beside red, green and blue
-ARMS = (*VIEWS, "bands", *SPECTRA)
+ARMS = (*VIEWS, "bands", BESIDE, *SPECTRA)
 CONTROLS = ("shuffled", "missing")
-RATES = {"lora": 5e-4, "extra_bands": 5e-3}
+RATES = {"lora": 1e-3, "extra_bands": 5e-3}
 SCENES_A_STEP, BAND_DROPOUT = 2, 0.1
 
 
@@ -89,8 +95,11 @@ class Scenes:
 
 def images_of(bands: dict[str, np.ndarray], arm: str) -> list[Any]:
     """What an arm shows of a scene: pictures, or bands by name."""
-    if arm not in VIEWS:
+    if arm == "bands":
         return [bands]
+    if arm not in VIEWS:  # objects in both images would be counted twice
+        new = {name: plane for name, plane in bands.items() if name not in RGB}
+        return [*([new] if new else []), {name: bands[name] for name in RGB}]
     shown = {"true_color": RGB, "false_color": ("nir", "red", "green")}
     return [Image.fromarray(np.stack([bands[name] for name in shown[view]], axis=2)) for view in VIEWS[arm]]
 
@@ -115,7 +124,7 @@ def load(arm: str, model: str, work: Path) -> tuple[Any, Any]:
     return load_model(folder, dtype=torch.float32)
 
 
-def adapt(model: Any, processor: Any, scenes: Scenes, arm: str, epochs: int) -> Any:
+def adapt(model: Any, processor: Any, scenes: Scenes, arm: str) -> Any:
     """Trains an adapter and, for an arm with bands, the layer of new bands."""
     frozen = ["projector", "injectors", *(["vision_tower"] if arm in VIEWS else [])]
     options = ModelArguments(lora=True, lora_r=16, lora_alpha=32, lora_dropout=0.0)
@@ -128,41 +137,34 @@ def adapt(model: Any, processor: Any, scenes: Scenes, arm: str, epochs: int) -> 
     optimizer = torch.optim.AdamW(
         [{"params": parameters, "lr": RATES[name]} for name, parameters in groups.items() if parameters], weight_decay=0.0
     )
-    steps = epochs * (len(scenes) // SCENES_A_STEP)
+    steps = len(scenes) // SCENES_A_STEP
     schedule = LambdaLR(optimizer, lambda step: min((step + 1) / 5, (steps - step) / steps))
-    collator, begin = ConversationCollator(processor), prompt_begins(arm)
-    blank = [Image.new("RGB", (8, 8))] * len(VIEWS.get(arm, [""]))
+    collator, begin = BranchCollator(processor), prompt_begins(arm)
     model.train()
-    for epoch in range(epochs):
-        order = torch.randperm(len(scenes)).tolist()
-        for step in range(len(scenes) // SCENES_A_STEP):
-            rows, images = [], []
-            for index in order[step * SCENES_A_STEP : (step + 1) * SCENES_A_STEP]:
-                asked = questions_of(scenes.plans[index], arm)
-                for number in range(QUESTIONS):  # a scene with fewer repeats some
-                    question = asked[(number + epoch * QUESTIONS) % len(asked)] if number >= 2 else asked[number]
-                    rows.append(collator.encode(conversation(begin + question.text, question.answer, blank)))
-                images += images_of(scenes.bands(index, arm), arm)
-            batch = collator(rows)
+    for step in range(steps):
+        samples = []
+        for index in range(step * SCENES_A_STEP, (step + 1) * SCENES_A_STEP):
+            images = images_of(scenes.bands(index, arm), arm)
+            turns = [
+                message
+                for question in questions_of(scenes.plans[index], arm)
+                for message in turn(begin + question.text, question.answer)
+            ]
+            turns[0]["content"][:0] = [{"type": "image"}] * len(images)
             pixel_values = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-            batch["pixel_values"] = drop_bands(pixel_values, model.config, BAND_DROPOUT)
-            loss = model(**batch, image_repeats=QUESTIONS, use_cache=False).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_([p for group in groups.values() for p in group], 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            if step % 10 == 0:
-                print(f"{arm}: epoch {epoch}, step {step} of {len(scenes) // SCENES_A_STEP}, loss {loss:.3f}", flush=True)
+            pixel_values = drop_bands(pixel_values, model.config, BAND_DROPOUT)
+            samples.append(collator.encode(turns, pixel_values=pixel_values))
+        batch = collator(samples)
+        inputs = ("input_ids", "position_ids", "attention_mask", "labels", "pixel_values")
+        loss = model(**{name: batch[name] for name in inputs}, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for group in groups.values() for p in group], 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 20 == 0:
+            print(f"{arm}: step {step} of {steps}, loss {loss:.3f}", flush=True)
     return model.eval()
-
-
-def conversation(question: str, answer: str, images: Sequence[Any]) -> list[dict[str, Any]]:
-    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": question}]
-    return [
-        {"role": "user", "content": content},
-        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-    ]
 
 
 def score(model: Any, processor: Any, scenes: Scenes, arm: str, control: str | None = None) -> dict[str, list[float]]:
@@ -206,33 +208,34 @@ def drift_of(model: Any, start: Any, processor: Any, scenes: Scenes) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(*features, strict=True))
 
 
-def run(arm: str, seed: int, start: str, work: Path, counts: dict[str, int], epochs: int) -> list[dict[str, Any]]:
-    """Trains and measures an arm with one seed, and controls of it."""
+def run(arm: str, seed: int, start: str, work: Path, settings: Sequence[Any]) -> list[dict[str, Any]]:
+    """Trains and measures an arm with one seed, and its controls. `settings`: steps, split and number of scenes to score."""
+    steps, split, count = settings
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    train = Scenes(work / "scenes", "train", seed * counts["train"], counts["train"])
-    test = Scenes(work / "scenes", "test", 0, counts["test"])
+    train = Scenes(work / "scenes", "train", seed * steps * SCENES_A_STEP, steps * SCENES_A_STEP)
+    test = Scenes(work / "scenes", split, 0, count)
     for scenes in (train, test):  # drawn before the clock starts
         for index in range(len(scenes)):
             scenes.bands(index, arm)
     model, processor = load(arm, start, work)
     began = time.perf_counter()
-    model = adapt(model, processor, train, arm, epochs)
+    model = adapt(model, processor, train, arm)
     seconds = time.perf_counter() - began
     drift = None
     if arm not in VIEWS:
         drift = drift_of(model.get_base_model(), load(arm, start, work)[0], processor, test)
     rows = []
-    for control in (None, *(CONTROLS if arm == "bands" else ())):
+    for control in (None, *(CONTROLS if arm == BESIDE else ())):
         rows.append(
             {
                 "arm": control or arm,
                 "seed": seed,
-                "settings": [counts, epochs],
+                "settings": settings,
                 "scores": score(model, processor, test, arm, control),
                 "drift": drift,
                 "bands": len(bands_of(arm)) if arm not in VIEWS else 3,
-                "images": len(VIEWS.get(arm, [""])),
+                "images": len(images_of(test.bands(0, arm), arm)),
                 "seconds": round(seconds, 1),
                 "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
             }
@@ -240,12 +243,12 @@ def run(arm: str, seed: int, start: str, work: Path, counts: dict[str, int], epo
     return rows
 
 
-def before(start: str, work: Path, counts: dict[str, int]) -> dict[str, Any]:
+def before(start: str, work: Path, settings: Sequence[Any]) -> dict[str, Any]:
     """The scores of the small model as it is, without training."""
     torch.set_num_threads(1)
-    test = Scenes(work / "scenes", "test", 0, counts["test"])
+    test = Scenes(work / "scenes", settings[1], 0, settings[2])
     model, processor = load("rgb", start, work)
-    return {"arm": "before training", "seed": 0, "settings": [counts, 0], "scores": score(model, processor, test, "rgb")}
+    return {"arm": "before training", "seed": 0, "settings": settings, "scores": score(model, processor, test, "rgb")}
 
 
 def interval(values: Sequence[float]) -> str:
@@ -282,29 +285,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="demo/model", help="the small model, or one of its kind (default: %(default)s)")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="run only these arms")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--train-scenes", type=int, default=120)
-    parser.add_argument("--test-scenes", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=300, help=f"of {SCENES_A_STEP} scenes each (default: %(default)s)")
+    parser.add_argument("--split", choices=["validation", "test"], default="test", help="scenes to score")
+    parser.add_argument("--scenes", type=int, default=60, help="how many to score (default: %(default)s)")
     args = parser.parse_args(arguments)
     check_file(args.table)
     args.work.mkdir(parents=True, exist_ok=True)
-    counts, log = {"train": args.train_scenes, "test": args.test_scenes}, args.work / "runs.jsonl"
+    settings, log = [args.steps, args.split, args.scenes], args.work / "runs.jsonl"
     rows = [row for _, row in read_rows(log)] if log.exists() else []
-    rows = [row for row in rows if row["settings"] in ([counts, args.epochs], [counts, 0])]
+    rows = [row for row in rows if row["settings"] == settings]
     finished = {(row["arm"], row["seed"]) for row in rows}
     for arm, seed in [("before training", 0), *((arm, seed) for seed in range(args.seeds) for arm in args.arms)]:
         if (arm, seed) in finished:
             continue
         made: list[dict[str, Any]] = []
         if arm == "before training":
-            made.append(before(args.model, args.work, counts))
+            made.append(before(args.model, args.work, settings))
         else:
-            made += run(arm, seed, args.model, args.work, counts, args.epochs)
+            made += run(arm, seed, args.model, args.work, settings)
         with log.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in made)
         rows += made
         write_file(args.table, tables(rows))
-    order = ("before training", "rgb", "composite", "views", "bands", *CONTROLS, *SPECTRA)
+    order = ("before training", *VIEWS, "bands", BESIDE, *CONTROLS, *SPECTRA)
     rows.sort(key=lambda row: (order.index(row["arm"]), row["seed"]))
     write_file(args.table, tables(rows))
     print(tables(rows))

@@ -18,7 +18,7 @@ from ..scenes.questions import NOTHING
 from .answers import Outcome
 from .areas import read_layer
 from .bands import COLOURS
-from .composites import find_composite
+from .composites import NEW_BANDS, find_composite
 from .errors import RasterError, RasterWarning
 from .raster import FILL, Fill, Raster
 from .runs import MISSING, Run, find_scale, plan_features, plan_tiles, reply_columns
@@ -437,21 +437,38 @@ def opened(source: Any, **options: Any) -> Iterator[list[Raster]]:
 
 
 @contextmanager
-def open_views(source: Any, composites: Sequence[str], **options: Any) -> Iterator[list[Raster]]:
+def open_views(
+    source: Any,
+    composites: Sequence[str],
+    image_bands: Sequence[str] | None = None,
+    missing_bands: str = "fill",
+    **options: Any,
+) -> Iterator[list[Raster]]:
     """Opens one raster several times, as one image for each composite, closed at the end.
 
     Args:
         source: see `Raster.open`.
-        composites: keys in `composites.COMPOSITES`, such as `["true_color", "ndvi"]`.
+        composites: keys in `composites.COMPOSITES`, such as `["true_color", "ndvi"]`; or `"new_bands"`, those of
+            `image_bands` beside red, green and blue as one image.
+        image_bands, missing_bands: of a model with more than three bands, see `Raster.open`.
         **options: further arguments of `Raster.open`.
 
     Raises:
-        RasterError: see `Raster.open`; or a composite comes twice.
+        RasterError: see `Raster.open`; a composite comes twice; or there are no new bands.
     """
-    names = [find_composite(name) for name in composites]
+    names = [NEW_BANDS if name == NEW_BANDS else find_composite(name) for name in composites]
     if not names or len(set(names)) < len(names):
         raise RasterError(f"composites {', '.join(names) or '(none)'}: give different ones.")
+    new = [name for name in image_bands or () if name not in COLOURS]
+    if NEW_BANDS in names and not new:
+        raise RasterError(
+            f"{NEW_BANDS} are bands of a model with more than red, green and blue, and this one has no others."
+        )
+
+    def shown_as(name: str) -> dict[str, Any]:
+        return {"image_bands": new, "missing_bands": missing_bands} if name == NEW_BANDS else {"composite": name}
+
     with ExitStack() as stack:
-        first = stack.enter_context(Raster.open(source, composite=names[0], **options))
+        first = stack.enter_context(Raster.open(source, **shown_as(names[0]), **options))
         others = {"stretch": "auto", **options, "like": first}
-        yield [first, *(stack.enter_context(Raster.open(source, composite=name, **others)) for name in names[1:])]
+        yield [first, *(stack.enter_context(Raster.open(source, **shown_as(name), **others)) for name in names[1:])]

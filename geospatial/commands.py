@@ -18,6 +18,7 @@ from typing import Any
 from ..arguments import ArgumentParser, add_dtype_argument, add_loading_arguments
 from ..files.reading import list_images
 from ..files.writing import check_file, write_image
+from .composites import NEW_BANDS
 from .errors import NoOverlapError, RasterError, RasterWarning
 from .options import add_map_options, add_raster_options, raster_options
 
@@ -102,7 +103,7 @@ def _run(task: str, args: argparse.Namespace) -> int:
     from .assistant import opened
 
     opening = raster_options(args)
-    if args.model is not None and args.bands is None and args.composite is None:
+    if args.model is not None and args.bands is None and (args.composite is None or NEW_BANDS in args.composite):
         opening |= all_bands(args)
     usable, plans, preview = [], [], None
     for source in sources:

@@ -67,6 +67,9 @@ COMPOSITES = {
     ),
 }
 ALL_BANDS = Composite("all bands", ())  # of a model with more than three
+NEW_BANDS = (
+    "new_bands"  # those of a model beside red, green and blue, where `open_views` shows them as an image of their own
+)
 
 
 def compose(name: str, bands: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from .composites import COMPOSITES
+from .composites import COMPOSITES, NEW_BANDS
 from .sensors import SENSORS
 
 
@@ -19,7 +19,7 @@ def add_raster_options(parser: argparse.ArgumentParser, for_model: bool = False)
         metavar="NAME",
         action="append" if for_model else None,
         help=f"{about} (default: true_color{', or all bands of a model with more' if for_model else ''}): "
-        f"{', '.join(COMPOSITES)}",
+        f"{', '.join([*COMPOSITES, *([NEW_BANDS] if for_model else [])])}",
     )
     if for_model:
         group.add_argument(
@@ -68,7 +68,7 @@ def map_options_given(args: argparse.Namespace) -> bool:
 def raster_options(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of `Raster.open` that were given. `composite` is a list if there are several."""
     given = {name: getattr(args, name) for name in ("bands", "sensor", "composite", "stretch", "nodata")}
-    if isinstance(args.composite, list) and len(args.composite) == 1:
+    if isinstance(args.composite, list) and len(args.composite) == 1 and args.composite != [NEW_BANDS]:
         (given["composite"],) = args.composite
     return {name: value for name, value in given.items() if value is not None}
 

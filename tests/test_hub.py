@@ -63,6 +63,7 @@ asked = []
 answer_from_stdin = builtins.input
 builtins.input = lambda question="": asked.append(question) or "n"
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -72,9 +73,11 @@ folder, links, picture, out = map(Path, sys.argv[1:])
 image = Image.open(picture)
 question = "What is in this image?"
 report, tensors = {}, {}
+colours = list(np.asarray(image).transpose(2, 0, 1))
+bands = dict(zip(["red", "green", "blue", "nir", "vv"], [*colours, 255 - colours[0], colours[1] // 2], strict=True))
 
 
-def run(name, model, processor):
+def run(name, model, processor, image=image):
     inputs = processor(images=image, text=f"USER: <image>\\n{question} ASSISTANT:", return_tensors="pt")
     with torch.no_grad():
         outputs = model(**inputs)
@@ -90,6 +93,7 @@ def finish(target):
 PUBLISH = """
 from huggingface_hub import HfApi
 from mfrsvlm import MFRSVLMForConditionalGeneration, MFRSVLMModel, MFRSVLMProcessor
+from mfrsvlm.convert_checkpoint import widen
 
 model = MFRSVLMForConditionalGeneration.from_pretrained(folder)
 processor = MFRSVLMProcessor.from_pretrained(folder)
@@ -107,6 +111,15 @@ HfApi().upload_folder(repo_id="author/uploaded", folder_path=folder)
 HfApi().create_repo("author/linked")
 HfApi().upload_folder(repo_id="author/linked", folder_path=links)
 run("linked", MFRSVLMForConditionalGeneration.from_pretrained(links), MFRSVLMProcessor.from_pretrained(links))
+
+widen(str(folder), list(bands), out / "wide")
+wide = MFRSVLMForConditionalGeneration.from_pretrained(out / "wide")
+wide_processor = MFRSVLMProcessor.from_pretrained(out / "wide")
+run("wide at the start", wide, wide_processor)
+torch.nn.init.normal_(next(m for m in wide.modules() if hasattr(m, "extra_bands")).extra_bands.weight)
+wide.push_to_hub("author/wide")
+wide_processor.push_to_hub("author/wide")
+run("wide", wide, wide_processor, bands)
 finish("publish")
 """
 
@@ -183,6 +196,9 @@ run("author/uploaded logits", uploaded, load(AutoProcessor, "author/uploaded"))
 run("author/linked logits", load(AutoModelForImageTextToText, "author/linked"), load(AutoProcessor, "author/linked"))
 run("author/base hidden", load(AutoModel, "author/base"), load(AutoProcessor, "author/base"))
 load(AutoModelForImageTextToText, "author/base")
+wide, wide_processor = load(AutoModelForImageTextToText, "author/wide"), load(AutoProcessor, "author/wide")
+run("author/wide logits", wide, wide_processor, bands)
+run("author/wide logits of RGB", wide, wide_processor)
 
 with torch.no_grad():
     model.model.language_model.layers[0].mlp.down_proj.weight.mul_(-2)
@@ -313,6 +329,14 @@ def test_auto_classes_load_by_id_on_a_clean_machine(published: Published, stage:
     for auto_class in AUTO_MAP.keys() - {"AutoConfig", "AutoModel"}:
         assert report[f"{repo} {auto_class} keys"] == []
     assert report[f"{repo} AutoModel keys"] == ["lm_head.weight"]
+
+
+def test_a_widened_model_loads_with_its_new_bands(published: Published) -> None:
+    tensors = published.tensors
+    same(tensors, "author/wide logits", "wide")
+    same(tensors, "author/wide logits of RGB", "logits")
+    same(tensors, "wide at the start", "logits")
+    assert not torch.allclose(tensors["wide"], tensors["logits"], atol=1e-2)
 
 
 @pytest.mark.parametrize("stage, repo", [("derive", PUSHED), ("revisit", DERIVED)])

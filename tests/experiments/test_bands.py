@@ -20,13 +20,16 @@ def test_arms_show_what_they_say(tmp_path):
     assert list(shown) == bands.BROAD and all(plane.shape == (256, 256) for plane in shown.values())
     assert all(np.array_equal(shown[name], scenes.bands(1, "bands")[name]) for name in shown)  # from the file
     red, green, nir = (shown[name] for name in ("red", "green", "nir"))
-    rgb, false_color = bands.images_of(shown, "views")
+    false_color, rgb = bands.images_of(shown, "views")
     assert np.array_equal(np.asarray(rgb)[..., 0], red)
     assert np.array_equal(np.asarray(false_color), np.stack([nir, red, green], axis=2))
     assert bands.images_of(shown, "bands") == [shown] and isinstance(bands.images_of(shown, "composite")[0], Image.Image)
-    assert bands.prompt_begins("rgb") == bands.prompt_begins("bands") == ""
+    new, rgb = bands.images_of(shown, bands.BESIDE)
+    assert list(new) == ["nir", "vv"] and list(rgb) == ["red", "green", "blue"] and {**rgb, **new} == shown
+    assert bands.images_of(rgb, bands.BESIDE) == [rgb]
+    assert bands.prompt_begins("rgb") == bands.prompt_begins("bands") == bands.prompt_begins("30 bands") == ""
     assert bands.prompt_begins("views") == (
-        "Image 1 shows true color, image 2 shows false color (near infrared, red, green). "
+        "Image 1 shows false color (near infrared, red, green), image 2 shows true color. "
     )
     assert len(bands.bands_of("30 bands")) == 30 and len(bands.bands_of("10 bands")) == 10
     tasks = [question.task for question in bands.questions_of(scenes.plans[1], "30 bands")]
@@ -55,16 +58,16 @@ def test_command_continues_where_it_stopped(tmp_path, capsys):
         str(work),
         "--table",
         str(table),
-        "--train-scenes",
+        "--steps",
         "2",
-        "--test-scenes",
+        "--scenes",
         "2",
     ]
-    bands.main([*command, "--seeds", "1", "--arms", "views", "bands"])
+    bands.main([*command, "--seeds", "1", "--arms", "views", bands.BESIDE])
     rows = [json.loads(line) for line in (work / "runs.jsonl").read_text().splitlines()]
-    assert [row["arm"] for row in rows] == ["before training", "views", "bands", "shuffled", "missing"]
-    assert all(row["drift"] == 0 for row in rows if row["arm"] == "bands")
+    assert [row["arm"] for row in rows] == ["before training", "views", bands.BESIDE, "shuffled", "missing"]
+    assert all(row["drift"] == 0 for row in rows if row["arm"] == bands.BESIDE)
     assert len(table.read_text().splitlines()) == 2 + 5
     (work / "wide-5").rename(tmp_path / "unused")  # nothing is run again
-    bands.main([*command, "--seeds", "1", "--arms", "views", "bands"])
+    bands.main([*command, "--seeds", "1", "--arms", "views", bands.BESIDE])
     assert len((work / "runs.jsonl").read_text().splitlines()) == 5

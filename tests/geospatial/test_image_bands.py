@@ -226,6 +226,30 @@ def test_views_are_images_of_one_question_with_their_names(tmp_path):
     assert answerer.prompts[-1] == "Is there a river?"
 
 
+def test_new_bands_are_an_image_of_their_own_before_true_color(wide, tmp_path, capsys):
+    path = four_bands(tmp_path / "scene.tif")
+    with open_views(path, ["new_bands", "true_color"], image_bands=NAMES) as (new, rgb):
+        assert list(new.read().bands) == ["nir"] and rgb.read().bands is None
+    with Raster.open(path, image_bands=["nir"]) as alone, Raster.open(path) as colours:
+        expected = [alone.read().bands["nir"], np.asarray(colours.read().image)]
+    assistant = GeoAssistant.from_pretrained(str(wide), max_new_tokens=8, device="cpu", dtype="float32")
+    seen = assistant.answerer.processor.image_processor = Seen(assistant.answerer.processor.image_processor)
+    with pytest.warns(RasterWarning, match="lacks vv"):
+        views = open_views(path, ["new_bands", "true_color"], image_bands=MODEL_BANDS)
+        with views as opened_views:
+            frame = assistant.query(opened_views, "Is there a river?")
+    assert frame["error"].isna().all() and "prompt_begins" not in frame.attrs["record"]
+    first, second = seen.images[-2:]
+    assert np.array_equal(first["nir"], expected[0]) and np.array_equal(np.asarray(second), expected[1])
+    command = [path, "Is there a river?", "--model", str(wide), "--max-new-tokens", "4", "--dtype", "float32", "--json"]
+    assert ask.main([*command, "--composite", "new_bands", "--composite", "true_color"]) == 0
+    record = json.loads(capsys.readouterr().out)["record"]
+    assert [raster["names"] for raster in record["rasters"]] == [["nir"], ["red", "green", "blue"]]
+    for options in ({}, {"image_bands": ["red", "green", "blue"]}):
+        with pytest.raises(RasterError, match="new_bands are bands of a model with more"):
+            open_views(path, ["new_bands", "true_color"], **options).__enter__()
+
+
 def test_commands_take_several_composites(tmp_path, monkeypatch, capsys):
     path, answerer = four_bands(tmp_path / "scene.tif"), PerfectAnswerer()
     monkeypatch.setattr(GeoAssistant, "from_pretrained", classmethod(lambda cls, *args, **more: perfect(answerer=answerer)))

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_models import tiny_config
 from tiny_training import llava_row, tiny_folder
@@ -85,6 +86,22 @@ def test_an_adapter_holds_the_new_bands(start, tmp_path):
     assert [name for name in adapter if "vision_tower" in name] == [f"base_model.model.{EXTRA}"]
     model, _ = load_model(tmp_path / "run")
     assert torch.equal(model.state_dict()[EXTRA], adapter[f"base_model.model.{EXTRA}"]) and model.state_dict()[EXTRA].any()
+
+
+@pytest.mark.integration
+def test_without_its_adapter_a_model_answers_as_before(start, tmp_path):
+    with pytest.raises(FileNotFoundError):  # of the whole model
+        train(start, tmp_path, "--lora=true", "--lora_r=2")
+    before, processor = load_model(start / "model")
+    tuned = PeftModel.from_pretrained(load_model(start / "model")[0], tmp_path / "run").eval()
+    planes = np.load(start / "0.npz")
+    images = [{name: planes[name] for name in names} for names in (BANDS, BANDS[:3])]
+    inputs = processor(text=["<image>What is this?"] * 2, images=[[image] for image in images], return_tensors="pt")
+    with torch.no_grad():
+        expected = before.eval()(**inputs).logits
+        with tuned.disable_adapter():
+            assert torch.equal(tuned(**inputs).logits, expected)
+        assert not torch.equal(tuned(**inputs).logits, expected)
 
 
 @pytest.mark.integration
