@@ -9,7 +9,7 @@ beside RGB` shows the new ones as an image of their own, before a second one of 
 narrow bands. Two controls answer with its model: `shuffled` shows the new bands of another scene, and `missing` RGB alone.
 Answers are generated, and must be right to the letter.
 
-Nothing is chosen on the scenes of the test split: `--split validation` scores others.
+`--split validation` scores other scenes than those of the table, to choose settings by.
 
 A finished run is a line in DIR/runs.jsonl: started again, the command continues where it stopped.
 """

@@ -389,12 +389,10 @@ def tables(rows: Sequence[dict[str, Any]], summary: Sequence[dict[str, Any]]) ->
 
 def write_plot(summary: Sequence[dict[str, Any]], path: Path) -> None:
     """Right answers over encoder passes, one line a way."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained", facecolor="white")
+    axis = figure.subplots()
     (none,) = (row for row in summary if row["way"] == NONE)
     (everything,) = (row for row in summary if row["way"] == ALL)
     for way, style in zip(CHOSEN, ("o-", "s-", "^--", "v--", "d:"), strict=True):
@@ -410,7 +408,6 @@ def write_plot(summary: Sequence[dict[str, Any]], path: Path) -> None:
     axis.legend()
     axis.grid(alpha=0.3)
     write_figure(path, figure, dpi=90)
-    pyplot.close(figure)
 
 
 def report(rows: Sequence[dict[str, Any]], args: argparse.Namespace) -> None:

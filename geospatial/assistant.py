@@ -18,7 +18,7 @@ from ..scenes.questions import NOTHING
 from .answers import Outcome
 from .areas import read_layer
 from .bands import COLOURS
-from .composites import NEW_BANDS, find_composite
+from .composites import NEW_BANDS, composite_key, find_composite
 from .errors import RasterError, RasterWarning
 from .raster import FILL, Fill, Raster
 from .runs import MISSING, Run, find_scale, plan_features, plan_tiles, reply_columns
@@ -456,7 +456,7 @@ def open_views(
     Raises:
         RasterError: see `Raster.open`; a composite comes twice; or there are no new bands.
     """
-    names = [NEW_BANDS if name == NEW_BANDS else find_composite(name) for name in composites]
+    names = [NEW_BANDS if composite_key(name) == NEW_BANDS else find_composite(name) for name in composites]
     if not names or len(set(names)) < len(names):
         raise RasterError(f"composites {', '.join(names) or '(none)'}: give different ones.")
     new = [name for name in image_bands or () if name not in COLOURS]

@@ -99,6 +99,8 @@ def _run(task: str, args: argparse.Namespace) -> int:
         raise RasterError("--model is missing: name a model folder or a Hub id.")
     if task == "compare" and len(args.composite or ()) > 1:
         raise RasterError("compare takes one --composite.")
+    if task == "compare" and args.composite == [NEW_BANDS]:
+        raise RasterError(f"compare cannot show {NEW_BANDS} alone: give another --composite, or none for all bands.")
     # Here, since `--help` and wrong options need none of it.
     from .assistant import opened
 

@@ -67,9 +67,8 @@ COMPOSITES = {
     ),
 }
 ALL_BANDS = Composite("all bands", ())  # of a model with more than three
-NEW_BANDS = (
-    "new_bands"  # those of a model beside red, green and blue, where `open_views` shows them as an image of their own
-)
+# Bands of a model beside red, green and blue, which `open_views` shows as an image of their own.
+NEW_BANDS = "new_bands"
 
 
 def compose(name: str, bands: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -98,13 +97,18 @@ def compose(name: str, bands: Mapping[str, np.ndarray]) -> np.ndarray:
     return made.reshape(composite.channels, *values[0].shape)
 
 
+def composite_key(name: str) -> str:
+    """The name in the spelling of `COMPOSITES` and `NEW_BANDS`, whether or not it is one of them."""
+    return name.strip().lower().replace("-", "_").replace("colour", "color")
+
+
 def find_composite(name: str | None) -> str:
     """The key in `COMPOSITES`.
 
     Raises:
         RasterError: there is none of that name.
     """
-    key = "true_color" if name is None else name.strip().lower().replace("-", "_").replace("colour", "color")
+    key = "true_color" if name is None else composite_key(name)
     if key not in COMPOSITES:
         raise RasterError(f"unknown composite {name!r}. Composites are {', '.join(COMPOSITES)}.")
     return key

@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from .composites import COMPOSITES, NEW_BANDS
+from .composites import COMPOSITES, NEW_BANDS, composite_key
 from .sensors import SENSORS
 
 
@@ -18,6 +18,7 @@ def add_raster_options(parser: argparse.ArgumentParser, for_model: bool = False)
         "--composite",
         metavar="NAME",
         action="append" if for_model else None,
+        type=composite_key,
         help=f"{about} (default: true_color{', or all bands of a model with more' if for_model else ''}): "
         f"{', '.join([*COMPOSITES, *([NEW_BANDS] if for_model else [])])}",
     )

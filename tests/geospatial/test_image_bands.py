@@ -242,9 +242,11 @@ def test_new_bands_are_an_image_of_their_own_before_true_color(wide, tmp_path, c
     first, second = seen.images[-2:]
     assert np.array_equal(first["nir"], expected[0]) and np.array_equal(np.asarray(second), expected[1])
     command = [path, "Is there a river?", "--model", str(wide), "--max-new-tokens", "4", "--dtype", "float32", "--json"]
-    assert ask.main([*command, "--composite", "new_bands", "--composite", "true_color"]) == 0
+    assert ask.main([*command, "--composite", "New-Bands", "--composite", "true_color"]) == 0
     record = json.loads(capsys.readouterr().out)["record"]
     assert [raster["names"] for raster in record["rasters"]] == [["nir"], ["red", "green", "blue"]]
+    assert main(["compare", path, path, "--model", str(wide), "--composite", "new_bands"]) == 2
+    assert "compare cannot show new_bands alone" in capsys.readouterr().err
     for options in ({}, {"image_bands": ["red", "green", "blue"]}):
         with pytest.raises(RasterError, match="new_bands are bands of a model with more"):
             open_views(path, ["new_bands", "true_color"], **options).__enter__()
