@@ -155,8 +155,6 @@ def train_demo_model(options: DemoModelArguments, args: DemoModelTrainingArgumen
         raise SettingsError("scenes=0, no train_file and no real_data: there is nothing to train on.")
     if (options.encoder == "efficientnet") != bool(options.real_data):
         raise SettingsError("encoder=efficientnet and real_data need each other: the encoder is tuned on photographs.")
-    if options.start and options.real_data:
-        raise SettingsError("start cannot be combined with real_data, whose encoder is tuned first.")
     if options.real_data and (options.train_file or options.train_encoder):
         raise SettingsError("real_data cannot be combined with train_file or train_encoder.")
     if not 1 <= options.copies <= TRANSFORMS:
@@ -171,11 +169,13 @@ def train_demo_model(options: DemoModelArguments, args: DemoModelTrainingArgumen
             split_photographs(Path(options.real_data), splits)
     images = "photographs" if options.real_data else options.crowded_scenes
     encoder = work / f"encoder-{options.encoder}-{images}-{options.encoder_steps}-{args.seed}.pt"
-    if not encoder.exists() and weights is not None:
+    if options.start or encoder.exists():
+        pass  # the encoder is there
+    elif weights is not None:
         with times.measure("encoder"):
             train, validation = (read_photographs(splits, split) for split in ("train", "validation"))
             tune(train, validation, weights, encoder, options.encoder_steps, args.seed)
-    elif not encoder.exists() and not options.start:
+    else:
         with times.measure("encoder"):
             crowded = SceneImages(work / "scenes", "train", options.crowded_scenes, crowding=4)
             pretrain(options.encoder, crowded, encoder, options.encoder_steps, args.seed)

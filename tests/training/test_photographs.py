@@ -29,9 +29,11 @@ from mfrsvlm.training.demo_model.photographs import (
     SPLITS,
     load_split,
     names_direction,
+    place_cells,
     read_photographs,
     split_photographs,
     transform,
+    transform_answer,
 )
 from mfrsvlm.training.demo_model.pretrained_tower import convert_efficientnet_lite, find_weights
 from mfrsvlm.training.trainer import SettingsError
@@ -141,17 +143,45 @@ def test_transforms_are_the_eight_of_a_square():
     assert (chosen[:, 0] == 0).all() and all(len(set(row)) == 5 for row in chosen.tolist())
 
 
-def test_questions_about_places_are_asked_of_the_photograph_itself_only(splits):
+# Number 1 of `transform` brings what is on the right to the top, and number 4 exchanges left and right.
+@pytest.mark.parametrize(
+    ("answer", "rotated", "mirrored"),
+    [
+        ("left and right", "up and bottom", "left and right"),
+        ("right", "up", "left"),
+        ("Upper left, center", "lower left and center", "center and upper right"),
+        ("main diagonal", "minor diagonal", "minor diagonal"),
+        ("center", "center", "center"),
+        ("up, center and bottom", "left, center and right", "up, center and bottom"),
+        ("i cannot see it", "i cannot see it", "i cannot see it"),
+        ("diagonal", None, None),  # either of the two
+        ("top left corner", None, None),  # not in `PLACES`
+        ("lower right", None, None),  # no answer of the split names the upper right or the lower left
+    ],
+)
+def test_answers_that_name_places_turn_with_the_photograph(answer, rotated, mirrored):
+    written = ["up and bottom", "left and right", "up", "left", "lower left and center", "center and upper right"]
+    written += ["minor diagonal", "left, center and right", "up, center and bottom"]
+    names = {place_cells(text).tobytes(): text for text in written}
+    assert [transform_answer(answer, number, names) for number in (0, 1, 4)] == [answer, rotated, mirrored]
+
+
+def test_questions_about_places_are_asked_where_the_split_has_words_for_the_answer(splits):
     photographs = read_photographs(splits, "train")
-    item = next(item for item in photographs.items if any(kind == "location" for kind, _, _ in item.questions))
+    place, count = "What is the location of the cars in this picture?", "How many cars in the picture?"
+    item = next(
+        item for item in photographs.items if (place, "upper left") in [(q[1].split("\n")[0], q[2]) for q in item.questions]
+    )
 
     def asked(number):
         turns = make_turns(item, photographs, number, random.Random(0))
-        return {turn["content"][-1]["text"].split("\n")[0] for turn in turns[::2]}
+        answers = [turn["content"][0]["text"] for turn in turns[1::2]]
+        return dict(zip([turn["content"][-1]["text"].split("\n")[0] for turn in turns[::2]], answers, strict=True))
 
-    place, count = "What is the location of the cars in this picture?", "How many cars in the picture?"
-    assert place in asked(0) and place not in asked(3)
-    assert count in asked(0) and count in asked(3)
+    assert asked(0)[place] == "upper left" and place not in asked(3)
+    assert asked(3)[count] == asked(0)[count]
+    photographs.place_names[place_cells("upper right").tobytes()] = "upper right"
+    assert asked(3)[place] == "upper right"
     assert names_direction("Upper left, center") and not names_direction("center") and not names_direction("i cannot see it")
 
 
@@ -204,13 +234,27 @@ def test_boxes_of_a_crop_are_in_thousandths_of_it():
     assert inside([], "car", 0, 0, 1, 1).shape == (0, 4)
 
 
+def test_boxes_turn_with_their_crop():
+    boxes = np.array([[100, 200, 400, 300], [700, 0, 1000, 50]])
+    for number in range(8):
+        marked = np.zeros((1000, 1000), dtype=bool)
+        for left, top, right, bottom in boxes:
+            marked[top:bottom, left:right] = True
+        turned = aerial_cars.transform_boxes(boxes, number)
+        expected = transform(marked, number)
+        for left, top, right, bottom in turned:
+            assert expected[top:bottom, left:right].all()
+        assert sum((box[2] - box[0]) * (box[3] - box[1]) for box in turned) == expected.sum()
+        assert (np.diff(turned[:, 1]) >= 0).all()
+
+
 def test_held_out_videos_are_not_trained_on(real, tmp_path):
     path = write_car_rows(real, tmp_path / "cars")
     rows = json.loads(path.read_text())
-    assert len(rows) == 6 and all(row["image"].startswith("images/DJI_0005-0001-") for row in rows)
+    assert len(rows) == aerial_cars.CROPS and all(row["image"].startswith("images/DJI_0005-0001-") for row in rows)
     assert video_of("images/DJI_0005-0001.png") == "DJI_0005" and video_of("images/MOS74.jpg") == "MOS"
     conversations = ConversationDataset(str(path), str(path.parent))
-    assert len(conversations) == 6
+    assert len(conversations) == aerial_cars.CROPS
     for row in rows:
         turns = [turn["value"].removeprefix("<image>\n") for turn in row["conversations"]]
         asked = dict(zip(turns[::2], turns[1::2], strict=True))

@@ -21,11 +21,11 @@ from ...evaluation.intervals import corpus_figure
 from ...evaluation.protocols import PROTOCOLS
 from ...files.reading import read_json
 from ...files.writing import write_file, write_image
-from .photographs import PROTOCOL
+from .photographs import PROTOCOL, TRANSFORMS, transform
 
 
 HELD_OUT = ("DJI_0013", "DJI_0762")  # videos
-CROPS = 6  # of a frame
+CROPS = 24  # of a frame, three in each of the rotations and mirror images
 TILES = (3, 2)  # columns and rows of a frame
 # Side of a crop as a share of the longer side of the frame. Frames of stills and of narrow streets show less ground.
 SHARE = {"MOS": (0.18, 0.3), "MunichStreet02-MOS": (0.18, 0.3), "": (0.22, 0.4)}
@@ -63,6 +63,15 @@ def inside(objects: Sequence[dict[str, Any]], kind: str, left: float, top: float
     return np.round(1000 * kept.clip(0, 1))
 
 
+def transform_boxes(boxes: np.ndarray, number: int) -> np.ndarray:
+    """Boxes (n, 4) in thousandths of an image, for the image that was transformed by `number`, from top to bottom."""
+    if number >= TRANSFORMS // 2:
+        boxes = np.stack([1000 - boxes[:, 2], boxes[:, 1], 1000 - boxes[:, 0], boxes[:, 3]], axis=1)
+    for _ in range(number % 4):  # what is on the right comes to the top
+        boxes = np.stack([boxes[:, 1], 1000 - boxes[:, 2], boxes[:, 3], 1000 - boxes[:, 0]], axis=1)
+    return boxes[np.lexsort((boxes[:, 0], boxes[:, 1]))]
+
+
 def write_car_rows(real: Path, output: Path, seed: int = 0) -> Path:
     """Writes crops of the frames that are not held out, and rows about them, once.
 
@@ -85,11 +94,12 @@ def write_car_rows(real: Path, output: Path, seed: int = 0) -> Path:
             side = min(rng.uniform(least, most) * max(picture.size), *picture.size)
             left, top = rng.uniform(0, picture.width - side), rng.uniform(0, picture.height - side)
             crop = picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+            turned = Image.fromarray(transform(np.asarray(crop), number % TRANSFORMS))
             name = f"images/{Path(frame['image']).stem}-{number}.jpg"
-            write_image(output / name, crop, quality=90)
+            write_image(output / name, turned, quality=90)
             turns = []
             for kind in KINDS:
-                boxes = inside(frame["objects"], kind, left, top, side, side)
+                boxes = transform_boxes(inside(frame["objects"], kind, left, top, side, side), number % TRANSFORMS)
                 if kind == "car" or len(boxes) or rng.random() < 0.3:
                     question = count_prompt(kind) if wording.random() < 0.5 else f"How many {KINDS[kind]} are there?"
                     turns.append((question, str(len(boxes))))

@@ -16,7 +16,7 @@ from ...evaluation.protocols import PROTOCOLS
 from ...modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from ..branches import BranchCollator
 from ..image_features import cache_image_features
-from .photographs import PROTOCOL, TRANSFORMS, Photograph, Photographs, names_direction, read_pixels, transform
+from .photographs import PROTOCOL, TRANSFORMS, Photograph, Photographs, read_pixels, transform, transform_answer
 
 
 # Other wordings than those of the harness, for people.
@@ -44,7 +44,7 @@ def turn(question: str, answer: str, weight: float = 1.0) -> list[dict[str, Any]
 def make_turns(photograph: Photograph, photographs: Photographs, number: int, rng: random.Random) -> list[dict[str, Any]]:
     """One set of questions about a photograph that was transformed by `number`, see `transform`, as chat messages.
 
-    Counts, labels and captions hold for every transform. Questions about places are asked of the photograph itself only.
+    Counts, labels and captions hold for every transform. Answers that name places change with it, see `transform_answer`.
     """
 
     def reword(prompt: str, wordings: Sequence[str]) -> str:
@@ -61,8 +61,9 @@ def make_turns(photograph: Photograph, photographs: Photographs, number: int, rn
     for prompt, answer in rng.sample(labels, min(LABELS, len(labels))):
         turns += turn(bare(prompt), answer)
     for kind, prompt, answer in photograph.questions:
-        if number == 0 or (kind != "location" and not names_direction(answer)):
-            turns += turn(bare(prompt), answer, ANSWER_WEIGHT.get(kind, 1.0))
+        there = transform_answer(answer, number, photographs.place_names)
+        if there is not None:
+            turns += turn(bare(prompt), there, ANSWER_WEIGHT.get(kind, 1.0))
     turns[0]["content"].insert(0, {"type": "image"})
     return turns
 

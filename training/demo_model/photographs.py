@@ -13,7 +13,8 @@ that the rows to train on and those to evaluate on are read by the same code.
 import json
 import logging
 import random
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,22 @@ PROTOCOL = "strict-without-java"
 TRANSFORMS = 8  # rotations by quarter turns of the image and of its mirror image
 # Answers with these words are wrong for a rotated or mirrored image.
 DIRECTIONS = ("left", "right", "up", "bottom", "top", "upper", "lower", "diagonal", "down")
+# Places that answers name, as cells of three rows and three columns.
+PLACES = {
+    "center": [(1, 1)],
+    **{name: [(0, 1)] for name in ("up", "top")},
+    "bottom": [(2, 1)],
+    "left": [(1, 0)],
+    "right": [(1, 2)],
+    "upper left": [(0, 0)],
+    "upper right": [(0, 2)],
+    "lower left": [(2, 0)],
+    "lower right": [(2, 2)],
+    "four corners": [(0, 0), (0, 2), (2, 0), (2, 2)],
+    "main diagonal": [(0, 0), (1, 1), (2, 2)],
+    "minor diagonal": [(0, 2), (1, 1), (2, 0)],
+    "everywhere": [(row, column) for row in range(3) for column in range(3)],
+}
 
 
 def split_photographs(real: Path, output: Path, seed: int = 0) -> Path:
@@ -154,12 +171,16 @@ class Photograph:
 
 @dataclass
 class Photographs:
-    """The photographs of one split and the prompts of their classes and captions, as the harness asks for them."""
+    """The photographs of one split and the prompts of their classes and captions, as the harness asks for them.
+
+    `place_names` says how answers of this split write the cells of `place_cells`.
+    """
 
     items: list[Photograph]
     class_names: list[str]
     class_prompt: str
     caption_prompt: str
+    place_names: dict[bytes, str] = field(default_factory=dict)
 
 
 def read_photographs(splits: Path, split: str) -> Photographs:
@@ -183,11 +204,35 @@ def read_photographs(splits: Path, split: str) -> Photographs:
                 items[path].labels[prompt] = sample.references[0]
             else:
                 items[path].questions.append((sample.group, prompt, sample.references[0]))
-    return Photographs(list(items.values()), class_names, prompts["class"], prompts["caption"])
+    written = Counter(answer for item in items.values() for kind, _, answer in item.questions if kind == "location")
+    place_names: dict[bytes, str] = {}
+    for answer, _ in written.most_common():
+        cells = place_cells(answer)
+        if cells is not None:
+            place_names.setdefault(cells.tobytes(), answer)
+    return Photographs(list(items.values()), class_names, prompts["class"], prompts["caption"], place_names)
+
+
+def place_cells(answer: str) -> np.ndarray | None:
+    """(3, 3) bool: the cells of an image that an answer such as "upper left and center" names. `None`: it names others."""
+    cells = np.zeros((3, 3), dtype=bool)
+    for name in re.split(r", and |, | and ", answer.lower()):
+        if name not in PLACES:
+            return None
+        cells[tuple(zip(*PLACES[name], strict=True))] = True
+    return cells
+
+
+def transform_answer(answer: str, number: int, place_names: dict[bytes, str]) -> str | None:
+    """The answer for an image that was transformed by `number`. `None`: no answer of the split names these places."""
+    if number == 0 or not names_direction(answer):
+        return answer
+    cells = place_cells(answer)
+    return None if cells is None else place_names.get(transform(cells, number).tobytes())
 
 
 def transform(image: np.ndarray, number: int) -> np.ndarray:
-    """(h, w, 3) rotated by `number % 4` quarter turns, and mirrored first from number 4 on. Number 0 is the image itself."""
+    """(h, w, ...) rotated by `number % 4` quarter turns, and mirrored first from number 4 on. 0 is the image itself."""
     return np.ascontiguousarray(np.rot90(image[:, ::-1] if number >= TRANSFORMS // 2 else image, number % 4))
 
 
