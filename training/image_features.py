@@ -58,6 +58,7 @@ def cache_image_features(
         projector, model.model.multi_modal_projector = model.model.multi_modal_projector, nn.Identity()
         places, config.visual_position_embeddings = config.visual_position_embeddings, False
         model.eval()
+        tower = model.model.vision_tower.to(memory_format=torch.channels_last)  # convolutions on CPUs take two thirds
         start = 0
         bar = tqdm(total=count, desc=path.stem, unit="image", mininterval=5)
         with whole_array(path, np.float16, shape) as features, bar:
@@ -68,6 +69,7 @@ def cache_image_features(
                 features[start : start + len(pixels)] = torch.stack(tokens, dim=1).half().numpy()
                 start += len(pixels)
                 bar.update(len(pixels))
+        tower.to(memory_format=torch.contiguous_format)
         model.model.multi_modal_projector, config.visual_position_embeddings = projector, places
     features = np.load(path, mmap_mode="r")
     if len(features) != count:

@@ -309,7 +309,6 @@ def test_wrong_settings_are_named(tmp_path, capsys):
     for words, message in (
         ([], "output is missing"),
         (["--output=x", "--scenes=0"], "nothing to train on"),
-        (["--output=x", "--start=y", "--real_data=z", "--encoder=efficientnet"], "start cannot be combined with real_data"),
         (["--outptu=x"], "Did you mean 'output'"),
     ):
         assert train_demo_model.run([str(tmp_path / "empty.yaml"), *words]) == 1

@@ -10,6 +10,7 @@ import pytest
 import torch
 from external_data import external_data
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_photographs import BLOCKS, CLASSES, LABELS, lite0_state, make_photographs, texture
 from torch.nn import functional as F
 from transformers import EfficientNetModel
@@ -402,7 +403,7 @@ def test_settings_that_exclude_each_other_are_named(tmp_path):
 
 
 @pytest.mark.slow
-def test_command_from_photographs_to_a_model_folder(tmp_path):
+def test_command_from_photographs_to_a_model_folder(tmp_path, monkeypatch):
     real = make_photographs(tmp_path / "real", each=3)
     torch.save(lite0_state(), tmp_path / "lite0.pth")
     config = str(Path(train_demo_model.__file__).with_name("configs") / "demo_model_photographs.yaml")
@@ -424,5 +425,12 @@ def test_command_from_photographs_to_a_model_folder(tmp_path):
     )
     card = (folder / "README.md").read_text()
     assert "| class, accuracy |" in card and "no license stated" in card and "splits 0 minutes" in card
-    assert "also trained on 2 synthetic scenes" in card
+    assert "also trained on 2 synthetic scenes" in card and "First the encoder was tuned" in card
     assert not list(folder.glob("*.png"))
+    monkeypatch.setattr(train_demo_model, "evaluate_photographs", lambda *_: {"image": {}, "majority": {}})
+    words[3], words[5] = str(tmp_path / "more"), str(tmp_path / "continued")
+    continued = train_demo_model.main([config, *words, "--start", str(folder), "--test_scenes", "0"])
+    before, after = (load_file(path / "model.safetensors") for path in (folder, continued))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert not any("vision_tower" in name for name in changed) and any("language_model" in name for name in changed)
+    assert "continues an earlier model, with its encoder" in (continued / "README.md").read_text()

@@ -176,6 +176,22 @@ It was also trained to count and to locate cars in crops of aerial videos. In {e
 sum of the errors of the counts, tile by tile, is {100 * error["value"]:.0f} % of the number of cars (95 % interval
 {100 * error["low"]:.0f} - {100 * error["high"]:.0f} %). Always answering 0 gives 100 %.
 """
+    cached = f"its features of {options.copies} rotated or mirrored copies of each photograph were cached"
+    made = (
+        f"It continues an earlier model, with its encoder: {cached}, and the decoder was trained for more steps."
+        if options.start
+        else "First the encoder was tuned to predict classes, labels and words of captions. Then "
+        f"{cached}, and the decoder was trained to answer."
+    )
+    start = " --start FOLDER" if options.start else ""
+    chosen = {
+        **({} if options.start else {"encoder_steps": options.encoder_steps, "decoder_width": options.decoder_width}),
+        "copies": options.copies,
+        "max_steps": args.max_steps,
+        "learning_rate": args.learning_rate,
+        "seed": args.seed,
+    }
+    settings = ", ".join(f"{name}={value}" for name, value in chosen.items())
     minutes = ", ".join(f"{stage} {value / 60:.0f} minutes" for stage, value in seconds.items())
     threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
     return f"""\
@@ -207,9 +223,7 @@ No photograph of the test split was trained on or chosen by. {len(dropped)} furt
 resemble a held-out one at some shift ({in_test} of them one of the test split; correlation of {summary["threshold"]} or
 more, see `training/demo_model/near_duplicates.py`). Settings were chosen on {sizes["validation"]} other photographs.
 
-First the encoder was tuned to predict classes, labels and words of captions. Then its features of {options.copies}
-rotated or mirrored copies of each photograph were cached, and the decoder was trained to answer. The command was
+{made}
 
-`python -m mfrsvlm.training.train_demo_model training/configs/demo_model_photographs.yaml --real_data DIR` with
-encoder_steps={options.encoder_steps}, max_steps={args.max_steps}, decoder_width={options.decoder_width} and
-seed={args.seed}, on {threads} thread(s) of {platform.machine()} ({capability}), torch {torch.__version__}: {minutes}."""
+`python -m mfrsvlm.training.train_demo_model training/configs/demo_model_photographs.yaml --real_data DIR{start}` with
+{settings}, on {threads} thread(s) of {platform.machine()} ({capability}), torch {torch.__version__}: {minutes}."""
