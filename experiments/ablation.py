@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+from transformers import TrainerCallback
 
 from ..evaluation import EvaluationSettings, evaluate, load_benchmark
 from ..evaluation.evaluate import evaluate_majority
@@ -158,7 +159,12 @@ def load_start(model: MFRSVLMForConditionalGeneration, path: Path) -> None:
 
 
 def train_decoder(
-    model: MFRSVLMForConditionalGeneration, processor: Any, rows: Dataset[Any], file: Path = CONFIG, **settings: Any
+    model: MFRSVLMForConditionalGeneration,
+    processor: Any,
+    rows: Dataset[Any],
+    file: Path = CONFIG,
+    callbacks: Sequence[TrainerCallback] = (),
+    **settings: Any,
 ) -> dict[str, float]:
     """Trains as a file of `training/configs` says, on cached features, but for `settings`.
 
@@ -169,7 +175,12 @@ def train_decoder(
     _, args = DemoModelConfig().read(file, [f"--{name}={value}" for name, value in (settings | fixed).items()])
     freeze_encoder(model)
     trainer = DemoModelTrainer(
-        model=model, args=args, data_collator=BranchCollator(processor), train_dataset=rows, processing_class=processor
+        model=model,
+        args=args,
+        data_collator=BranchCollator(processor),
+        train_dataset=rows,
+        processing_class=processor,
+        callbacks=list(callbacks),
     )
     start = time.perf_counter()
     trainer.train()

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import LlamaConfig
 
 from ..evaluation.intervals import mean_interval
 from ..files.writing import check_file, write_file
@@ -117,10 +118,27 @@ def features_of(arm: Arm, features: np.ndarray) -> np.ndarray:
     return features if arm.fields.get("window_sizes", True) else features[:, :1]
 
 
-def build(arm: Arm, tokenizer: Any, features: np.ndarray, seed: int) -> tuple[MFRSVLMForConditionalGeneration, Any]:
-    """The model of an arm with a random decoder, and its processor. Its encoder is not used, since features are cached."""
+def build(
+    arm: Arm,
+    tokenizer: Any,
+    features: np.ndarray,
+    seed: int,
+    width: int = DECODER_WIDTH,
+    text_config: LlamaConfig | None = None,
+) -> tuple[MFRSVLMForConditionalGeneration, Any]:
+    """The model of an arm with a random decoder, and its processor. Its encoder is not used, since features are cached.
+
+    Args:
+        arm: the arm.
+        tokenizer: its tokenizer.
+        features: (N, 1 + K, T, C) that the projector starts from.
+        seed: seed of all weights.
+        width: of the decoder of `make_config`.
+        text_config: another decoder in place of it.
+    """
     torch.manual_seed(seed)
-    config = make_config(len(tokenizer), "efficientnet", DECODER_WIDTH, **GEOMETRY | arm.fields)
+    config = make_config(len(tokenizer), "efficientnet", width, **GEOMETRY | arm.fields)
+    config.text_config = text_config or config.text_config
     model = MFRSVLMForConditionalGeneration(config)
     whiten_projector(model, features, seed)
     start_positions(model, features)
@@ -190,11 +208,17 @@ def score(
     }
 
 
-def run(name: str, seed: int, train: PhotographQuestions, test: PhotographQuestions, args: Any) -> dict[str, Any]:
-    """Trains one arm with one seed and scores it on the test split."""
-    arm, tokenizer = ARMS[name], train.collator.tokenizer
+def train_and_score(
+    model: MFRSVLMForConditionalGeneration,
+    processor: Any,
+    arm: Arm,
+    train: PhotographQuestions,
+    test: PhotographQuestions,
+    args: Any,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Trains a model of an arm, with the `settings` of `train_decoder`, and scores it on the photographs of `test`."""
     features = features_of(arm, train.features)
-    model, processor = build(arm, tokenizer, features, seed)
     collator = BranchCollator(processor)
     rows = train.seen_by(collator, features)
     with TemporaryDirectory(dir=args.work) as scratch:
@@ -203,12 +227,13 @@ def run(name: str, seed: int, train: PhotographQuestions, test: PhotographQuesti
             processor,
             rows,
             CONFIG,
-            max_steps=args.steps,
-            per_device_train_batch_size=args.batch,
-            bf16=args.bf16,
-            muon=args.bf16,
-            seed=seed,
-            output_dir=scratch,
+            **{
+                "per_device_train_batch_size": args.batch,
+                "bf16": args.bf16,
+                "muon": args.bf16,
+                "output_dir": scratch,
+                **settings,
+            },
         )
     seen = torch.from_numpy(features_of(arm, np.array(test.features))).float()
     scores = [
@@ -216,13 +241,18 @@ def run(name: str, seed: int, train: PhotographQuestions, test: PhotographQuesti
         for index, item in enumerate(test.photographs.items)
     ]
     return {
-        "arm": name,
-        "seed": seed,
-        "steps": args.steps,
         "scores": {measure: [row[measure] for row in scores] for measure in MEASURES},
         "visual_tokens": model.config.image_seq_length,
         **spent,
     }
+
+
+def run(name: str, seed: int, train: PhotographQuestions, test: PhotographQuestions, args: Any) -> dict[str, Any]:
+    """Trains one arm with one seed and scores it on the test split."""
+    arm = ARMS[name]
+    model, processor = build(arm, train.collator.tokenizer, features_of(arm, train.features), seed)
+    scored = train_and_score(model, processor, arm, train, test, args, max_steps=args.steps, seed=seed)
+    return {"arm": name, "seed": seed, "steps": args.steps, **scored}
 
 
 class Data:

@@ -180,7 +180,7 @@ def short_attention(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention over a few hundred tokens, all (B, H, S, d), in the precision of the values.
+    """Attention over a few hundred tokens, (B, H, S, d), in the precision of the values. Keys may have fewer heads.
 
     On CPUs, it takes half the time of `scaled_dot_product_attention`, whose backward pass in bfloat16 is slow there.
     """
@@ -188,6 +188,8 @@ def short_attention(
     with torch.autocast(value.device.type, enabled=False):  # autocast would compute the softmax in float32
         bias = torch.zeros_like(attention_mask, dtype=value.dtype).masked_fill(~attention_mask, -torch.inf)
         bias = bias.expand(-1, heads, -1, -1).flatten(0, 1)  # (B * H, S, S)
+        if key.shape[1] < heads:
+            key, value = (states.repeat_interleave(heads // key.shape[1], dim=1) for states in (key, value))
         query, key, value = (states.to(value.dtype).flatten(0, 1) for states in (query, key, value))
         weights = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=scaling).softmax(-1)
         states = torch.bmm(weights, value)

@@ -49,7 +49,7 @@ from .demo_model.encoder import load_encoder, pretrain
 from .demo_model.photograph_figures import evaluate_photographs, photograph_evidence
 from .demo_model.photograph_questions import PhotographQuestions, photograph_dialogues
 from .demo_model.photographs import GROUND_RESOLUTION, TRANSFORMS, read_photographs, split_photographs
-from .demo_model.pretrained_tower import find_weights, tune
+from .demo_model.pretrained_tower import find_weights, make_tower, tune
 from .demo_model.scene_images import CANVAS, OBJECT_PIXELS, SCENE_SIZE, SceneImages
 from .demo_model.scene_questions import MIX, MIX_WITH_LISTS, SceneQuestions, dialogues
 from .demo_model.trainer import DemoModelTrainer, DemoModelTrainingArguments
@@ -174,7 +174,8 @@ def train_demo_model(options: DemoModelArguments, args: DemoModelTrainingArgumen
     elif weights is not None:
         with times.measure("encoder"):
             train, validation = (read_photographs(splits, split) for split in ("train", "validation"))
-            tune(train, validation, weights, encoder, options.encoder_steps, args.seed)
+            tower = make_tower(weights=weights, seed=args.seed)
+            tune(train, validation, tower, encoder, options.encoder_steps, args.seed)
     else:
         with times.measure("encoder"):
             crowded = SceneImages(work / "scenes", "train", options.crowded_scenes, crowding=4)

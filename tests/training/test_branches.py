@@ -132,11 +132,13 @@ def test_prefix_placement_is_rejected(converted):
         BranchCollator(MFRSVLMProcessor.from_pretrained(converted))
 
 
-def test_short_attention_is_attention():
+@pytest.mark.parametrize("heads", [4, 2], ids=["as many heads", "fewer heads of keys"])
+def test_short_attention_is_attention(heads):
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 2, 4, 30, 8)  # (B, H, S, d) each
+    key, value = key[:, :heads], value[:, :heads]
     mask = torch.rand(2, 1, 30, 30) < 0.5
     mask |= torch.eye(30, dtype=torch.bool)  # no row sees nothing
     ours, _ = short_attention(None, query, key, value, mask, 8**-0.5)
-    theirs = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask)
+    theirs = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
     torch.testing.assert_close(ours, theirs.transpose(1, 2))

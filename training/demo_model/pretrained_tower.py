@@ -34,7 +34,7 @@ OPEN = 100.0  # bias before the sigmoid of squeeze-and-excitation: the factor is
 # Of the tuning: side of the crops as encoded, smallest crop, and smallest crop that still shows what the labels say.
 ENCODED, SMALLEST, WHOLE = 224, 128, 200
 COMMON_WORD = 10  # captions that a word must be in, to be predicted
-LOSS_WEIGHT = {"class": 1.0, "labels": 3.0, "words": 3.0}
+LOSS_WEIGHT = {"class": 1.0, "labels": 3.0, "words": 3.0, "features": 3.0}
 
 
 def convert_efficientnet_lite(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -89,24 +89,52 @@ def find_weights(path: str | None) -> Path:
     return Path(path)
 
 
-class PhotographHeads(nn.Module):
-    """Linear heads that predict class, labels and words of captions from the mean token of one depth."""
+def make_tower(config: Any = None, weights: Path | None = None, seed: int = 0) -> MFRSVLMModel:
+    """An encoder without decoder, projector and injectors: with ImageNet weights, or random.
 
-    def __init__(self, width: int, classes: int, labels: int, words: int) -> None:
+    Args:
+        config: a `MFRSVLMConfig`; default: that of EfficientNet-lite0.
+        weights: file of `find_weights`, of EfficientNet-lite0 only; default: random weights.
+        seed: seed of what is random.
+    """
+    torch.manual_seed(seed)
+    model = MFRSVLMModel(make_config(16, "efficientnet") if config is None else config)
+    del model.language_model, model.multi_modal_projector, model.injectors
+    if weights is not None:
+        model.vision_tower.load_state_dict(convert_efficientnet_lite(torch.load(weights, weights_only=True)))
+    elif model.config.vision_config.model_type == "efficientnet":
+        # transformers draws the factors of the norms around 0, from where such a tower hardly learns.
+        for module in model.vision_tower.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.reset_parameters()
+            elif isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+    return model
+
+
+class PhotographHeads(nn.Module):
+    """Linear heads that predict the `Targets` from the mean token of one depth."""
+
+    def __init__(self, width: int, *sizes: int) -> None:
         super().__init__()
-        self.sizes = (classes, labels, words)
+        self.sizes = sizes
         self.dropout = nn.Dropout(0.2)
         self.linear = nn.Linear(width, sum(self.sizes))
 
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(n, T, C) to (n, classes), (n, labels) and (n, words)."""
+        """(n, T, C) to (n, classes), (n, labels), (n, words) and (n, features)."""
         return self.linear(self.dropout(tokens.mean(1))).split(self.sizes, dim=-1)
 
 
 class Targets:
-    """What the heads predict: index of the class (N,), labels (N, 17) and words of the captions (N, W)."""
+    """What the heads predict: index of the class (N,), labels (N, 17), words of the captions (N, W), features (N, F).
 
-    def __init__(self, photographs: Photographs, words: list[str] | None = None) -> None:
+    The features are those of another encoder, if any.
+    """
+
+    def __init__(
+        self, photographs: Photographs, words: list[str] | None = None, features: torch.Tensor | None = None
+    ) -> None:
         items = photographs.items
         texts = [Counter(word for caption in item.captions for word in set(caption.lower().split())) for item in items]
         if words is None:
@@ -119,6 +147,7 @@ class Targets:
         self.mentions = torch.tensor(
             [[text[word] / max(1, len(item.captions)) for word in words] for text, item in zip(texts, items, strict=True)]
         )
+        self.features = torch.zeros(len(items), 0) if features is None else features
 
 
 def crops(pixels: np.ndarray, size: int, seed: int) -> Iterator[tuple[torch.Tensor, np.ndarray, torch.Tensor]]:
@@ -152,23 +181,28 @@ def encode(model: MFRSVLMModel, pixels: torch.Tensor) -> list[torch.Tensor]:
 def losses(
     heads: PhotographHeads, tokens: torch.Tensor, targets: Targets, chosen: np.ndarray, whole: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    scores, labels, words = heads(tokens)
+    scores, labels, words, features = heads(tokens)
     rows = torch.from_numpy(chosen)
     share = whole.float().mean()
-    return {
+    result = {
         "class": F.cross_entropy(scores, targets.classes[rows], label_smoothing=0.1),
         "labels": F.binary_cross_entropy_with_logits(labels, targets.labels[rows]) * share,
         "words": F.binary_cross_entropy_with_logits(words, targets.mentions[rows]) * share,
     }
+    if features.shape[1]:  # of the photograph, which its crops resemble
+        result["features"] = F.mse_loss(features, targets.features[rows])
+    return result
 
 
 @torch.inference_mode()
-def measure(model: MFRSVLMModel, heads: nn.ModuleList, pixels: np.ndarray, targets: Targets) -> dict[str, float]:
+def measure(
+    model: MFRSVLMModel, heads: nn.ModuleList, pixels: np.ndarray, targets: Targets, bf16: bool = True
+) -> dict[str, float]:
     """Accuracy of the class and macro F1 of the labels on whole photographs, by the heads of the deepest output."""
     model.eval(), heads.eval()
     found = []
     for start in range(0, len(pixels), 16):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             tokens = encode(model, to_pixels(pixels[start : start + 16]))[-1]
         found.append(torch.cat(heads[-1](tokens.float())[:2], dim=1))
     outputs = torch.cat(found)
@@ -185,40 +219,69 @@ def measure(model: MFRSVLMModel, heads: nn.ModuleList, pixels: np.ndarray, targe
 def tune(
     photographs: Photographs,
     validation: Photographs,
-    weights: Path,
+    model: MFRSVLMModel,
     output: Path,
-    steps: int,
+    steps: int | None = None,
     seed: int = 0,
     batch: int = 32,
     peak: float = 5e-4,
-    config: Any = None,
-) -> None:
+    heads_peak: float = 2e-3,
+    cpu_seconds: float | None = None,
+    features: torch.Tensor | None = None,
+    bf16: bool = True,
+) -> dict[str, float]:
     """Tunes the tower on photographs for one cosine cycle and saves the state that is best on `validation` to `output`.
 
-    The tower computes in bfloat16; weights and losses stay in float32.
+    Weights and losses stay in float32.
+
+    Args:
+        photographs: photographs to train on.
+        validation: photographs to measure on.
+        model: of `make_tower`.
+        output: file to write.
+        steps: length of the cycle. Exactly one of `steps` and `cpu_seconds` is given.
+        seed: seed of the heads and the crops.
+        batch: crops in a step.
+        peak: learning rate of the tower.
+        heads_peak: learning rate of its projections and of the heads.
+        cpu_seconds: length of the cycle in seconds of the processor, measurements not included.
+        features: (N, F), which the heads also predict, see `Targets`.
+        bf16: whether the tower computes in bfloat16.
+
+    Returns:
+        What `measure` says of the last state, and the number of `steps`.
+
+    Raises:
+        ValueError: both or neither of `steps` and `cpu_seconds` are given.
     """
+    if (steps is None) == (cpu_seconds is None):
+        raise ValueError(f"steps={steps} and cpu_seconds={cpu_seconds}: give exactly one of them.")
     torch.manual_seed(seed)
-    config = make_config(16, "efficientnet") if config is None else config
-    model = MFRSVLMModel(config)
-    del model.language_model, model.multi_modal_projector, model.injectors
-    model.vision_tower.load_state_dict(convert_efficientnet_lite(torch.load(weights, weights_only=True)))
-    targets = Targets(photographs)
+    config = model.config
+    targets = Targets(photographs, features=features)
     held_out = Targets(validation, targets.words)
-    sizes = (len(photographs.class_names), targets.labels.shape[1], len(targets.words))
+    sizes = (len(photographs.class_names), *(t.shape[1] for t in (targets.labels, targets.mentions, targets.features)))
     heads = nn.ModuleList(PhotographHeads(config.vision_feature_size, *sizes) for _ in config.detail_feature_layers)
     freeze_squeeze_excitation(model)
     pixels, unseen = read_pixels(photographs.items, config.image_size), read_pixels(validation.items, config.image_size)
     towers = [p for p in model.vision_tower.parameters() if p.requires_grad]
     others = [*model.stage_projections.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW([{"params": towers}, {"params": others}], lr=peak, weight_decay=0.02)
+    groups = [{"params": towers, "peak": peak}, {"params": others, "peak": heads_peak}]
+    optimizer = torch.optim.AdamW(groups, lr=peak, weight_decay=0.02)
     model.vision_tower.to(memory_format=torch.channels_last)
     start, best, kept = time.perf_counter(), -1.0, None
+    began, measured = time.process_time(), 0.0
     running: dict[str, float] = {}
     for step, (crop, chosen, whole) in enumerate(crops(pixels, batch, seed), start=1):
         model.vision_tower.train(), heads.train()  # unlike in the finished model, batch statistics are learned here
-        for group, factor in zip(optimizer.param_groups, (1.0, 4.0), strict=True):
-            group["lr"] = factor * peak * min(1.0, step / 50) * 0.5 * (1 + np.cos(np.pi * min(1.0, step / steps)))
-        with torch.autocast("cpu", torch.bfloat16):
+        if cpu_seconds is None:
+            share, warm = step / steps, step / 50
+        else:
+            share = (time.process_time() - began - measured) / cpu_seconds
+            warm = 10 * share
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * min(1.0, warm) * 0.5 * (1 + np.cos(np.pi * min(1.0, share)))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             depths = encode(model, crop.contiguous(memory_format=torch.channels_last))
         total = torch.zeros(())
         for head, tokens in zip(heads, depths, strict=True):
@@ -230,21 +293,26 @@ def tune(
         optimizer.step()
         for name, value in parts.items():
             running[name] = 0.95 * running.get(name, value.item()) + 0.05 * value.item()
-        if step % max(1, len(pixels) // batch) == 0 or step == steps:
-            figures = measure(model, heads, unseen, held_out)
+        spent = time.process_time() - began - measured
+        last = step >= steps if cpu_seconds is None else spent >= cpu_seconds
+        if last or step % max(1, len(pixels) // batch) == 0:
+            figures = measure(model, heads, unseen, held_out, bf16)
             if sum(figures.values()) >= best:
                 best = sum(figures.values())
                 kept = {name: value.clone() for name, value in model.state_dict().items() if name.startswith(ENCODER)}
             shown = ", ".join(f"{name} {value:.3f}" for name, value in {**running, **figures}.items())
-            logger.info("tower step %d/%d: %s, %.0f s", step, steps, shown, time.perf_counter() - start)
-        if step >= steps:
+            limit = f"of {steps}" if cpu_seconds is None else f"after {spent:.0f} of {cpu_seconds:.0f} s of CPU"
+            logger.info("tower step %d %s: %s, %.0f s", step, limit, shown, time.perf_counter() - start)
+            measured = time.process_time() - began - spent
+        if last:
             break
     output.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(output, {"model": kept, "heads": heads.state_dict(), "figures": best})
+    return {**figures, "steps": step}
 
 
 def freeze_squeeze_excitation(model: nn.Module) -> None:
-    """Freezes the layers that are the identity."""
+    """Makes the layers of squeeze-and-excitation the identity, as in `convert_efficientnet_lite`, and freezes them."""
     for name, parameter in model.named_parameters():
         if ".squeeze_excite." in name:
-            parameter.requires_grad_(False)
+            parameter.requires_grad_(False).fill_(OPEN if name.endswith("expand.bias") else 0.0)
