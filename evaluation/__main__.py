@@ -63,14 +63,18 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--allow-size-mismatch", action="store_true", help="accept images of another size than published")
     how.add_argument("--classes", nargs="+", metavar="CLASS", help="load only these classes")
     how.add_argument("--skip-broken-rows", action="store_true", help="skip rows that cannot be used")
-    how.add_argument(
-        "--allow-outside-images", action="store_true", help="open images outside of the folder, through links or URLs"
-    )
+    add_outside_argument(how)
     how.add_argument(
         "--missing-images",
         choices=["error", "wrong"],
         default="error",
         help="error: stop; wrong: score questions about unreadable images 0; default: %(default)s",
+    )
+
+
+def add_outside_argument(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--allow-outside-images", action="store_true", help="open images outside of the folder, through links or URLs"
     )
 
 
@@ -86,6 +90,7 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
         "--pictures", type=int, metavar="N", help="draw N questions of each run with image, answer and truth; needs --output"
     )
     parser.add_argument("--data", help="folder of the benchmark, for --pictures")
+    add_outside_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -172,7 +177,7 @@ def report(args: argparse.Namespace) -> None:
             write_plots(tables, args.output)
             write_reliability(summaries, args.output)
         if args.pictures is not None:
-            write_pictures(summaries, args.output, args.pictures, args.data)
+            write_pictures(summaries, args.output, args.pictures, args.data, args.allow_outside_images)
     else:
         tables = make_tables(summaries, read_published(published))
     print(as_markdown(tables), end="")

@@ -20,7 +20,9 @@ LINE, CHARACTERS, MARGIN = 15, 46, 8
 RIGHT, WRONG, TRUE_BOX, BOX = "#1d7a34", "#b3261e", "white", "yellow"
 
 
-def write_pictures(summaries: Sequence[Summary], output: Path, count: int, root: str | None = None) -> None:
+def write_pictures(
+    summaries: Sequence[Summary], output: Path, count: int, root: str | None = None, allow_outside_images: bool = False
+) -> None:
     """Writes `pictures-BENCHMARK-SPLIT-PROTOCOL-MODEL.png` for each run that saw the images.
 
     Args:
@@ -28,6 +30,7 @@ def write_pictures(summaries: Sequence[Summary], output: Path, count: int, root:
         output: the folder.
         count: questions of each run, see `choose`.
         root: folder of the benchmark, which then must be the same of all runs; `None` for synthetic scenes.
+        allow_outside_images: see `load_benchmark`.
 
     Raises:
         BenchmarkError: the benchmark is unknown, needs a folder, or an image cannot be read.
@@ -35,7 +38,14 @@ def write_pictures(summaries: Sequence[Summary], output: Path, count: int, root:
     """
     for summary in summaries:
         if summary.mode == "image":
-            benchmark = load_benchmark(summary.benchmark, root, summary.split, check_counts=False, check_images=False)
+            benchmark = load_benchmark(
+                summary.benchmark,
+                root,
+                summary.split,
+                check_counts=False,
+                check_images=False,
+                allow_outside_images=allow_outside_images,
+            )
             rows = choose(read_predictions(summary.folder), count)
             write_image(output / f"pictures-{file_name(summary)}.png", draw_predictions(rows, benchmark))
 

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_benchmarks import MAKERS
 
 from mfrsvlm.evaluation.__main__ import main
 from mfrsvlm.evaluation.benchmarks import load_benchmark
@@ -111,6 +112,24 @@ def test_report_draws_pictures_and_calibration(tmp_path, capsys):
     with Image.open(tmp_path / "report" / f"pictures-{name}") as picture:
         assert picture.width == 4 * (SIDE + 8) + 8
     assert (tmp_path / "report" / f"calibration-{name}").is_file()
+
+
+def test_pictures_of_a_folder_of_links_need_the_same_permission_as_the_run(tmp_path, capsys):
+    MAKERS["eurosat"](tmp_path / "real")
+    (tmp_path / "links").mkdir()
+    for path in (tmp_path / "real").iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    benchmark = ["--benchmark", "eurosat", "--data", str(tmp_path / "links"), "--allow-count-mismatch"]
+    run = ["run", "--baseline", "majority", *benchmark, "--output", str(tmp_path / "run"), "--allow-outside-images"]
+    assert main(run) == 0, capsys.readouterr().err
+    (summary,) = (tmp_path / "run").glob("eurosat/*/summary.json")
+    model = {"name": "tiny", "weights": "0" * 16}
+    summary.write_text(json.dumps(json.loads(summary.read_text()) | {"mode": "image", "model": model}))
+    report = ["report", str(tmp_path / "run"), "--output", str(tmp_path / "report"), "--no-plots", "--pictures", "4"]
+    report += ["--data", str(tmp_path / "links")]
+    assert main(report) == 2 and "--allow-outside-images" in capsys.readouterr().err
+    assert main([*report, "--allow-outside-images"]) == 0, capsys.readouterr().err
+    assert list((tmp_path / "report").glob("pictures-eurosat-*.png"))
 
 
 @pytest.mark.parametrize("arguments", [["--pictures", "0", "--output", "here"], ["--pictures", "3"]])
