@@ -138,7 +138,8 @@ def build(
     """
     torch.manual_seed(seed)
     config = make_config(len(tokenizer), "efficientnet", width, **GEOMETRY | arm.fields)
-    config.text_config = text_config or config.text_config
+    if text_config is not None:
+        config.text_config, config.tie_word_embeddings = text_config, text_config.tie_word_embeddings
     model = MFRSVLMForConditionalGeneration(config)
     whiten_projector(model, features, seed)
     start_positions(model, features)

@@ -221,19 +221,22 @@ def load_language_model(folder: Path | None) -> tuple[Any, Any]:
 
 
 def token_means(tokenizer: Any, other: Any, table: torch.Tensor) -> torch.Tensor:
-    """(V, D): for each token, the mean of the rows of `table` (W, D) that the tokenizer `other` reads its text as."""
+    """(V, D): for each token, the mean of the rows of `table` (W, D) that the tokenizer `other` reads its text as.
+
+    Parts of a character may have no text, and get the mean of all rows.
+    """
     special = {tokenizer.bos_token_id: other.bos_token_id, tokenizer.eos_token_id: other.eos_token_id}
     rows = []
     for token in range(len(tokenizer)):
         text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
         found = [special[token]] if token in special else other(text, add_special_tokens=False)["input_ids"]
-        rows.append(table[found].mean(0))
+        rows.append(table[found or slice(None)].mean(0))
     return torch.stack(rows)
 
 
 def megabytes(model: nn.Module) -> float:
     """Size of all weights in bfloat16."""
-    return sum(value.numel() for value in model.state_dict().values()) * 2 / 1e6
+    return sum(value.numel() for value in (*model.parameters(), *model.buffers())) * 2 / 1e6  # tied ones count once
 
 
 def cut_config(source: LlamaConfig, tokenizer: Any, layers: int) -> LlamaConfig:
@@ -243,7 +246,7 @@ def cut_config(source: LlamaConfig, tokenizer: Any, layers: int) -> LlamaConfig:
         del config.quantization_config
     fields = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     fields |= {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "num_hidden_layers": layers}
-    config.update(fields | {"initializer_range": config.hidden_size**-0.5, "tie_word_embeddings": False})
+    config.update(fields | {"initializer_range": config.hidden_size**-0.5})
     return config
 
 

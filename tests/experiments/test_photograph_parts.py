@@ -153,6 +153,18 @@ def test_rows_are_means_over_the_text_of_a_token(tokenizer, source):
     torch.testing.assert_close(rows[token], table[pieces].mean(0))
 
 
+def test_a_token_that_the_other_tokenizer_reads_as_nothing_gets_the_mean_of_all(tokenizer):
+    class Silent:
+        bos_token_id, eos_token_id = 0, 1
+
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": []}
+
+    table = torch.arange(12.0).reshape(4, 3)
+    rows = token_means(tokenizer, Silent(), table)
+    assert torch.equal(rows[5], table.mean(0)) and torch.equal(rows[tokenizer.bos_token_id], table[0])
+
+
 def test_a_cut_decoder_computes_what_the_first_layers_do(tokenizer, source, features):
     language_model, other = source
     layer = megabytes(language_model.model.layers[0])
