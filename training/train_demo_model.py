@@ -38,6 +38,8 @@ from .demo_model.aerial_cars import all_boxes_prompt, count_figures, read_frames
 from .demo_model.architecture import (
     SCENE_BOXES,
     SCENE_LISTS,
+    canvas_fields,
+    enlarge_canvas,
     make_config,
     make_processor,
     make_tokenizer,
@@ -92,6 +94,10 @@ class DemoModelArguments:
     )
     copies: int = field(default=4, metadata={"help": "Rotated and mirrored copies of each photograph, itself included."})
     decoder_width: int = field(default=192, metadata={"help": "Width of the decoder, a multiple of 64."})
+    canvas_scale: int | None = field(
+        default=None,
+        metadata={"help": "Side of the canvas in sides of the global view, for scenes. Default: of the start, otherwise 2."},
+    )
     crowded_scenes: int = field(default=8000, metadata={"help": "Scenes to pretrain the encoder on."})
     encoder_steps: int = field(default=8000, metadata={"help": "Training steps of the encoder."})
     train_encoder: bool = field(
@@ -157,6 +163,8 @@ def train_demo_model(options: DemoModelArguments, args: DemoModelTrainingArgumen
         raise SettingsError("encoder=efficientnet and real_data need each other: the encoder is tuned on photographs.")
     if options.real_data and (options.train_file or options.train_encoder):
         raise SettingsError("real_data cannot be combined with train_file or train_encoder.")
+    if options.real_data and options.canvas_scale:
+        raise SettingsError("real_data cannot be combined with canvas_scale: photographs have a canvas of their own.")
     if not 1 <= options.copies <= TRANSFORMS:
         raise SettingsError(f"copies={options.copies} must be 1 to {TRANSFORMS}.")
     weights = find_weights(options.encoder_weights) if options.real_data else None
@@ -181,7 +189,7 @@ def train_demo_model(options: DemoModelArguments, args: DemoModelTrainingArgumen
             crowded = SceneImages(work / "scenes", "train", options.crowded_scenes, crowding=4)
             pretrain(options.encoder, crowded, encoder, options.encoder_steps, args.seed)
     with times.measure("features"):
-        model, processor, dataset = prepare(options, encoder, args.seed)
+        model, processor, dataset = prepare(options, args, encoder)
     args.output_dir = str(work / "decoder")
     trainer = DemoModelTrainer(
         model=model,
@@ -217,7 +225,7 @@ def train_demo_model(options: DemoModelArguments, args: DemoModelTrainingArgumen
 
 
 def prepare(
-    options: DemoModelArguments, encoder: Path, seed: int
+    options: DemoModelArguments, args: DemoModelTrainingArguments, encoder: Path
 ) -> tuple[MFRSVLMForConditionalGeneration, Any, Dataset[Any]]:
     """The model with its pretrained encoder, the processor, and the training rows with cached features or pixels."""
     work, texts = Path(options.work), list[tuple[str, str]]()
@@ -229,7 +237,10 @@ def prepare(
         cars = ConversationDataset(str(write_car_rows(Path(options.real_data), work / "cars")), str(work / "cars"))
         texts += conversation_dialogues(cars)
     started = load_model(options.start, dtype=torch.float32) if options.start else None
-    sizes = started[0].config if started else make_config(16, options.encoder)
+    canvas = canvas_fields(options.canvas_scale) if options.canvas_scale else {}
+    if started and options.canvas_scale:
+        started = enlarge_canvas(started[0], options.canvas_scale), started[1]
+    sizes = started[0].config if started else make_config(16, options.encoder, **canvas)
     sides = (sizes.canvas_scale * sizes.image_size, sizes.image_size)
     images = SceneImages(work / "scenes", "train", options.scenes, sides=sides) if options.scenes else None
     if images is not None:
@@ -237,12 +248,14 @@ def prepare(
     conversations = ConversationDataset(options.train_file, options.image_root) if options.train_file else None
     if conversations is not None:
         texts += conversation_dialogues(conversations)
-    set_seed(seed)
+    set_seed(args.seed)
     if started:
         model, processor = started
+        if canvas:
+            processor = make_processor(model.config, processor.tokenizer)
     else:
         tokenizer = make_tokenizer(texts, options.vocab_size)
-        config = make_config(len(tokenizer), options.encoder, options.decoder_width, **ARCHITECTURE)
+        config = make_config(len(tokenizer), options.encoder, options.decoder_width, **ARCHITECTURE | canvas)
         model = MFRSVLMForConditionalGeneration(config)
         load_encoder(model.model, encoder)
         processor = make_processor(model.config, tokenizer)
@@ -271,7 +284,8 @@ def prepare(
         rows += [cached_cars] * asked.rounds
     if images is not None:
         path = work / f"features-{stem}-scenes-{options.scenes}.npy"
-        features.append(cache_image_features(model, images.batches(model.config), len(images), path))
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            features.append(cache_image_features(model, images.batches(model.config), len(images), path))
         cached = None if options.train_encoder else features[-1]
         mix = MIX_WITH_LISTS if options.lists else MIX
         rows.append(SceneQuestions(images, collator, model.config, cached, options.rounds, mix))
@@ -283,7 +297,7 @@ def prepare(
         else:
             rows.append(cached_rows)
     if not started:
-        whiten_projector(model, features[0], seed)
+        whiten_projector(model, features[0], args.seed)
         start_positions(model, features[0])
     if not options.train_encoder:
         freeze_encoder(model)

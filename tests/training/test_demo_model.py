@@ -16,7 +16,13 @@ from mfrsvlm.training import train_demo_model
 from mfrsvlm.training.branches import BranchCollator
 from mfrsvlm.training.data import ConversationDataset
 from mfrsvlm.training.demo_model import encoder
-from mfrsvlm.training.demo_model.architecture import make_processor, make_tokenizer, settle_placeholder, start_positions
+from mfrsvlm.training.demo_model.architecture import (
+    enlarge_canvas,
+    make_processor,
+    make_tokenizer,
+    settle_placeholder,
+    start_positions,
+)
 from mfrsvlm.training.demo_model.encoder import LOSS_WEIGHT, load_encoder, object_table, pretrain, token_targets
 from mfrsvlm.training.demo_model.guidance import GUIDANCE_WEIGHT, Guidance
 from mfrsvlm.training.demo_model.scene_images import CANVAS, canvas_and_view, plan
@@ -58,6 +64,26 @@ def test_position_embeddings_start_apart_and_as_large_as_the_visual_tokens(token
     nearest = distances.argmin(1)  # next to it on the grid of 8 by 8, row by row
     steps = (nearest - torch.arange(64)).abs()
     assert set(steps.tolist()) <= {1, 8}
+
+
+def test_a_larger_canvas_keeps_the_weights(tokenizer):
+    model = make_model(tokenizer, routing="token", routing_size=8)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith("stack_embedding"):
+                value.copy_(torch.randn_like(value))
+    larger = enlarge_canvas(model, 4)
+    assert (larger.config.canvas_scale, larger.config.window_sizes, larger.config.num_detail_stacks) == (4, [256], 32)
+    state = larger.state_dict()
+    for name, value in model.state_dict().items():
+        if name.endswith("stack_embedding"):
+            for depth, row, column in np.ndindex(2, 4, 4):
+                coarse = depth * 4 + row // 2 * 2 + column // 2
+                assert torch.equal(state[name][depth * 16 + row * 4 + column], value[coarse])
+        else:
+            assert torch.equal(state[name], value), name
+    with pytest.raises(SettingsError, match="canvas_scale=3 must be a multiple of 2"):
+        enlarge_canvas(model, 3)
 
 
 def test_the_placeholder_lies_among_the_words_and_is_never_said(tokenizer):
@@ -284,6 +310,7 @@ def test_training_continues_from_a_folder(tmp_path):
     command = [CONFIG, f"--start={start}", f"--output={tmp_path / 'model'}", f"--work={tmp_path / 'work'}"]
     settings = (
         "--lists=true",
+        "--canvas_scale=4",
         "--guidance=false",
         "--test_scenes=0",
         "--learning_rate=1e-3",
@@ -293,14 +320,20 @@ def test_training_continues_from_a_folder(tmp_path):
     before, after = (load_file(Path(folder) / "model.safetensors") for folder in (start, tmp_path / "model"))
     assert before.keys() == after.keys()
     for name, tensor in after.items():
+        if name.endswith("stack_embedding"):
+            assert len(tensor) == 4 * len(before[name])  # a phase of the larger canvas each
+            continue
         difference = (tensor.float() - before[name].float()).abs().max()
         assert difference == 0 if "vision_tower." in name else difference < 0.05, name
-    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert any(not torch.equal(before[name], after[name]) for name in before if "_proj.weight" in name)
     assert (tmp_path / "model/tokenizer.json").read_bytes() == (Path(start) / "tokenizer.json").read_bytes()
     assert not list((tmp_path / "work").glob("encoder-*.pt"))
     settings = json.loads((tmp_path / "model/processor_config.json").read_text())
     assert settings["box_format"]["prompt"] == "Give the bounding box of every {object}."
     assert json.loads((tmp_path / "model/generation_config.json").read_text())["max_new_tokens"] == 256
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    assert (config["canvas_scale"], config["window_sizes"]) == (4, [256])
+    assert json.loads((tmp_path / "model/processor_config.json").read_text())["image_processor"]["canvas_scale"] == 4
     assert "It was trained from the weights of `model`" in (tmp_path / "model/README.md").read_text()
 
 

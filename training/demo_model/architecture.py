@@ -12,6 +12,7 @@ from ...configuration_mfrsvlm import MFRSVLMConfig
 from ...modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from ...processing_mfrsvlm import MFRSVLMImageProcessor, MFRSVLMProcessor, make_chat_template
 from ...scenes.questions import BOX_SCALE
+from ..trainer import SettingsError
 
 
 IMAGE_SIZE, PATCH_SIZE = 128, 16  # 64 visual tokens
@@ -147,6 +148,37 @@ def make_processor(config: Any, tokenizer: Any, canvas_source: str = "image") ->
     )
     template = make_chat_template(tokenizer)
     return MFRSVLMProcessor(image_processor, tokenizer, chat_template=template, box_format=SCENE_BOXES)
+
+
+def canvas_fields(canvas_scale: int) -> dict[str, Any]:
+    """Fields of the config of a model of scenes: windows are half as long as the canvas, and overlap by half."""
+    chunk = 16 if canvas_scale <= 2 else 4  # on a CPU, few large windows at once are faster
+    return {"canvas_scale": canvas_scale, "window_sizes": [canvas_scale * IMAGE_SIZE // 2], "window_chunk_size": chunk}
+
+
+@torch.no_grad()
+def enlarge_canvas(model: MFRSVLMForConditionalGeneration, canvas_scale: int) -> MFRSVLMForConditionalGeneration:
+    """A copy of a small model of scenes for a larger canvas, with more detail stacks.
+
+    All other weights are the same. The embedding of a detail stack is that of the coarser phase that contains its own.
+
+    Raises:
+        SettingsError: `canvas_scale` is no multiple of that of the model.
+    """
+    old = model.config.canvas_scale
+    if canvas_scale % old:
+        raise SettingsError(f"canvas_scale={canvas_scale} must be a multiple of {old}, the canvas_scale of the model.")
+    larger = MFRSVLMForConditionalGeneration(MFRSVLMConfig(**model.config.to_dict() | canvas_fields(canvas_scale)))
+    weights = model.state_dict()
+    for name in weights:
+        if name.endswith(".stack_embedding"):
+            phases = weights[name].unflatten(0, (-1, old, old))  # (depths, r, c, d)
+            for axis in (1, 2):
+                phases = phases.repeat_interleave(canvas_scale // old, axis)
+            weights[name] = phases.flatten(0, 2)
+    larger.load_state_dict(weights)
+    larger.generation_config = model.generation_config
+    return larger
 
 
 @torch.no_grad()
