@@ -95,7 +95,8 @@ TOWERS = {
 DECODERS = {
     "own decoder, width 128": Decoder(),
     "own decoder, width 256": Decoder(width=256),
-    "first layers of SmolLM2": Decoder(cut=True, pretrained=True, rate=5e-4),
+    "first layers of SmolLM2": Decoder(cut=True, pretrained=True),
+    "first layers of SmolLM2, a third of the rate": Decoder(cut=True, pretrained=True, rate=5e-4),
     "the same shape, random": Decoder(cut=True),
 }
 

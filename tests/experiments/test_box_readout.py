@@ -39,7 +39,7 @@ def test_states_are_read_at_the_object():
 
 def test_boxes_are_compared_as_center_and_size():
     truths = np.array([[10.0, 10, 8, 8], [50, 50, 8, 8]])
-    moved = truths + [[0, 0, 0, 0], [4, 0, 0, 0]]  # half of each box in common: a third of the union
+    moved = truths + np.array([[0, 0, 0, 0], [4, 0, 0, 0]])  # half of each box in common: a third of the union
     found = box_readout.compare(moved, truths)
     assert found["correct"][0] == 0.5 and found["error"] == 2.0
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import EfficientNetModel
 
 from ...evaluation import EvaluationSettings, evaluate
 from ...evaluation.encoder_baselines import evaluate_encoder
@@ -15,9 +14,8 @@ from ...evaluation.evaluate import evaluate_majority
 from ...evaluation.intervals import corpus_figure
 from ...files.model_folder import load_model
 from ...files.reading import read_json, read_rows
-from .architecture import efficientnet_lite0
 from .photographs import PROTOCOL, load_split
-from .pretrained_tower import ORIGIN, convert_efficientnet_lite
+from .pretrained_tower import ORIGIN, make_tower
 from .scene_images import to_pixels
 
 
@@ -40,13 +38,12 @@ ROWS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 
 def pooled_imagenet_features(weights: Path) -> Callable[[Any], np.ndarray]:
     """Computes the mean of the last feature map of EfficientNet-lite0 as trained on ImageNet, (1280,), of an image."""
-    model = EfficientNetModel(efficientnet_lite0()).eval()
-    model.load_state_dict(convert_efficientnet_lite(torch.load(weights, weights_only=True)))
+    tower = make_tower(weights=weights).eval().vision_tower
 
     @torch.inference_mode()
     def encode(image: Any) -> np.ndarray:
         pixels = to_pixels(np.asarray(image.convert("RGB").resize((256, 256)))[None])
-        return model(pixels).last_hidden_state.mean((2, 3))[0].numpy()
+        return tower(pixels).last_hidden_state.mean((2, 3))[0].numpy()
 
     return encode
 
