@@ -10,9 +10,10 @@ summaries["scenes/test"]["results"]["counting"]["exact"]  # {"value": ..., "low"
 """
 
 import sys
-from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from ..lazy_exports import lazy_exports
 
 
 if TYPE_CHECKING:
@@ -23,24 +24,16 @@ if TYPE_CHECKING:
 
 __all__ = ["PROTOCOLS", "EvaluationSettings", "evaluate", "evaluate_majority", "load_benchmark"]
 
-# Imported when they are first used, since torch and transformers take seconds and `--help` needs neither.
-_MODULES = {
-    "PROTOCOLS": "protocols",
-    "EvaluationSettings": "settings",
-    "evaluate": "evaluate",
-    "evaluate_majority": "evaluate",
-    "load_benchmark": "benchmarks",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        "PROTOCOLS": "protocols",
+        "EvaluationSettings": "settings",
+        "evaluate": "evaluate",
+        "evaluate_majority": "evaluate",
+        "load_benchmark": "benchmarks",
+    },
+)
 
 
 class _Package(ModuleType):
