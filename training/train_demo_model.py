@@ -24,6 +24,7 @@ from torch.utils.data import ConcatDataset, Dataset
 from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..configuration_mfrsvlm import MFRSVLMConfig
 from ..evaluation import EvaluationSettings, evaluate, load_benchmark
 from ..evaluation.answering import fingerprint
 from ..evaluation.evaluate import evaluate_majority
@@ -38,13 +39,13 @@ from .demo_model.aerial_cars import all_boxes_prompt, count_figures, read_frames
 from .demo_model.architecture import (
     SCENE_BOXES,
     SCENE_LISTS,
-    canvas_fields,
-    enlarge_canvas,
+    enlarge,
     make_config,
     make_processor,
     make_tokenizer,
     settle_placeholder,
     start_positions,
+    view_fields,
     whiten_projector,
 )
 from .demo_model.encoder import load_encoder, pretrain
@@ -52,7 +53,7 @@ from .demo_model.photograph_figures import evaluate_photographs, photograph_evid
 from .demo_model.photograph_questions import PhotographQuestions, photograph_dialogues
 from .demo_model.photographs import GROUND_RESOLUTION, TRANSFORMS, read_photographs, split_photographs
 from .demo_model.pretrained_tower import find_weights, make_tower, tune
-from .demo_model.scene_images import CANVAS, OBJECT_PIXELS, SCENE_SIZE, SceneImages
+from .demo_model.scene_images import OBJECT_PIXELS, SCENE_SIZE, SceneImages
 from .demo_model.scene_questions import MIX, MIX_WITH_LISTS, SceneQuestions, dialogues
 from .demo_model.trainer import DemoModelTrainer, DemoModelTrainingArguments
 from .finetune import ConfigParser
@@ -94,6 +95,10 @@ class DemoModelArguments:
     )
     copies: int = field(default=4, metadata={"help": "Rotated and mirrored copies of each photograph, itself included."})
     decoder_width: int = field(default=192, metadata={"help": "Width of the decoder, a multiple of 64."})
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Side of the global view, for scenes. Default: of the start, otherwise 128 pixels."},
+    )
     canvas_scale: int | None = field(
         default=None,
         metadata={"help": "Side of the canvas in sides of the global view, for scenes. Default: of the start, otherwise 2."},
@@ -163,8 +168,10 @@ def train_demo_model(options: DemoModelArguments, args: DemoModelTrainingArgumen
         raise SettingsError("encoder=efficientnet and real_data need each other: the encoder is tuned on photographs.")
     if options.real_data and (options.train_file or options.train_encoder):
         raise SettingsError("real_data cannot be combined with train_file or train_encoder.")
-    if options.real_data and options.canvas_scale:
-        raise SettingsError("real_data cannot be combined with canvas_scale: photographs have a canvas of their own.")
+    if options.real_data and (options.image_size or options.canvas_scale):
+        raise SettingsError(
+            "real_data cannot be combined with image_size or canvas_scale: photographs have their own sizes."
+        )
     if not 1 <= options.copies <= TRANSFORMS:
         raise SettingsError(f"copies={options.copies} must be 1 to {TRANSFORMS}.")
     weights = find_weights(options.encoder_weights) if options.real_data else None
@@ -213,11 +220,10 @@ def train_demo_model(options: DemoModelArguments, args: DemoModelTrainingArgumen
         if options.scenes:
             card += f"\n\nIt was also trained on {options.scenes} synthetic scenes."
             if options.test_scenes:
-                canvas = model.config.canvas_scale * model.config.image_size
-                card += scene_table(evaluate_folder(output, options.test_scenes), canvas)
+                card += scene_table(evaluate_folder(output, options.test_scenes), model.config)
     else:
         figures = evaluate_folder(output, options.test_scenes) if options.test_scenes else {}
-        card = evidence(options, args, times.seconds, figures)
+        card = evidence(options, args, model.config, times.seconds, figures)
     # `geospatial` warns of models that saw drawings alone.
     seen = {} if options.real_data or options.train_file else {"training_images": "synthetic"}
     write_model_card(output, model.config, "trained", options.name, card, license="apache-2.0", **seen)
@@ -237,10 +243,14 @@ def prepare(
         cars = ConversationDataset(str(write_car_rows(Path(options.real_data), work / "cars")), str(work / "cars"))
         texts += conversation_dialogues(cars)
     started = load_model(options.start, dtype=torch.float32) if options.start else None
-    canvas = canvas_fields(options.canvas_scale) if options.canvas_scale else {}
-    if started and options.canvas_scale:
-        started = enlarge_canvas(started[0], options.canvas_scale), started[1]
-    sizes = started[0].config if started else make_config(16, options.encoder, **canvas)
+    sizes = started[0].config if started else make_config(16, options.encoder)
+    larger = options.image_size or options.canvas_scale
+    if larger:
+        scale = options.canvas_scale or sizes.canvas_scale
+        sizes = MFRSVLMConfig(**sizes.to_dict() | view_fields(options.image_size or sizes.image_size, scale))
+    if started and larger:
+        model = enlarge(started[0], sizes.image_size, sizes.canvas_scale)
+        started = model, make_processor(model.config, started[1].tokenizer)
     sides = (sizes.canvas_scale * sizes.image_size, sizes.image_size)
     images = SceneImages(work / "scenes", "train", options.scenes, sides=sides) if options.scenes else None
     if images is not None:
@@ -251,11 +261,10 @@ def prepare(
     set_seed(args.seed)
     if started:
         model, processor = started
-        if canvas:
-            processor = make_processor(model.config, processor.tokenizer)
     else:
         tokenizer = make_tokenizer(texts, options.vocab_size)
-        config = make_config(len(tokenizer), options.encoder, options.decoder_width, **ARCHITECTURE | canvas)
+        fields = ARCHITECTURE | (view_fields(sizes.image_size, sizes.canvas_scale) if larger else {})
+        config = make_config(len(tokenizer), options.encoder, options.decoder_width, **fields)
         model = MFRSVLMForConditionalGeneration(config)
         load_encoder(model.model, encoder)
         processor = make_processor(model.config, tokenizer)
@@ -353,17 +362,19 @@ def scene_figures(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def evidence(
     options: DemoModelArguments,
     args: DemoModelTrainingArguments,
+    config: Any,
     seconds: dict[str, float],
     figures: dict[str, dict[str, Any]],
 ) -> str:
-    """Markdown for the card: what the model was trained on, how, and its figures."""
+    """Markdown for the card: what the model with this config was trained on, how, and its figures."""
     sources = [f"{options.scenes} synthetic scenes (`mfrsvlm.scenes`)"] if options.scenes else []
     sources += [f"the rows of `{Path(options.train_file).name}`"] if options.train_file else []
-    begun = f"from the weights of `{Path(options.start).name}`" if options.start else "from random weights"
+    unread = "" if options.train_file else " It knows their classes, objects and questions, and cannot read real images."
+    begun = "continues an earlier model, and was trained" if options.start else "was trained from random weights"
     text = f"""\
-**This model is a demonstration.** It was trained {begun} on {" and ".join(sources)},
-to show on a CPU that every part works."""
-    text += scene_table(figures) if figures else ""
+**This model is a demonstration.** It {begun} on {" and ".join(sources)},
+to show on a CPU that every part works.{unread}"""
+    text += scene_table(figures, config) if figures else ""
     minutes = ", ".join(f"{stage} {value / 60:.0f} minutes" for stage, value in seconds.items())
     threads, capability = torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()
     trained = "encoder and decoder were trained together" if options.train_encoder else "the decoder was trained"
@@ -375,19 +386,25 @@ to show on a CPU that every part works."""
         else ""
     )
     settings = [f"max_steps={args.max_steps}", f"scenes={options.scenes}", f"seed={args.seed}"]
-    settings += [f"start={Path(options.start).name}"] if options.start else [f"encoder_steps={options.encoder_steps}"]
+    settings += [] if options.start else [f"encoder_steps={options.encoder_steps}"]
+    settings += [f"image_size={options.image_size}"] if options.image_size else []
+    settings += [f"canvas_scale={options.canvas_scale}"] if options.canvas_scale else []
+    settings += ["lists=true"] if options.lists else []
+    start = " --start FOLDER" if options.start else ""
     encoder = "" if options.start else "First the encoder was trained to predict the objects in each token. "
     return f"""{text}
 
 {encoder}{trained} to answer.{guided} The command was
 
-`python -m mfrsvlm.training.train_demo_model training/configs/demo_model.yaml` with {", ".join(settings)},
+`python -m mfrsvlm.training.train_demo_model training/configs/demo_model.yaml{start}` with {", ".join(settings)},
 on {threads} thread(s) of {platform.machine()} ({capability}), torch {torch.__version__}: {minutes}."""
 
 
-def scene_table(figures: dict[str, dict[str, Any]], canvas: int = CANVAS) -> str:
-    """Markdown: the figures of `evaluate_folder`, for a model with a canvas of this side."""
+def scene_table(figures: dict[str, dict[str, Any]], config: Any) -> str:
+    """Markdown: the figures of `evaluate_folder`, for a model with this config."""
+    canvas = config.canvas_scale * config.image_size
     low, high = (value * canvas / SCENE_SIZE for value in OBJECT_PIXELS)
+    seen = f"{low / config.canvas_scale:g} to {high / config.canvas_scale:g}"
     lists = (
         "\n*detection* and *pointing* are the F1 scores of lists of boxes and points."
         if "detection" in figures["image"]
@@ -396,7 +413,7 @@ def scene_table(figures: dict[str, dict[str, Any]], canvas: int = CANVAS) -> str
     text = f"""
 
 The table reports accuracy in per cent on held-out synthetic scenes (`{PROTOCOL}` protocol, greedy decoding). Objects
-are {low:g} to {high:g} pixels long on the canvas of {canvas}, half of that in the global view. A box is correct if its
+are {low:g} to {high:g} pixels long on the canvas of {canvas}, and {seen} in the global view. A box is correct if its
 intersection over union with the true box is at least 0.5. A caption is correct if it is exact; *caption facts* is the F1
 score of its facts. *Blind* is the same model without the image. *Majority* always predicts the most frequent answer to
 a kind of question.{lists}

@@ -17,7 +17,8 @@ from mfrsvlm.training.branches import BranchCollator
 from mfrsvlm.training.data import ConversationDataset
 from mfrsvlm.training.demo_model import encoder
 from mfrsvlm.training.demo_model.architecture import (
-    enlarge_canvas,
+    enlarge,
+    make_config,
     make_processor,
     make_tokenizer,
     settle_placeholder,
@@ -66,24 +67,32 @@ def test_position_embeddings_start_apart_and_as_large_as_the_visual_tokens(token
     assert set(steps.tolist()) <= {1, 8}
 
 
-def test_a_larger_canvas_keeps_the_weights(tokenizer):
+def test_a_larger_view_or_canvas_keeps_the_weights(tokenizer):
     model = make_model(tokenizer, routing="token", routing_size=8)
     with torch.no_grad():
         for name, value in model.named_parameters():
-            if name.endswith("stack_embedding"):
+            if "embedding" in name:
                 value.copy_(torch.randn_like(value))
-    larger = enlarge_canvas(model, 4)
-    assert (larger.config.canvas_scale, larger.config.window_sizes, larger.config.num_detail_stacks) == (4, [256], 32)
-    state = larger.state_dict()
-    for name, value in model.state_dict().items():
-        if name.endswith("stack_embedding"):
-            for depth, row, column in np.ndindex(2, 4, 4):
-                coarse = depth * 4 + row // 2 * 2 + column // 2
-                assert torch.equal(state[name][depth * 16 + row * 4 + column], value[coarse])
-        else:
-            assert torch.equal(state[name], value), name
+    model.model.visual_position_embedding.weight.data[:] = torch.arange(64.0)[:, None] // 8  # the row
+    larger, canvas = enlarge(model, 256, 4), enlarge(model, 128, 4)
+    assert (larger.config.window_sizes, larger.config.num_detail_stacks, larger.config.tokens_per_side) == ([512], 32, 16)
+    assert canvas.config.window_sizes == [256] and canvas.config.tokens_per_side == 8
+    for finer in (larger, canvas):
+        state = finer.state_dict()
+        for name, value in model.state_dict().items():
+            if name.endswith("stack_embedding"):
+                for depth, row, column in np.ndindex(2, 4, 4):
+                    coarse = depth * 4 + row // 2 * 2 + column // 2
+                    assert torch.equal(state[name][depth * 16 + row * 4 + column], value[coarse])
+            elif "position" not in name:
+                assert torch.equal(state[name], value), name
+    assert torch.equal(canvas.model.visual_position_embedding.weight, model.model.visual_position_embedding.weight)
+    rows = larger.model.visual_position_embedding.weight[:, 0].unflatten(0, (16, 16))
+    torch.testing.assert_close(rows[3:-3, 5], torch.arange(3, 13) / 2 - 0.25)  # between the rows, away from the edge
     with pytest.raises(SettingsError, match="canvas_scale=3 must be a multiple of 2"):
-        enlarge_canvas(model, 3)
+        enlarge(model, 128, 3)
+    with pytest.raises(SettingsError, match="image_size=200 must be a multiple of 128"):
+        enlarge(model, 200, 2)
 
 
 def test_the_placeholder_lies_among_the_words_and_is_never_said(tokenizer):
@@ -334,7 +343,9 @@ def test_training_continues_from_a_folder(tmp_path):
     config = json.loads((tmp_path / "model/config.json").read_text())
     assert (config["canvas_scale"], config["window_sizes"]) == (4, [256])
     assert json.loads((tmp_path / "model/processor_config.json").read_text())["image_processor"]["canvas_scale"] == 4
-    assert "It was trained from the weights of `model`" in (tmp_path / "model/README.md").read_text()
+    card = " ".join((tmp_path / "model/README.md").read_text().split())
+    assert "It continues an earlier model, and was trained on 12 synthetic scenes" in card
+    assert "--start FOLDER` with max_steps=1, scenes=12, seed=0, canvas_scale=4, lists=true" in card
 
 
 def test_wrong_settings_are_named(tmp_path, capsys):
@@ -367,6 +378,7 @@ def test_tables_have_lists_only_if_they_were_asked_for():
     for found, rows in ((results, 9), (results | lists, 11)):
         figures = train_demo_model.scene_figures(found)
         assert len(figures) == rows
-        table = train_demo_model.scene_table(dict.fromkeys(("image", "blind", "majority"), figures))
+        table = train_demo_model.scene_table(dict.fromkeys(("image", "blind", "majority"), figures), make_config(10))
+        assert "4 to 8 pixels long on the canvas of 256, and 2 to 4 in the global view" in table
         assert ("| detection | 25.0 | 24.0 - 26.0 | 9 | 25.0 | 25.0 |" in table) == (rows == 11)
         assert ("*detection* and *pointing* are the F1 scores" in table) == (rows == 11)

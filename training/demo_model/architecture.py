@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn import functional
 from transformers import CLIPVisionConfig, EfficientNetConfig, LlamaConfig, PreTrainedTokenizerFast, ResNetConfig
 
 from ...configuration_mfrsvlm import MFRSVLMConfig
@@ -150,32 +151,46 @@ def make_processor(config: Any, tokenizer: Any, canvas_source: str = "image") ->
     return MFRSVLMProcessor(image_processor, tokenizer, chat_template=template, box_format=SCENE_BOXES)
 
 
-def canvas_fields(canvas_scale: int) -> dict[str, Any]:
+def view_fields(image_size: int, canvas_scale: int) -> dict[str, Any]:
     """Fields of the config of a model of scenes: windows are half as long as the canvas, and overlap by half."""
-    chunk = 16 if canvas_scale <= 2 else 4  # on a CPU, few large windows at once are faster
-    return {"canvas_scale": canvas_scale, "window_sizes": [canvas_scale * IMAGE_SIZE // 2], "window_chunk_size": chunk}
+    window = canvas_scale * image_size // 2
+    chunk = 16 if window <= IMAGE_SIZE else 4  # on a CPU, few large windows at once are faster
+    return {
+        "image_size": image_size,
+        "canvas_scale": canvas_scale,
+        "window_sizes": [window],
+        "window_chunk_size": chunk,
+    }
 
 
 @torch.no_grad()
-def enlarge_canvas(model: MFRSVLMForConditionalGeneration, canvas_scale: int) -> MFRSVLMForConditionalGeneration:
-    """A copy of a small model of scenes for a larger canvas, with more detail stacks.
+def enlarge(model: MFRSVLMForConditionalGeneration, image_size: int, canvas_scale: int) -> MFRSVLMForConditionalGeneration:
+    """A copy of a small model of scenes with a larger global view or canvas: more visual tokens, more detail stacks.
 
-    All other weights are the same. The embedding of a detail stack is that of the coarser phase that contains its own.
+    All other weights are the same. The embeddings of the positions are interpolated. The embedding of a detail stack is that
+    of the coarser phase that contains its own.
 
     Raises:
-        SettingsError: `canvas_scale` is no multiple of that of the model.
+        SettingsError: `image_size` or `canvas_scale` is no multiple of that of the model.
     """
-    old = model.config.canvas_scale
-    if canvas_scale % old:
-        raise SettingsError(f"canvas_scale={canvas_scale} must be a multiple of {old}, the canvas_scale of the model.")
-    larger = MFRSVLMForConditionalGeneration(MFRSVLMConfig(**model.config.to_dict() | canvas_fields(canvas_scale)))
+    old = model.config
+    for name, value in (("image_size", image_size), ("canvas_scale", canvas_scale)):
+        if value % getattr(old, name):
+            raise SettingsError(f"{name}={value} must be a multiple of {getattr(old, name)}, that of the model.")
+    config = MFRSVLMConfig(**old.to_dict() | view_fields(image_size, canvas_scale))
+    larger = MFRSVLMForConditionalGeneration(config)
     weights = model.state_dict()
-    for name in weights:
+    for name, weight in weights.items():
         if name.endswith(".stack_embedding"):
-            phases = weights[name].unflatten(0, (-1, old, old))  # (depths, r, c, d)
+            phases = weight.unflatten(0, (-1, old.canvas_scale, old.canvas_scale))  # (depths, r, c, d)
             for axis in (1, 2):
-                phases = phases.repeat_interleave(canvas_scale // old, axis)
+                phases = phases.repeat_interleave(canvas_scale // old.canvas_scale, axis)
             weights[name] = phases.flatten(0, 2)
+        elif name.endswith("visual_position_embedding.weight"):
+            grid = weight.T.unflatten(1, (old.tokens_per_side, old.tokens_per_side))[None]  # (1, d, t, t)
+            side = config.tokens_per_side
+            grid = functional.interpolate(grid, size=(side, side), mode="bilinear", align_corners=False)
+            weights[name] = grid[0].flatten(1).T
     larger.load_state_dict(weights)
     larger.generation_config = model.generation_config
     return larger
