@@ -10,7 +10,7 @@ training are of the training split, and all that are measured are of the validat
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from ..modeling_mfrsvlm import MFRSVLMForConditionalGeneration
 from ..scenes import ask
 from ..training.branches import BranchCollator
 from ..training.demo_model.scene_images import SCENE_SIZE, SceneImages
-from ..training.demo_model.scene_questions import to_turns
+from ..training.demo_model.scene_questions import SceneQuestions
 from ..training.image_features import cache_image_features, project
 from ..training.train_demo_model import PROTOCOL
 from .linear_probe import linear_probe
@@ -35,17 +35,6 @@ from .linear_probe import linear_probe
 
 CORRECT = 0.5  # intersection over union of a correct box
 BATCH = 8
-
-
-def rows_of(images: SceneImages, collator: BranchCollator, features: np.ndarray) -> Iterator[tuple[int, Any, Any]]:
-    """The scenes with an object to locate: number, true box (4,) in pixels of the scene, and the encoded question."""
-    for number, scene in enumerate(images.scenes):
-        questions = ask(scene, ["grounding"])
-        if questions:
-            turns = to_turns(questions[0])
-            turns[0]["content"].insert(0, {"type": "image"})
-            cached = torch.from_numpy(np.array(features[number : number + 1])).float()
-            yield number, np.array(questions[0].boxes[0]), collator.encode(turns, image_features=cached)
 
 
 @torch.inference_mode()
@@ -63,10 +52,12 @@ def read_states(
     cell, phase = SCENE_SIZE / side, SCENE_SIZE / side / scale
     states: dict[str, list[np.ndarray]] = {}
     boxes, corners = [], []
-    rows = list(rows_of(images, collator, features))
+    asked = SceneQuestions(images, collator, model.config, features, rounds=1, mix={"grounding": 1})
+    questions = ((number, ask(scene, asked.tasks)) for number, scene in enumerate(images.scenes))
+    rows = [(number, np.array(found[0].boxes[0])) for number, found in questions if found]  # some scenes have no such object
     for start in range(0, len(rows), BATCH):
-        numbers, truths, samples = zip(*rows[start : start + BATCH], strict=True)
-        inputs = collator(samples)
+        batch = rows[start : start + BATCH]
+        inputs = collator([asked[number] for number, _ in batch])
         encoded = {"image": project(model, inputs["image_features"])}
         outputs = model(
             input_ids=inputs["input_ids"],
@@ -77,16 +68,16 @@ def read_states(
             use_cache=False,
         )
         first = int((inputs["input_ids"][0] == model.config.image_token_id).nonzero()[0])
-        for row, (number, box) in enumerate(zip(numbers, truths, strict=True)):
+        for row, (number, box) in enumerate(batch):
             center, size = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
             column, line = (center // cell).astype(int)
             right, down = (center % cell // phase).astype(int)
             stacks = 1 + np.arange(len(model.config.detail_feature_layers)) * scale**2 + down * scale + right
             seen = {"encoder": np.array(features[number, stacks, line * side + column]).astype(np.float32).flatten()}
             noun = int(inputs["marks"][row, 1])
-            for layer, hidden in enumerate(outputs.hidden_states):
-                seen[f"visual token, layer {layer}"] = hidden[row, first + line * side + column].numpy()
-                seen[f"noun, layer {layer}"] = hidden[row, noun].numpy()
+            for place, position in (("visual token", first + line * side + column), ("noun", noun)):
+                for layer, hidden in enumerate(outputs.hidden_states):
+                    seen[f"{place}, layer {layer}"] = hidden[row, position].numpy()
             for name, state in seen.items():
                 states.setdefault(name, []).append(state)
             boxes.append([*center, *size])
@@ -107,7 +98,7 @@ def read_boxes(folder: Path, counts: dict[str, int], work: Path) -> list[dict[st
         read[split] = read_states(model, images, BranchCollator(processor), features)
     (states, boxes, cells, phases), (test_states, test_boxes, test_cells, test_phases) = read["train"], read["validation"]
     rows = []
-    for name in ["encoder", *sorted(name for name in states if name != "encoder")]:
+    for name in states:
         known = {"encoder": (phases, test_phases)}.get(name, (cells, test_cells) if "visual" in name else (0, 0))
         target = boxes - np.pad(np.broadcast_to(known[0], (len(boxes), 2)), ((0, 0), (0, 2)))
         predicted = linear_probe(states[name], target, np.arange(len(boxes)), test_states[name])
@@ -155,6 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--validation-scenes", type=int, default=500)
     args = parser.parse_args(arguments)
     check_file(args.table)
+    if len({folder.name for folder in args.models}) < len(args.models):
+        parser.error(f"models: {', '.join(map(str, args.models))} must have different names, which head the columns.")
     counts = {"train": args.train_scenes, "validation": args.validation_scenes}
     write_file(args.table, to_table({folder.name: read_boxes(folder, counts, args.work) for folder in args.models}))
 

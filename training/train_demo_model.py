@@ -24,7 +24,6 @@ from torch.utils.data import ConcatDataset, Dataset
 from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..configuration_mfrsvlm import MFRSVLMConfig
 from ..evaluation import EvaluationSettings, evaluate, load_benchmark
 from ..evaluation.answering import fingerprint
 from ..evaluation.evaluate import evaluate_majority
@@ -244,13 +243,14 @@ def prepare(
         texts += conversation_dialogues(cars)
     started = load_model(options.start, dtype=torch.float32) if options.start else None
     sizes = started[0].config if started else make_config(16, options.encoder)
-    larger = options.image_size or options.canvas_scale
-    if larger:
-        scale = options.canvas_scale or sizes.canvas_scale
-        sizes = MFRSVLMConfig(**sizes.to_dict() | view_fields(options.image_size or sizes.image_size, scale))
-    if started and larger:
-        model = enlarge(started[0], sizes.image_size, sizes.canvas_scale)
-        started = model, make_processor(model.config, started[1].tokenizer)
+    view: dict[str, Any] = {}
+    if options.image_size or options.canvas_scale:
+        view = view_fields(options.image_size or sizes.image_size, options.canvas_scale or sizes.canvas_scale)
+        if started:
+            started = enlarge(started[0], view["image_size"], view["canvas_scale"]), started[1]
+            resized = make_processor(started[0].config, started[1].tokenizer, started[1].image_processor.canvas_source)
+            started[1].image_processor = resized.image_processor
+        sizes = started[0].config if started else make_config(16, options.encoder, **view)
     sides = (sizes.canvas_scale * sizes.image_size, sizes.image_size)
     images = SceneImages(work / "scenes", "train", options.scenes, sides=sides) if options.scenes else None
     if images is not None:
@@ -263,8 +263,7 @@ def prepare(
         model, processor = started
     else:
         tokenizer = make_tokenizer(texts, options.vocab_size)
-        fields = ARCHITECTURE | (view_fields(sizes.image_size, sizes.canvas_scale) if larger else {})
-        config = make_config(len(tokenizer), options.encoder, options.decoder_width, **fields)
+        config = make_config(len(tokenizer), options.encoder, options.decoder_width, **ARCHITECTURE | view)
         model = MFRSVLMForConditionalGeneration(config)
         load_encoder(model.model, encoder)
         processor = make_processor(model.config, tokenizer)
@@ -278,6 +277,8 @@ def prepare(
 
     # Also where the encoder is trained: the projector starts from them.
     stem = f"encoder-{fingerprint(model)}" if started else encoder.stem
+    if view:  # one encoder has other features at other sizes
+        stem += "-{}-{}".format(*sides)
     shown = f"{stem}-{Path(options.train_file).stem}" if options.train_file else stem
     rows: list[Dataset[Any]] = []
     features: list[np.ndarray] = []

@@ -44,6 +44,12 @@ def test_boxes_are_compared_as_center_and_size():
     assert found["correct"][0] == 0.5 and found["error"] == 2.0
 
 
+def test_models_of_one_name_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        box_readout.main(["a/model", "b/model", "--work", str(tmp_path), "--table", str(tmp_path / "table.md")])
+    assert "a/model, b/model must have different names" in capsys.readouterr().err
+
+
 @pytest.mark.integration
 def test_command_writes_a_table(tmp_path):
     counts = ["--train-scenes", "8", "--validation-scenes", "4"]

@@ -354,6 +354,7 @@ def test_wrong_settings_are_named(tmp_path, capsys):
         ([], "output is missing"),
         (["--output=x", "--scenes=0"], "nothing to train on"),
         (["--outptu=x"], "Did you mean 'output'"),
+        (["--output=x", "--encoder=efficientnet", "--real_data=x", "--canvas_scale=4"], "photographs have their own sizes"),
     ):
         assert train_demo_model.run([str(tmp_path / "empty.yaml"), *words]) == 1
         assert message in capsys.readouterr().err
