@@ -1,6 +1,6 @@
 """Measures questions per second: one `generate` call per question, and `Answerer`, which shares images and uses batches.
 
-    python benchmarks/answer_questions.py [--model demo/model] [--scenes 4] [--questions 32] [--rounds 3]
+    python benchmarks/answer_questions.py [--model experiments/scene_model] [--scenes 4] [--questions 32] [--rounds 3]
 
 Both ways answer the same questions about the same synthetic scenes, in turns. The harness also writes its answers to a file,
 as in a run; images lie in memory for both, and loading the model is not counted. Answers that differ are counted.
@@ -22,6 +22,7 @@ from mfrsvlm.evaluation.batches import ImageReader, answer_all
 from mfrsvlm.evaluation.benchmarks import Benchmark, Sample
 from mfrsvlm.evaluation.protocols import PROTOCOLS
 from mfrsvlm.evaluation.settings import EvaluationSettings
+from mfrsvlm.experiments import SCENE_MODEL
 from mfrsvlm.scenes import ask, draw, plan_scene, scene_seed
 
 
@@ -31,7 +32,7 @@ LENGTH = 16  # of an answer at most, in tokens
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(Path(__file__).parents[1] / "demo" / "model"))
+    parser.add_argument("--model", default=SCENE_MODEL)
     parser.add_argument("--scenes", type=int, default=4)
     parser.add_argument("--questions", type=int, default=32, help="about each scene; repeated where it has not as many")
     parser.add_argument("--batch-size", type=int, default=32)

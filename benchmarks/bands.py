@@ -3,7 +3,7 @@
     python benchmarks/bands.py [--bands 3 4 6 13 30] [--rounds 5]
 
 The image has 512 pixels a side and the default geometry: a view and windows for an encoder of 336 pixels. Encoders are a
-ViT-L/14 (its first layer alone, for one view) and the small model in `demo/model`, widened in memory, with its own geometry.
+ViT-L/14 (its first layer alone, for one view) and `experiments/scene_model`, widened in memory, with its own geometry.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from mfrsvlm import MFRSVLMForConditionalGeneration, MFRSVLMImageProcessor
-from mfrsvlm.demo import MODEL
+from mfrsvlm.experiments import SCENE_MODEL
 from mfrsvlm.modeling_mfrsvlm import MFRSVLMBandConv2d
 
 
@@ -55,7 +55,7 @@ def measure(count: int, rounds: int) -> list[str]:
     stem = MFRSVLMBandConv2d(stem, range(3)) if count > 3 else stem
     view = torch.randn(1, count, 336, 336)
     cells.append(f"{milliseconds(lambda: stem(view), rounds):.1f}")
-    config = MFRSVLMForConditionalGeneration.config_class.from_pretrained(MODEL)
+    config = MFRSVLMForConditionalGeneration.config_class.from_pretrained(SCENE_MODEL)
     config.vision_config.num_channels, config.stem_channels = count, None if count == 3 else [0, 1, 2]
     model = MFRSVLMForConditionalGeneration(config).eval()
     row = torch.randn(1, sum(config.packed_lengths))

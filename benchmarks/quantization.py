@@ -1,7 +1,7 @@
 """Accuracy, size and speed of a model whose decoder has weights of 32, 16, 8 and 4 bits.
 
     pip install torchao bitsandbytes
-    python benchmarks/quantization.py [--model demo/model] [--limit 600] [--rounds 5]
+    python benchmarks/quantization.py [--model experiments/scene_model] [--limit 600] [--rounds 5]
 
 Eight bits are those of torchao, four bits the normal floats (NF4) of bitsandbytes. Tower, projector and injectors stay
 whole, as by default. Accuracy is that on synthetic scenes. Seconds are user and system seconds of one answer of 16 tokens,
@@ -13,7 +13,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from transformers.utils import logging
 
 from mfrsvlm import MFRSVLMForConditionalGeneration, MFRSVLMProcessor
 from mfrsvlm.evaluation import EvaluationSettings, evaluate
+from mfrsvlm.experiments import SCENE_MODEL
 
 
 FIGURES = {"classification": "accuracy", "counting": "exact", "vqa": "accuracy", "grounding": "accuracy_0.5"}
@@ -55,7 +55,7 @@ def size_in_bytes(value: Any) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(Path(__file__).parents[1] / "demo" / "model"))
+    parser.add_argument("--model", default=SCENE_MODEL)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--limit", type=int, default=600, help="questions (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5)

@@ -36,6 +36,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlavaNext
 
 from mfrsvlm import MFRSVLMImageProcessor, MFRSVLMProcessor
 from mfrsvlm.evaluation.answering import Answerer, Prompt
+from mfrsvlm.experiments import SCENE_MODEL
 from mfrsvlm.files.writing import write_figure, write_file
 from mfrsvlm.processing_mfrsvlm import make_chat_template
 
@@ -203,7 +204,7 @@ class Arms:
 
     def add_questions(self) -> None:
         """One image and many questions, with `Answerer`."""
-        tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "demo" / "model", trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(SCENE_MODEL, trust_remote_code=False)
         texts = [f"Is there a ship in row {number} of the scene?" for number in range(QUESTIONS)]
         picture = [noise(512)]
         for name in (EXACT, EFFICIENT):

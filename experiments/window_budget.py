@@ -1,6 +1,6 @@
 """Measures accuracy against encoder passes where only some windows are encoded (`window_budget`), at twice the canvas.
 
-    python -m mfrsvlm.experiments.window_budget --model demo/model --work DIR \
+    python -m mfrsvlm.experiments.window_budget --model experiments/scene_model --work DIR \
         --table docs/speed/window_budget.md --plot docs/speed/window_budget.png
 
 The scenes are synthetic and have few small objects. The canvas has four times the side of the global view, twice that of the
@@ -51,6 +51,7 @@ from ..training.demo_model.architecture import make_processor
 from ..training.demo_model.scene_images import canvas_and_view, to_pixels
 from ..training.demo_model.scene_questions import NOUN, NOUNS, to_turns
 from ..training.image_features import freeze_encoder, project
+from . import SCENE_MODEL
 from .window_modes import spread
 
 
@@ -423,7 +424,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for features and finished seeds")
     parser.add_argument("--table", type=Path, required=True, help="Markdown file to write")
     parser.add_argument("--plot", type=Path, help="figure to write")
-    parser.add_argument("--model", default="demo/model", help="the small model, or one of its kind (default: %(default)s)")
+    parser.add_argument("--model", default=SCENE_MODEL, help="the model to start from (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--train-scenes", type=int, default=400)

@@ -43,6 +43,7 @@ from ..training.demo_model.scene_images import OBJECT_PIXELS, SCENE_SIZE, VIEW, 
 from ..training.demo_model.scene_questions import SceneQuestions
 from ..training.image_features import cache_image_features, project
 from ..training.train_demo_model import PROTOCOL
+from . import SCENE_MODEL
 from .ablation import MIX, finished_runs, scores_of, test_questions, train_decoder
 from .estimates import over_seeds, r_squared
 from .linear_probe import linear_probe, pool, targets
@@ -338,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for scenes, features and finished runs")
     parser.add_argument("--table", type=Path, required=True, help="Markdown file to write")
     parser.add_argument("--plot", type=Path, help="figure to write")
-    parser.add_argument("--model", default="demo/model", help="the small model, or one of its kind (default: %(default)s)")
+    parser.add_argument("--model", default=SCENE_MODEL, help="the model to start from (default: %(default)s)")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help="run only these arms")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=60, help="of every arm; 0: the small model as it is")

@@ -36,8 +36,10 @@ from .branches import BranchCollator
 from .data import BadRow, ConversationDataset, to_messages
 from .demo_model.aerial_cars import all_boxes_prompt, count_figures, read_frames, write_car_rows
 from .demo_model.architecture import (
+    NUM_DECODER_LAYERS,
     SCENE_BOXES,
     SCENE_LISTS,
+    add_number_tokens,
     enlarge,
     make_config,
     make_processor,
@@ -62,8 +64,9 @@ from .trainer import SettingsError
 
 logger = logging.getLogger("mfrsvlm.training.train_demo_model")  # also where this file is the main program
 
-# Boxes need the phase of a feature, which stack routing cannot select per token.
-ARCHITECTURE = {"routing": "token", "routing_size": 32, "injection_layers": [0, 1, 2, 3]}
+# Boxes need the phase of a feature, which stack routing cannot select per token. A visual token loses the position of its
+# object after the last injection, so that injection precedes every layer.
+ARCHITECTURE = {"routing": "token", "routing_size": 32, "injection_layers": list(range(NUM_DECODER_LAYERS))}
 CONFIG = Path(__file__).with_name("configs") / "demo_model.yaml"
 PROTOCOL = "strict-without-java"  # METEOR needs Java, and is not informative for captions of one form
 
@@ -101,6 +104,9 @@ class DemoModelArguments:
     canvas_scale: int | None = field(
         default=None,
         metadata={"help": "Side of the canvas in sides of the global view, for scenes. Default: of the start, otherwise 2."},
+    )
+    number_tokens: bool = field(
+        default=False, metadata={"help": "One token for each number up to 1000, so that a coordinate is one token."}
     )
     crowded_scenes: int = field(default=8000, metadata={"help": "Scenes to pretrain the encoder on."})
     encoder_steps: int = field(default=8000, metadata={"help": "Training steps of the encoder."})
@@ -267,6 +273,8 @@ def prepare(
         model = MFRSVLMForConditionalGeneration(config)
         load_encoder(model.model, encoder)
         processor = make_processor(model.config, tokenizer)
+    if options.number_tokens:
+        add_number_tokens(model, processor.tokenizer)
     if options.lists:
         processor.box_format = SCENE_LISTS
     elif cars is not None:
@@ -390,6 +398,7 @@ to show on a CPU that every part works.{unread}"""
     settings += [] if options.start else [f"encoder_steps={options.encoder_steps}"]
     settings += [f"image_size={options.image_size}"] if options.image_size else []
     settings += [f"canvas_scale={options.canvas_scale}"] if options.canvas_scale else []
+    settings += ["number_tokens=true"] if options.number_tokens else []
     settings += ["lists=true"] if options.lists else []
     start = " --start FOLDER" if options.start else ""
     encoder = "" if options.start else "First the encoder was trained to predict the objects in each token. "

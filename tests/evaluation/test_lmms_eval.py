@@ -19,7 +19,7 @@ from mfrsvlm.evaluation.lmms_eval import export_samples, export_task, read_sampl
 
 
 PROTOCOL = "strict-without-java"
-# lmms-eval 0.7.3 wrote it with examples/evaluate_with_lmms_eval.py and demo/model, for a task of `export_task`.
+# lmms-eval 0.7.3 wrote it with examples/evaluate_with_lmms_eval.py and an earlier demo/model, for a task of `export_task`.
 LOGGED = Path(__file__).parent / "data" / "20261127_110420_samples_scenes_test.jsonl"
 
 

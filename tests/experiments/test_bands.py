@@ -1,17 +1,14 @@
 """The experiment on bands: what each arm shows, its tables, and the command on a few scenes."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mfrsvlm.experiments import SCENE_MODEL as MODEL
 from mfrsvlm.experiments import bands
 from mfrsvlm.scenes.sensors import twins_of
-
-
-MODEL = Path(bands.__file__).parents[1] / "demo" / "model"
 
 
 def test_arms_show_what_they_say(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny_scenes import SCENES, Drawn, make_model
 
-from mfrsvlm.demo import MODEL
+from mfrsvlm.experiments import SCENE_MODEL as MODEL
 from mfrsvlm.experiments import box_readout
 from mfrsvlm.training.branches import BranchCollator
 from mfrsvlm.training.demo_model.architecture import make_processor, make_tokenizer

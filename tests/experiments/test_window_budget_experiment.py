@@ -1,20 +1,17 @@
 """The experiment on window budgets: ways to choose, the features they show, tables, and the command on a few scenes."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from mfrsvlm.experiments import SCENE_MODEL as MODEL
 from mfrsvlm.experiments import window_budget
 from mfrsvlm.processing_mfrsvlm import cut_windows
 from mfrsvlm.scenes import KINDS
 from mfrsvlm.training.demo_model.scene_images import canvas_and_view, to_pixels
 from mfrsvlm.training.image_features import project
-
-
-MODEL = str(Path(window_budget.__file__).parents[1] / "demo" / "model")
 
 
 @pytest.fixture(scope="module")

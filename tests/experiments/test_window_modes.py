@@ -10,8 +10,8 @@ import torch
 from scipy import stats
 
 from mfrsvlm.configuration_mfrsvlm import MFRSVLMConfig
-from mfrsvlm.demo import MODEL
 from mfrsvlm.evaluation.answering import Answerer, Prompt
+from mfrsvlm.experiments import SCENE_MODEL as MODEL
 from mfrsvlm.experiments import window_modes
 from mfrsvlm.experiments.ablation import task_of
 from mfrsvlm.experiments.window_modes import ARMS, EFFICIENT, LARGE_CANVAS, REFERENCE, SMALL_CANVAS

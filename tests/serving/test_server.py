@@ -109,8 +109,8 @@ def test_model_and_health(client):
         (json.dumps(ask("a", model="other")).encode(), 400, "other"),
         (json.dumps(ask("a", picture="data:image/png;base64,AAAA")).encode(), 400, "cannot open image"),
         (json.dumps(ask("a", picture="data:image/png;base64,====")).encode(), 400, "cannot open image"),
-        (json.dumps(ask("word " * 5000)).encode(), 400, "1024 positions"),
-        (json.dumps(ask("word " * 5000, stream=True)).encode(), 400, "1024 positions"),
+        (json.dumps(ask("word " * 5000)).encode(), 400, "4096 positions"),
+        (json.dumps(ask("word " * 5000, stream=True)).encode(), 400, "4096 positions"),
     ],
 )
 def test_bad_requests_are_explained(client, content, status, message):

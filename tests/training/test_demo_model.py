@@ -17,6 +17,7 @@ from mfrsvlm.training.branches import BranchCollator
 from mfrsvlm.training.data import ConversationDataset
 from mfrsvlm.training.demo_model import encoder
 from mfrsvlm.training.demo_model.architecture import (
+    add_number_tokens,
     enlarge,
     make_config,
     make_processor,
@@ -77,6 +78,10 @@ def test_a_larger_view_or_canvas_keeps_the_weights(tokenizer):
     larger, canvas = enlarge(model, 256, 4), enlarge(model, 128, 4)
     assert (larger.config.window_sizes, larger.config.num_detail_stacks, larger.config.tokens_per_side) == ([512], 32, 16)
     assert canvas.config.window_sizes == [256] and canvas.config.tokens_per_side == 8
+    context = [each.config.text_config.max_position_embeddings for each in (model, larger, canvas)]
+    assert context == [1024, 4096, 1024]
+    for part in ("vision_config", "text_config"):
+        assert larger.config.to_diff_dict()[part].keys() == model.config.to_diff_dict()[part].keys()
     for finer in (larger, canvas):
         state = finer.state_dict()
         for name, value in model.state_dict().items():
@@ -93,6 +98,27 @@ def test_a_larger_view_or_canvas_keeps_the_weights(tokenizer):
         enlarge(model, 128, 3)
     with pytest.raises(SettingsError, match="image_size=200 must be a multiple of 128"):
         enlarge(model, 200, 2)
+
+
+def test_a_coordinate_is_one_token_and_the_text_stays():
+    tokenizer = make_tokenizer(dialogues(SCENES))
+    model = make_model(tokenizer)
+    boxes = ["[12, 345, 1000, 7]", "[0, 10, 99, 100]"]
+    before = [tokenizer.tokenize(box) for box in boxes]
+    kept = model.get_output_embeddings().weight.clone()
+    add_number_tokens(model, tokenizer)
+    assert [token for token in tokenizer.tokenize(boxes[0]) if token.isdigit()] == ["12", "345", "1000", "7"]
+    for box, tokens in zip(boxes, before, strict=True):
+        ids = tokenizer(box, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids) == box and len(ids) < len(tokens)
+    for rows in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+        assert len(rows) == len(tokenizer) == model.config.text_config.vocab_size
+        new = rows[tokenizer.convert_tokens_to_ids([str(number) for number in range(400, 440)])]
+        distances = (new - new[0]).norm(dim=1)
+        assert (distances[1:4].diff() > 0).all() and distances[1] < distances[8:].min()
+    assert model.get_output_embeddings().weight[: len(kept)].equal(kept)
+    add_number_tokens(model, tokenizer)  # nothing is left to add
+    assert len(model.get_input_embeddings().weight) == len(tokenizer)
 
 
 def test_the_placeholder_lies_among_the_words_and_is_never_said(tokenizer):
@@ -341,7 +367,7 @@ def test_training_continues_from_a_folder(tmp_path):
     assert settings["box_format"]["prompt"] == "Give the bounding box of every {object}."
     assert json.loads((tmp_path / "model/generation_config.json").read_text())["max_new_tokens"] == 256
     config = json.loads((tmp_path / "model/config.json").read_text())
-    assert (config["canvas_scale"], config["window_sizes"]) == (4, [256])
+    assert (config["canvas_scale"], config["window_sizes"]) == (4, [512])
     assert json.loads((tmp_path / "model/processor_config.json").read_text())["image_processor"]["canvas_scale"] == 4
     card = " ".join((tmp_path / "model/README.md").read_text().split())
     assert "It continues an earlier model, and was trained on 12 synthetic scenes" in card

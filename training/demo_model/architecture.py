@@ -1,11 +1,13 @@
 """Architecture for two CPU cores, tokenizer, processor, and initial weights."""
 
+import math
 from collections.abc import Iterable
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional
 from transformers import CLIPVisionConfig, EfficientNetConfig, LlamaConfig, PreTrainedTokenizerFast, ResNetConfig
 
@@ -177,7 +179,9 @@ def enlarge(model: MFRSVLMForConditionalGeneration, image_size: int, canvas_scal
     for name, value in (("image_size", image_size), ("canvas_scale", canvas_scale)):
         if value % getattr(old, name):
             raise SettingsError(f"{name}={value} must be a multiple of {getattr(old, name)}, that of the model.")
-    config = MFRSVLMConfig(**old.to_dict() | view_fields(image_size, canvas_scale))
+    parts = {"vision_config": deepcopy(old.vision_config), "text_config": deepcopy(old.text_config)}
+    parts["text_config"].max_position_embeddings *= (image_size // old.image_size) ** 2  # as many images fit as before
+    config = MFRSVLMConfig(**old.to_dict() | view_fields(image_size, canvas_scale) | parts)
     larger = MFRSVLMForConditionalGeneration(config)
     weights = model.state_dict()
     for name, weight in weights.items():
@@ -194,6 +198,29 @@ def enlarge(model: MFRSVLMForConditionalGeneration, image_size: int, canvas_scal
     larger.load_state_dict(weights)
     larger.generation_config = model.generation_config
     return larger
+
+
+@torch.no_grad()
+def add_number_tokens(model: MFRSVLMForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Makes each whole number from 10 to `BOX_SCALE` a token, so that a coordinate is one prediction and not one a digit.
+
+    Text and answers stay the same. The rows of new tokens start as sines and cosines of the number, so that close numbers
+    are similar. Numbers that are tokens already are left alone.
+    """
+    first = len(tokenizer)
+    known = tokenizer.get_vocab()
+    numbers = [number for number in range(10, BOX_SCALE + 1) if str(number) not in known]
+    if not numbers:
+        return
+    digits = tokenizer.convert_tokens_to_ids([str(digit) for digit in range(10)])
+    tokenizer.add_tokens([AddedToken(str(number), normalized=False) for number in numbers])
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    width = model.config.text_config.hidden_size
+    periods = torch.logspace(math.log10(BOX_SCALE), math.log10(8), width // 2)
+    angles = 2 * math.pi * torch.tensor(numbers)[:, None] / periods
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1) * 2**0.5  # (numbers, D), of variance 1
+    for rows in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+        rows[first:] = rows[digits].mean(0) + waves * rows[:first].std()
 
 
 @torch.no_grad()

@@ -20,10 +20,10 @@ MIX = {
     "classification": 1,
     "area": 1,
     "presence": 1,
-    "count": 4,
+    "count": 3,
     "comparison": 1,
     "position": 2,
-    "grounding": 3,
+    "grounding": 6,
     "caption": 1,
 }
 # The same with lists of boxes and points, which are long: a row has twice as many tokens.

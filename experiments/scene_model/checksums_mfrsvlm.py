@@ -1,0 +1,1 @@
+../../checksums_mfrsvlm.py

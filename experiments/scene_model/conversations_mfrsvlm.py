@@ -1,0 +1,1 @@
+../../conversations_mfrsvlm.py

@@ -1,0 +1,1 @@
+../../image_sources_mfrsvlm.py
