@@ -327,9 +327,10 @@ def test_command_makes_a_model_folder(tmp_path, capsys):
     turns = [{"from": "human", "value": "<image>Is there a car?"}, {"from": "gpt", "value": "yes"}]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "a.png", "conversations": turns}) + "\n")
     data = (f"--train_file={tmp_path / 'rows.jsonl'}", f"--image_root={tmp_path}")
-    command = [CONFIG, f"--output={tmp_path / 'model'}", f"--work={tmp_path / 'work'}", *TINY, *data]
+    command = [CONFIG, f"--output={tmp_path / 'model'}", f"--work={tmp_path / 'work'}", *TINY, *data, "--number_tokens=true"]
     assert train_demo_model.run(command) == 0
     card = (tmp_path / "model" / "README.md").read_text()
+    assert "number_tokens=true" in card and '"1000"' in (tmp_path / "model" / "tokenizer.json").read_text()
     assert "the majority baseline" in card and card.count("\n| caption") == 2
     made = {path.name for path in (tmp_path / "model").iterdir()}
     assert {"modeling_mfrsvlm.py", "model.safetensors", "processor_config.json", "README.md"} <= made
