@@ -17,7 +17,6 @@ import gradio
 from mfrsvlm.app.page import histogram, make_page, read_upload
 from mfrsvlm.demo import MODEL, SCENE
 from mfrsvlm.evaluation.answering import load
-from mfrsvlm.evaluation.metrics.visual_grounding import iou
 from mfrsvlm.scenes import plan_scene, scene_seed
 
 
@@ -29,10 +28,11 @@ def loaded():
     return load(str(MODEL), device="cpu")
 
 
-def building():
-    """The true box in `SCENE`, pixels."""
-    (found,) = (item for item in plan_scene(scene_seed("demo", 6)).objects if item.kind == "building")
-    return found.box
+def check_building(box):
+    """The center of a box lies on the one building of `SCENE`."""
+    (building,) = (item for item in plan_scene(scene_seed("demo", 6)).objects if item.kind == "building")
+    left, top, right, bottom = building.box
+    assert left < (box[0] + box[2]) / 2 < right and top < (box[1] + box[3]) / 2 < bottom
 
 
 def call(page, name, *arguments):
@@ -83,7 +83,8 @@ def test_answers_boxes_and_windows(loaded):
     text, (_, boxes), windows = call(page, "ask", image, "Give the bounding box of the building.")
     [(box, label)] = boxes
     np.testing.assert_allclose(box, np.array([int(number) for number in re.findall(r"\d+", text)]) * 512 / 1000, atol=1)
-    assert label == "box 1" and iou(box, building()) > 0.4
+    assert label == "box 1"
+    check_building(box)
     assert [caption.split(":")[0] for _, caption in windows] == ["256 px, depth 2", "256 px, depth 3"]
     assert all(picture.size == image.size for picture, _ in windows)
     for arguments in ((None, "a"), (image, "  ")):
@@ -100,8 +101,8 @@ def test_tiles_of_a_raster(loaded, tmp_path):
         raster = write(tmp_path / "scene.tif", np.asarray(image.convert("RGB")).transpose(2, 0, 1))
     summary, table, (_, boxes), file = call(page, "survey", raster, *AUTO, "find", "building", 512)
     [(box, label)] = boxes
-    assert label == "building" and iou(box, building()) > 0.4
-    assert "found 1" in summary and list(table["object"]) == ["building"]
+    check_building(box)
+    assert label == "building" and "found 1" in summary and list(table["object"]) == ["building"]
     layer = geopandas.read_file(file)
     assert len(layer) == 1 and layer.crs is not None
     summary, table, _, _ = call(page, "survey", raster, *AUTO, "count", "aircraft", 512)
