@@ -65,8 +65,8 @@ def sources():
 def read_sources():
     for path in sorted(ROOT.rglob("*.py")):
         place = path.relative_to(ROOT)
-        if place.parts[:2] in (("demo", "model"), ("demo", "real_model")):
-            continue  # copies
+        if path.is_symlink():
+            continue  # in a model folder
         if place.parts[0] not in OTHER and not any(part.startswith(".") or part == "site-packages" for part in place.parts):
             yield place.as_posix(), ast.parse(path.read_text(encoding="utf-8"))
 
