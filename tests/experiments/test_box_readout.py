@@ -55,5 +55,5 @@ def test_command_writes_a_table(tmp_path):
     counts = ["--train-scenes", "8", "--validation-scenes", "4"]
     box_readout.main([str(MODEL), "--work", str(tmp_path), "--table", str(tmp_path / "table.md"), *counts])
     lines = (tmp_path / "table.md").read_text().splitlines()
-    assert lines[0].startswith("| read from | model, IoU") and lines[2].startswith("| encoder |")
+    assert lines[0].startswith("| read from | scene_model, IoU") and lines[2].startswith("| encoder |")
     assert lines[-1].startswith("| answer |") and len(lines) == 2 + 1 + 2 * 7 + 1

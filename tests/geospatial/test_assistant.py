@@ -364,7 +364,8 @@ def test_answers_about_a_raster_are_those_about_its_picture(demo, tmp_path):
         [shapely.transform(shape, lambda xy: xy * [2, -2] + [500_000, 4_000_000]) for shape in expected.geometry],
         1e-3,
     )
-    np.testing.assert_allclose(expected.total_bounds, [383.5, 42, 397.3, 56.3], atol=0.1)
+    (building,) = (item for item in plan_scene(scene_seed("demo", 6)).objects if item.kind == "building")
+    np.testing.assert_allclose(expected.total_bounds, building.box, atol=4)
     assert expected.crs is None and boxes["score"][0] == pytest.approx(expected["score"][0], rel=1e-4)
     assert counts.attrs["totals"] == demo.count(SCENE, ["aircraft", "ships"], tile=256).attrs["totals"]
     record = json.loads(json.dumps(some.attrs["record"]))
@@ -478,11 +479,11 @@ def test_how_boxes_are_written_is_never_guessed(tmp_path):
 
 @pytest.mark.integration
 def test_tiles_count_what_one_view_misses(demo, tmp_path):
-    """A mosaic of nine scenes, truncated so that no seam of the tiles is an edge of a scene."""
-    side, truth = 1300, {"cars": 0, "buildings": 0}
+    """A mosaic of 16 scenes, truncated so that no seam of the tiles is an edge of a scene."""
+    side, truth = 1812, {"cars": 0, "buildings": 0}
     mosaic = Image.new("RGB", (side, side))
-    for number in range(9):
-        left, top = 512 * (number % 3), 512 * (number // 3)
+    for number in range(16):
+        left, top = 512 * (number % 4), 512 * (number // 4)
         scene = plan_scene(scene_seed("test", number))
         mosaic.paste(draw(scene), (left, top))
         for item in scene.objects:
@@ -492,7 +493,7 @@ def test_tiles_count_what_one_view_misses(demo, tmp_path):
     tiles = demo.count(str(tmp_path / "mosaic.png"), list(truth)).attrs["totals"]
     view = demo.count(str(tmp_path / "mosaic.png"), list(truth), tile=None).attrs["totals"]
     for name, number in truth.items():
-        assert abs(tiles[name]["total"] - number) <= 1 and abs(tiles[name]["shifted_total"] - number) <= 2
+        assert abs(tiles[name]["total"] - number) <= 2 and abs(tiles[name]["shifted_total"] - number) <= 4
         assert view[name]["total"] <= 0.6 * number
 
 
