@@ -248,6 +248,7 @@ def prepare(
         cars = ConversationDataset(str(write_car_rows(Path(options.real_data), work / "cars")), str(work / "cars"))
         texts += conversation_dialogues(cars)
     started = load_model(options.start, dtype=torch.float32) if options.start else None
+    stem = f"encoder-{fingerprint(started[0])}" if started else encoder.stem
     sizes = started[0].config if started else make_config(16, options.encoder)
     view: dict[str, Any] = {}
     if options.image_size or options.canvas_scale:
@@ -258,6 +259,8 @@ def prepare(
             started[1].image_processor = resized.image_processor
         sizes = started[0].config if started else make_config(16, options.encoder, **view)
     sides = (sizes.canvas_scale * sizes.image_size, sizes.image_size)
+    if view:  # one encoder has other features at other sizes
+        stem += "-{}-{}".format(*sides)
     images = SceneImages(work / "scenes", "train", options.scenes, sides=sides) if options.scenes else None
     if images is not None:
         texts += dialogues(images.scenes[:500])
@@ -284,9 +287,6 @@ def prepare(
     collator = BranchCollator(processor)
 
     # Also where the encoder is trained: the projector starts from them.
-    stem = f"encoder-{fingerprint(model)}" if started else encoder.stem
-    if view:  # one encoder has other features at other sizes
-        stem += "-{}-{}".format(*sides)
     shown = f"{stem}-{Path(options.train_file).stem}" if options.train_file else stem
     rows: list[Dataset[Any]] = []
     features: list[np.ndarray] = []
